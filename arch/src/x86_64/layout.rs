@@ -1,0 +1,98 @@
+//! The guest-physical memory map and the I/O port map of an x86_64 bulle machine.
+//!
+//! Addresses are guest-physical bytes. Everything below 1 MiB that bulle writes before boot is
+//! listed here, so that two writers can never meet.
+
+/// GDT for the boot processor (written for the Linux 64-bit entry).
+pub const GDT_START: u64 = 0x500;
+/// Empty IDT for the boot processor.
+pub const IDT_START: u64 = 0x520;
+/// PVH `hvm_start_info` structure.
+pub const PVH_INFO_START: u64 = 0x6000;
+/// PVH module list (one entry, the initrd).
+pub const PVH_MODLIST_START: u64 = 0x6040;
+/// PVH memory map table.
+pub const PVH_MEMMAP_START: u64 = 0x6100;
+/// Linux `boot_params`, the "zero page".
+pub const ZERO_PAGE_START: u64 = 0x7000;
+/// Initial stack pointer of the boot processor.
+pub const BOOT_STACK_POINTER: u64 = 0x8ff0;
+/// Page tables for the Linux 64-bit entry: PML4, one PDPT, then four page directories.
+pub const PML4_START: u64 = 0x9000;
+/// First page-directory-pointer table.
+pub const PDPT_START: u64 = 0xa000;
+/// Four page directories, 4 KiB each, mapping the first 4 GiB with 2 MiB pages.
+pub const PD_START: u64 = 0xb000;
+/// Linux `setup_data` list entries (the RNG seed).
+pub const SETUP_DATA_START: u64 = 0x1_0000;
+/// Kernel command line, NUL-terminated.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// Longest command line in bytes, the NUL included.
+pub const CMDLINE_MAX_SIZE: usize = 0x1_0000;
+/// End of usable low memory; the extended BIOS data area would start here.
+pub const EBDA_START: u64 = 0x9_fc00;
+/// ACPI RSDP, where an operating system without a hint looks for it.
+pub const RSDP_START: u64 = 0xe_0000;
+/// Every other ACPI table, up to 1 MiB.
+pub const ACPI_TABLES_START: u64 = 0xe_0040;
+/// End of the ACPI tables' room.
+pub const ACPI_TABLES_END: u64 = HIMEM_START;
+/// First byte above the legacy hole: kernels are loaded from here.
+pub const HIMEM_START: u64 = 0x10_0000;
+
+/// Guest RAM stops here and goes on at 4 GiB.
+pub const MMIO_HOLE_START: u64 = 0xc000_0000;
+/// End of the hole, where high RAM starts.
+pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+/// virtio-mmio windows, `VIRTIO_MMIO_SIZE` bytes each.
+pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
+/// Size of one virtio-mmio window.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// I/O APIC registers.
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// Size of the I/O APIC window.
+pub const IOAPIC_SIZE: u64 = 0x1000;
+/// Local APIC registers.
+pub const LAPIC_START: u64 = 0xfee0_0000;
+/// Identity map page that KVM needs on Intel processors without unrestricted guest.
+pub const IDENTITY_MAP_START: u64 = 0xfffb_c000;
+/// Three pages of task state that KVM needs on Intel processors.
+pub const TSS_START: u64 = 0xfffb_d000;
+
+/// Lowest interrupt line for virtio-mmio devices.
+pub const VIRTIO_IRQ_BASE: u32 = 5;
+/// Number of I/O APIC input pins.
+pub const IOAPIC_PINS: u32 = 24;
+
+/// COM1: the console.
+pub const COM1_PORT: u16 = 0x3f8;
+/// Interrupt line of COM1.
+pub const COM1_IRQ: u32 = 4;
+/// COM2: the agent.
+pub const COM2_PORT: u16 = 0x2f8;
+/// Interrupt line of COM2.
+pub const COM2_IRQ: u32 = 3;
+/// A 16550 has eight registers.
+pub const SERIAL_PORT_SIZE: u16 = 8;
+/// i8042 data port; the command and status port is four above.
+pub const I8042_PORT: u16 = 0x60;
+/// Ports the i8042 answers, from [`I8042_PORT`] on.
+pub const I8042_PORT_SIZE: u16 = 5;
+/// Interrupt line of the keyboard.
+pub const I8042_IRQ: u32 = 1;
+/// CMOS index port; the data port follows.
+pub const RTC_PORT: u16 = 0x70;
+/// Index and data.
+pub const RTC_PORT_SIZE: u16 = 2;
+/// Interrupt line of the real-time clock.
+pub const RTC_IRQ: u32 = 8;
+/// Debug-exit port: a byte written here ends the VM with it as exit code.
+pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// pvpanic, as in QEMU.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI power registers (see `devices::legacy::power`).
+pub const POWER_PORT: u16 = 0x600;
+/// Sleep control, sleep status, reset, event status.
+pub const POWER_PORT_SIZE: u16 = 4;
+/// Interrupt line of the generic event device.
+pub const GED_IRQ: u32 = 9;

@@ -1,0 +1,2 @@
+//! The framed protocol between bulle and its guest agent.
+#![no_std]

@@ -1,0 +1,3 @@
+//! The `bulle` command.
+
+fn main() {}
