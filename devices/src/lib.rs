@@ -10,6 +10,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod bus;
+pub mod ioapic;
 pub mod irq;
 pub mod legacy;
 

@@ -5,11 +5,13 @@
 
 use crate::bus::Effect;
 
+mod calendar;
 pub mod debug_exit;
 pub mod i8042;
 pub mod keyboard;
 pub mod power;
 pub mod pvpanic;
+pub mod rtc;
 pub mod serial;
 
 /// Splits a read into byte registers.
