@@ -58,6 +58,7 @@ pub trait MsiSink: Send + Sync {
 
     /// The guest changed how `pin` is delivered. KVM reports the end of a level interrupt
     /// (`KVM_EXIT_IOAPIC_EOI`) only for vectors in its GSI routes, so those must follow.
+    /// Of two vCPUs that write one entry at once, either may be reported last.
     fn route_changed(&self, pin: usize, message: MsiMessage) {
         let _ = (pin, message);
     }

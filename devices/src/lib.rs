@@ -10,9 +10,13 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod bus;
+pub mod console;
 pub mod ioapic;
 pub mod irq;
 pub mod legacy;
+
+#[cfg(test)]
+mod conformance;
 
 /// Locks a device's registers. Plain data stays usable after a panic elsewhere, so a poisoned lock
 /// is taken as it is.

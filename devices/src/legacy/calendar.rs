@@ -45,7 +45,7 @@ impl DateTime {
         let seconds = seconds.clamp(0, LAST);
         let days = seconds / SECONDS_PER_DAY;
         let rest = seconds % SECONDS_PER_DAY;
-        // No year is longer than 366 days, so this is never too late and at most a few years early.
+        // No year is longer than 366 days, so this is never too late and at most 22 years early.
         let mut year = 1970 + days / 366;
         while days_before_year(year + 1) <= days {
             year += 1;

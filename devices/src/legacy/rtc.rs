@@ -113,7 +113,7 @@ impl CmosState {
     fn encode(&self, value: u8) -> u8 {
         match self.is_set(B_BINARY) {
             true => value,
-            false => (value / 10) << 4 | value % 10,
+            false => ((value / 10) << 4) | (value % 10),
         }
     }
 
@@ -128,7 +128,10 @@ impl CmosState {
         if self.is_set(B_24H) {
             return self.encode(hour);
         }
-        let twelve = self.encode(if hour % 12 == 0 { 12 } else { hour % 12 });
+        let twelve = match hour % 12 {
+            0 => self.encode(12),
+            hour => self.encode(hour),
+        };
         if hour < 12 { twelve } else { twelve | PM }
     }
 

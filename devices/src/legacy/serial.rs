@@ -263,6 +263,10 @@ impl BusDevice for Serial {
             super::write_bytes(offset, data, |offset, value| {
                 if let Some(register) = register(offset) {
                     inner.note_access(false);
+                    if register == IER {
+                        // A driver takes over: no more polling.
+                        inner.polls = 0;
+                    }
                     // The only error is a byte that `out` refused, which `Lost` has counted.
                     let _ = inner.uart.write(register, value);
                 }

@@ -166,6 +166,8 @@ fn a_polling_guest_gets_input_without_interrupts() {
     }
     assert_eq!(f.serial.input(b"d"), 1);
     assert_eq!(f.interrupt.take(), 0);
+    f.write(IER, 0);
+    assert_eq!(f.serial.input(b"e"), 0, "a driver sets the port up");
 }
 
 #[test]
