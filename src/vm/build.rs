@@ -1,0 +1,237 @@
+//! Building a virtual machine, in the order that is fast.
+//!
+//! `create_vm → memory slots → irqchip → PIT → vCPUs → irqfd/ioeventfd`: a memory slot registered
+//! after the interrupt controller waits for an SRCU grace period, about 7 ms each on current
+//! kernels, against less than 0.2 ms before it. `tests/bench` guards the order. The processor's
+//! features are asked of KVM on a second thread meanwhile, since that alone takes 0.4 ms.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use arch::acpi::AcpiError;
+use arch::boot::{BootError, BootParameters, EntryState};
+use arch::capabilities::{Capabilities, HostError};
+use arch::cmdline::CmdlineError;
+use arch::cpuid::{CpuidError, CpuidTemplate};
+use arch::kernel::{KernelError, KernelImage, LoadOptions, LoadedKernel};
+use arch::memory::GuestMemory;
+use arch::topology::{Topology, TopologyError};
+use arch::vcpu::VcpuError;
+use arch::vm::VmSetupError;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::host::{KvmOpenError, open_kvm};
+use super::irq::Irqchip;
+use super::memory::{self, MemoryError};
+use super::{ExitLatch, Vm};
+use crate::board::{Board, BoardError, Wiring, kernel_words};
+use crate::config::{self, MachineConfig, Spec};
+use crate::sandbox::thread::{Role, ThreadError, spawn};
+use crate::vcpu::{Vcpu, VcpuHandle};
+
+/// A virtual machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// /dev/kvm cannot be used.
+    #[error(transparent)]
+    Open(#[from] KvmOpenError),
+    /// KVM lacks something.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// More vCPUs than this host runs.
+    #[error("{asked} vCPUs cannot be had: KVM on this host runs at most {most} in one VM")]
+    TooManyVcpus {
+        /// As asked.
+        asked: u16,
+        /// As KVM says.
+        most: u32,
+    },
+    /// The split interrupt controller is not to be had.
+    #[error("KVM on this host has no split interrupt controller: use --irqchip kernel")]
+    NoSplitIrqchip,
+    /// Topology.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    /// KVM_CREATE_VM failed.
+    #[error("KVM cannot create a virtual machine")]
+    CreateVm(#[source] kvm_ioctls::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// VM-wide set-up.
+    #[error(transparent)]
+    Setup(#[from] VmSetupError),
+    /// Devices.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// The kernel cannot be loaded.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The command line cannot be used.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+    /// The boot protocol's structures do not fit.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The initial RAM disk cannot be read.
+    #[error("Cannot read the initial RAM disk {}", path.display())]
+    Initrd {
+        /// The user's file.
+        path: std::path::PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// The initial RAM disk cannot be copied into the guest.
+    #[error("Cannot copy the initial RAM disk into guest memory")]
+    CopyInitrd(#[source] vm_memory::GuestMemoryError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// Processor features.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// A thread died.
+    #[error("The thread that asks KVM for processor features died")]
+    CpuidThread,
+    /// KVM_CREATE_VCPU failed.
+    #[error("KVM cannot create vCPU {index}")]
+    CreateVcpu {
+        /// Its index.
+        index: u16,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// vCPU set-up.
+    #[error("Cannot set up vCPU {index}")]
+    Vcpu {
+        /// Its index.
+        index: u16,
+        #[source]
+        source: VcpuError,
+    },
+    /// Threads.
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
+    /// No descriptor left.
+    #[error("Cannot create an event descriptor")]
+    Event(#[source] io::Error),
+}
+
+/// An initial RAM disk: the user's file, bulle's archive, or the one followed by the other.
+#[derive(Debug, Default)]
+pub struct Initrd {
+    /// The user's, with its length in bytes.
+    pub file: Option<(std::path::PathBuf, File, u64)>,
+    /// bulle's.
+    pub archive: Vec<u8>,
+}
+
+impl Initrd {
+    /// Opens the user's file.
+    pub fn open(path: &std::path::Path) -> Result<Self, BuildError> {
+        let error = |source| BuildError::Initrd { path: path.to_path_buf(), source };
+        let file = File::open(path).map_err(error)?;
+        let meta = file.metadata().map_err(error)?;
+        if meta.is_dir() {
+            return Err(error(io::Error::from(io::ErrorKind::IsADirectory)));
+        }
+        Ok(Self { file: Some((path.to_path_buf(), file, meta.len())), archive: Vec::new() })
+    }
+
+    /// Bytes of the user's part, padded so that another archive can follow.
+    fn file_len(&self) -> u64 {
+        self.file.as_ref().map_or(0, |(_, _, len)| len.next_multiple_of(4))
+    }
+
+    fn len(&self) -> u64 {
+        self.file_len() + self.archive.len() as u64
+    }
+
+    fn copy(mut self, memory: &GuestMemory, address: GuestAddress) -> Result<(), BuildError> {
+        let after = GuestAddress(address.0 + self.file_len());
+        if let Some((_, file, len)) = &mut self.file {
+            memory
+                .read_exact_volatile_from(address, file, *len as usize)
+                .map_err(BuildError::CopyInitrd)?;
+        }
+        memory.write_slice(&self.archive, after).map_err(BuildError::CopyInitrd)
+    }
+}
+
+/// KVM as opened and checked, with its processor features on the way.
+pub struct Host {
+    kvm: Arc<Kvm>,
+    capabilities: Capabilities,
+    topology: Topology,
+    cpuid: JoinHandle<Result<CpuidTemplate, CpuidError>>,
+}
+
+impl Host {
+    /// Opens KVM, checks it against `machine`, and starts asking for processor features.
+    pub fn open(machine: &MachineConfig) -> Result<Self, BuildError> {
+        let kvm = Arc::new(open_kvm()?);
+        let capabilities = arch::capabilities::check(&kvm)?;
+        let topology = topology(machine)?;
+        if u32::from(machine.vcpu_count) > capabilities.max_vcpus {
+            return Err(BuildError::TooManyVcpus {
+                asked: machine.vcpu_count,
+                most: capabilities.max_vcpus,
+            });
+        }
+        if machine.irqchip == config::Irqchip::Split && !capabilities.split_irqchip {
+            return Err(BuildError::NoSplitIrqchip);
+        }
+        let cpuid = {
+            let (kvm, capabilities, topology) =
+                (kvm.clone(), capabilities.clone(), topology.clone());
+            spawn(Role::Cpuid, move || CpuidTemplate::new(&kvm, &topology, &capabilities, None))?
+        };
+        Ok(Self { kvm, capabilities, topology, cpuid })
+    }
+}
+
+fn topology(machine: &MachineConfig) -> Result<Topology, TopologyError> {
+    let cores = machine.vcpu_count / machine.dies / machine.threads_per_core;
+    Topology::new(machine.vcpu_count, machine.threads_per_core, cores, machine.dies)
+}
+
+impl Vm {
+    /// Builds the machine that `spec` describes, with `kernel` and `initrd` in its memory and its
+    /// vCPUs parked.
+    pub fn build(
+        spec: &Spec,
+        host: Host,
+        kernel: &KernelImage,
+        initrd: Initrd,
+        wiring: Wiring,
+    ) -> Result<Self, BuildError> {
+        let machine = spec.machine();
+        let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
+        arch::vm::before_memory(&vm)?;
+        let memory = memory::map(machine)?;
+        memory::register(&vm, &memory)?;
+        arch::vm::create_irqchip(&vm, &host.capabilities, mode(machine.irqchip))?;
+        let irqchip = Irqchip::new(machine.irqchip, &vm);
+        let board = Board::new(&irqchip, wiring)?;
+        let entry = load(spec, &host.topology, kernel, initrd, &memory)?;
+        let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
+        let cpuid = host.cpuid.join().map_err(|_| BuildError::CpuidThread)??;
+        let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
+        for index in 0..machine.vcpu_count {
+            let vcpu = Vcpu {
+                index,
+                fd: create_vcpu(&vm, index, &host, &cpuid, &entry)?,
+                pio: board.pio.clone(),
+                mmio: board.mmio.clone(),
+                ioapic: irqchip.ioapic().cloned(),
+                memory: memory.clone(),
+                exit: exit.clone(),
+            };
+            vcpus.push(VcpuHandle::spawn(vcpu)?);
+        }
+        Ok(Self { vcpus, board, exit, _memory: memory })
+    }
+}
