@@ -1,3 +1,11 @@
 //! x86_64: memory layout, kernel loading, processor state, ACPI.
 
 pub mod layout;
+
+pub mod capabilities;
+pub mod cpuid;
+pub mod interrupts;
+pub mod msr;
+pub mod topology;
+pub mod vcpu;
+pub mod vm;
