@@ -10,15 +10,15 @@ use std::thread::{Builder, JoinHandle};
 pub enum Role {
     /// Runs the vCPU with this index.
     Vcpu(u16),
-    /// Asks KVM for the processor features it supports while the VM is being made.
-    Cpuid,
+    /// Asks KVM what all vCPUs will share while the VM is being made.
+    Template,
 }
 
 impl Role {
     fn name(self) -> String {
         match self {
             Self::Vcpu(index) => format!("vcpu{index}"),
-            Self::Cpuid => "cpuid".to_string(),
+            Self::Template => "template".to_string(),
         }
     }
 }

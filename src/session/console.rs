@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devices::console::{LastLines, PanicDetector, PanicSign};
+use devices::console::{LastLines, PanicDetector, PanicMark};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes of console kept for reports.
-const KEPT: usize = 8192;
+const KEPT: usize = 16 * 1024;
+/// Lines of it that a report shows: a kernel's oops with its stack fits.
+const SHOWN: usize = 60;
 
 /// A console file could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +91,7 @@ impl ConsoleTap {
     /// `event` is written when a panic is noticed and again when its text is complete.
     pub fn new(event: EventFd) -> Arc<Self> {
         Arc::new(Self {
-            lines: Mutex::new((LastLines::new(KEPT), PanicDetector::default())),
+            lines: Mutex::new((LastLines::new(KEPT), PanicDetector::new())),
             panicked: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -98,8 +100,8 @@ impl ConsoleTap {
     }
 
     /// The last lines of the console, printable.
-    pub fn last_lines(&self) -> String {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).0.text()
+    pub fn last_lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).0.lines(SHOWN)
     }
 
     /// Whether the console showed a kernel panic.
@@ -118,14 +120,14 @@ impl ConsoleTap {
     }
 
     fn observe(&self, bytes: &[u8]) {
-        let sign = {
+        let mark = {
             let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
             lines.0.push(bytes);
-            lines.1.push(bytes)
+            lines.1.feed(bytes)
         };
-        let flag = match sign {
-            Some(PanicSign::Start) => &self.panicked,
-            Some(PanicSign::End) => &self.ended,
+        let flag = match mark {
+            Some(PanicMark::Begin) => &self.panicked,
+            Some(PanicMark::End) => &self.ended,
             None => return,
         };
         flag.store(true, Ordering::SeqCst);

@@ -4,6 +4,7 @@
 //! event loop meanwhile. The rest are its parts: terminal, escapes, signals, output, the host's
 //! ends of both UARTs, and the outcome.
 
+mod agent;
 mod agent_port;
 mod console;
 mod escape;

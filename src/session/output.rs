@@ -27,11 +27,13 @@ impl Output {
         Self { fd, waiting: VecDeque::new(), closed: false }
     }
 
-    /// Queues `bytes`. The agent's window bounds what can be queued.
-    pub fn push(&mut self, bytes: &[u8]) {
+    /// Queues `bytes`; false when nobody reads any more and they are dropped. The agent's window
+    /// bounds what can be queued.
+    pub fn push(&mut self, bytes: &[u8]) -> bool {
         if !self.closed {
             self.waiting.extend(bytes);
         }
+        !self.closed
     }
 
     /// Whether bytes wait.

@@ -11,16 +11,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use arch::acpi::AcpiError;
-use arch::boot::{BootError, BootParameters, EntryState};
+use arch::boot::{self, BootError, BootParameters, EntryState};
 use arch::capabilities::{Capabilities, HostError};
-use arch::cmdline::CmdlineError;
-use arch::cpuid::{CpuidError, CpuidTemplate};
-use arch::kernel::{KernelError, KernelImage, LoadOptions, LoadedKernel};
+use arch::cmdline::{self, CmdlineError};
+use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions};
 use arch::memory::GuestMemory;
 use arch::topology::{Topology, TopologyError};
-use arch::vcpu::VcpuError;
-use arch::vm::VmSetupError;
-use kvm_ioctls::{Kvm, VmFd};
+use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
+use arch::vm::{IrqchipMode, VmError};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::host::{KvmOpenError, open_kvm};
@@ -63,7 +62,7 @@ pub enum BuildError {
     Memory(#[from] MemoryError),
     /// VM-wide set-up.
     #[error(transparent)]
-    Setup(#[from] VmSetupError),
+    Setup(#[from] VmError),
     /// Devices.
     #[error(transparent)]
     Board(#[from] BoardError),
@@ -92,10 +91,10 @@ pub enum BuildError {
     Acpi(#[from] AcpiError),
     /// Processor features.
     #[error(transparent)]
-    Cpuid(#[from] CpuidError),
+    Template(#[from] TemplateError),
     /// A thread died.
     #[error("The thread that asks KVM for processor features died")]
-    CpuidThread,
+    TemplateThread,
     /// KVM_CREATE_VCPU failed.
     #[error("KVM cannot create vCPU {index}")]
     CreateVcpu {
@@ -105,16 +104,14 @@ pub enum BuildError {
         source: kvm_ioctls::Error,
     },
     /// vCPU set-up.
-    #[error("Cannot set up vCPU {index}")]
-    Vcpu {
-        /// Its index.
-        index: u16,
-        #[source]
-        source: VcpuError,
-    },
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
     /// Threads.
     #[error(transparent)]
     Thread(#[from] ThreadError),
+    /// No random numbers.
+    #[error("Cannot get random numbers for the guest")]
+    Random(#[source] io::Error),
     /// No descriptor left.
     #[error("Cannot create an event descriptor")]
     Event(#[source] io::Error),
@@ -166,7 +163,7 @@ pub struct Host {
     kvm: Arc<Kvm>,
     capabilities: Capabilities,
     topology: Topology,
-    cpuid: JoinHandle<Result<CpuidTemplate, CpuidError>>,
+    template: JoinHandle<Result<VcpuTemplate, TemplateError>>,
 }
 
 impl Host {
@@ -184,18 +181,24 @@ impl Host {
         if machine.irqchip == config::Irqchip::Split && !capabilities.split_irqchip {
             return Err(BuildError::NoSplitIrqchip);
         }
-        let cpuid = {
-            let (kvm, capabilities, topology) =
-                (kvm.clone(), capabilities.clone(), topology.clone());
-            spawn(Role::Cpuid, move || CpuidTemplate::new(&kvm, &topology, &capabilities, None))?
-        };
-        Ok(Self { kvm, capabilities, topology, cpuid })
+        let asking = kvm.clone();
+        let template = spawn(Role::Template, move || {
+            VcpuTemplate::new(&asking, &topology, &capabilities, None)
+        })?;
+        Ok(Self { kvm, capabilities, topology, template })
     }
 }
 
 fn topology(machine: &MachineConfig) -> Result<Topology, TopologyError> {
     let cores = machine.vcpu_count / machine.dies / machine.threads_per_core;
     Topology::new(machine.vcpu_count, machine.threads_per_core, cores, machine.dies)
+}
+
+fn mode(irqchip: config::Irqchip) -> IrqchipMode {
+    match irqchip {
+        config::Irqchip::Split => IrqchipMode::Split,
+        config::Irqchip::Kernel => IrqchipMode::Kernel,
+    }
 }
 
 impl Vm {
@@ -209,29 +212,95 @@ impl Vm {
         wiring: Wiring,
     ) -> Result<Self, BuildError> {
         let machine = spec.machine();
+        let mode = mode(machine.irqchip);
         let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
         arch::vm::before_memory(&vm)?;
         let memory = memory::map(machine)?;
         memory::register(&vm, &memory)?;
-        arch::vm::create_irqchip(&vm, &host.capabilities, mode(machine.irqchip))?;
+        arch::vm::create_irqchip(&vm, mode, &host.capabilities)?;
+        if mode == IrqchipMode::Kernel {
+            arch::vm::create_pit(&vm)?;
+        }
         let irqchip = Irqchip::new(machine.irqchip, &vm);
         let board = Board::new(&irqchip, wiring)?;
         let entry = load(spec, &host.topology, kernel, initrd, &memory)?;
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let cpuid = host.cpuid.join().map_err(|_| BuildError::CpuidThread)??;
+        let template = host.template.join().map_err(|_| BuildError::TemplateThread)??;
+        let enter = |sregs: &mut _| boot::apply(&entry, sregs);
         let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
         for index in 0..machine.vcpu_count {
-            let vcpu = Vcpu {
+            let fd = create_vcpu(&vm, index, &host.topology)?;
+            let boot = Boot { enter: &enter, irqchip: mode };
+            arch::vcpu::configure(&fd, index, &template, (index == 0).then_some(&boot))?;
+            vcpus.push(VcpuHandle::spawn(Vcpu {
                 index,
-                fd: create_vcpu(&vm, index, &host, &cpuid, &entry)?,
+                fd,
                 pio: board.pio.clone(),
                 mmio: board.mmio.clone(),
                 ioapic: irqchip.ioapic().cloned(),
                 memory: memory.clone(),
                 exit: exit.clone(),
-            };
-            vcpus.push(VcpuHandle::spawn(vcpu)?);
+            })?);
         }
         Ok(Self { vcpus, board, exit, _memory: memory })
     }
+}
+
+fn create_vcpu(vm: &VmFd, index: u16, topology: &Topology) -> Result<VcpuFd, BuildError> {
+    vm.create_vcpu(topology.apic_id(index).into())
+        .map_err(|source| BuildError::CreateVcpu { index, source })
+}
+
+/// Fills guest memory: kernel, initial RAM disk, ACPI tables, boot parameters.
+fn load(
+    spec: &Spec,
+    topology: &Topology,
+    kernel: &KernelImage,
+    initrd: Initrd,
+    memory: &GuestMemory,
+) -> Result<EntryState, BuildError> {
+    let config = spec.config();
+    let user_words = config.boot_source.boot_args.as_deref().unwrap_or_default();
+    let kaslr_seed = u64::from_ne_bytes(random().map_err(BuildError::Random)?);
+    let kaslr = !user_words.split_ascii_whitespace().any(|word| word == "nokaslr");
+    let options = LoadOptions {
+        entry: match config.boot_source.kernel_entry {
+            config::KernelEntry::Auto => KernelEntry::Auto,
+            config::KernelEntry::Pvh => KernelEntry::Pvh,
+            config::KernelEntry::Linux64 => KernelEntry::Linux64,
+            config::KernelEntry::Bzimage => KernelEntry::Bzimage,
+        },
+        kaslr_seed: kaslr.then_some(kaslr_seed),
+    };
+    let loaded = kernel.load(memory, &options)?;
+    let line = cmdline::build(&kernel_words(config), user_words, loaded.cmdline_max)?;
+    let ram_size = spec.ram_size();
+    let initrd_range = match initrd.len() {
+        0 => None,
+        len => {
+            let address = boot::initrd_address(&loaded, ram_size, len)?;
+            initrd.copy(memory, address)?;
+            Some((address, len))
+        }
+    };
+    let facts = Board::acpi_facts(topology, config.machine_config.irqchip);
+    let rsdp = arch::acpi::write_tables(memory, &facts)?;
+    let parameters = BootParameters {
+        kernel: &loaded,
+        cmdline: &line,
+        initrd: initrd_range,
+        rsdp,
+        ram_size,
+        rng_seed: random().map_err(BuildError::Random)?,
+    };
+    Ok(boot::configure(memory, &parameters)?)
+}
+
+/// Random bytes from the host, at most 256.
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: the pointer and the length describe `bytes`. Requests of up to 256 bytes are never
+    // cut short.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    if got == N as isize { Ok(bytes) } else { Err(io::Error::last_os_error()) }
 }

@@ -51,7 +51,6 @@ impl Vm {
 
     /// Gets every vCPU out of the guest, and ends its thread.
     pub fn stop(&mut self) {
-        self.board.release_writers();
         for vcpu in &self.vcpus {
             vcpu.request_stop();
         }

@@ -1,8 +1,8 @@
 //! A 16550A UART: vm-superio's model, made safe to share and never losing input.
 //!
 //! Registers run on vCPU threads, [`Serial::input`] on the thread that reads the host side. One
-//! private mutex; `out` is written under it and must not wait for the guest. `drained` is called
-//! after it is released.
+//! private mutex; `out` is written under it and may block, which holds the guest but never the
+//! thread that gives input. `drained` is called after the mutex is released.
 //!
 //! Input is only taken while the guest listens: with the receive interrupt enabled, or polling
 //! the line status. A driver that opens a port throws away what is in the receiver, so bytes
@@ -10,8 +10,8 @@
 
 use std::convert::Infallible;
 use std::io::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
@@ -171,6 +171,8 @@ impl Inner {
 /// A 16550A UART of eight ports.
 pub struct Serial {
     inner: Mutex<Inner>,
+    /// Input was offered while a vCPU held the mutex.
+    refused: AtomicBool,
     drained: Box<dyn Fn() + Send + Sync>,
     lost: Lost,
 }
@@ -201,6 +203,7 @@ impl Serial {
         };
         Ok(Self {
             inner: Mutex::new(inner),
+            refused: AtomicBool::new(false),
             drained,
             lost,
         })
@@ -212,9 +215,17 @@ impl Serial {
     }
 
     /// Queues input for the guest; returns how many of the `bytes` were taken, from the first on.
-    /// The rest stays the caller's, to be given again when `drained` is called.
+    /// The rest stays the caller's, to be given again when `drained` is called. Never blocks: while
+    /// a vCPU is at the registers, perhaps held up by `out`, nothing is taken.
     pub fn input(&self, bytes: &[u8]) -> usize {
-        let mut inner = lock(&self.inner);
+        // Set before the attempt, so that a vCPU that lets go meanwhile sees it.
+        self.refused.store(true, Ordering::SeqCst);
+        let mut inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return 0,
+        };
+        self.refused.store(false, Ordering::SeqCst);
         let taken = if inner.listening() {
             inner.uart.enqueue_raw_bytes(bytes).unwrap_or(0)
         } else {
@@ -234,7 +245,7 @@ impl Serial {
         let result = access(&mut inner);
         let drained = inner.take_drained();
         drop(inner);
-        if drained {
+        if self.refused.swap(false, Ordering::SeqCst) || drained {
             (self.drained)();
         }
         result
