@@ -7,21 +7,20 @@ mod cmdline;
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use arch::acpi::AcpiFacts;
+use arch::acpi::{AcpiFacts, PortDevice, PowerFacts};
 use arch::layout;
 use arch::topology::Topology;
+use arch::vm::IrqchipMode;
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::legacy::debug_exit::DebugExit;
 use devices::legacy::i8042::{I8042, I8042State};
 use devices::legacy::power::{Power, PowerState};
 use devices::legacy::pvpanic::PvPanic;
-use devices::legacy::rtc::{Cmos, CmosState};
+use devices::legacy::rtc::{Cmos, CmosState, host_clock};
 use devices::legacy::serial::{Serial, SerialError, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config;
 use crate::vm::irq::Irqchip;
 
 pub use cmdline::kernel_words;
@@ -34,6 +33,7 @@ pub enum BoardError {
     Place {
         /// The device.
         device: &'static str,
+        /// What went wrong.
         #[source]
         source: BusError,
     },
@@ -81,7 +81,7 @@ impl Board {
         let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
         let keyboard = Arc::new(I8042::new(irqchip.line(layout::I8042_IRQ), I8042State::default()));
         let power = Arc::new(Power::new(irqchip.line(layout::GED_IRQ), PowerState::default()));
-        let clock = Arc::new(Cmos::new(Box::new(wall_clock), CmosState::default()));
+        let clock = Arc::new(Cmos::new(host_clock(), CmosState::default()));
 
         let mut pio = Bus::new();
         let mut place = |device: &'static str, port: u16, len: u16, at: Arc<dyn BusDevice>| {
@@ -104,10 +104,23 @@ impl Board {
         }
         Ok(Self { pio: Arc::new(pio), mmio: Arc::new(mmio), console, agent, keyboard, power })
     }
+}
 
-    /// What the ACPI tables say of this board.
-    pub fn acpi_facts(topology: &Topology, irqchip: config::Irqchip) -> AcpiFacts {
-        todo!()
+/// What the ACPI tables say of this board.
+pub fn acpi_facts(topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
+    let device = |port, irq| PortDevice { port, irq: Some(irq) };
+    AcpiFacts {
+        apic_ids: (0..topology.vcpus()).map(|index| topology.apic_id(index)).collect(),
+        irqchip,
+        serial: vec![
+            device(layout::COM1_PORT, layout::COM1_IRQ),
+            device(layout::COM2_PORT, layout::COM2_IRQ),
+        ],
+        keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
+        rtc: Some(device(layout::RTC_PORT, layout::RTC_IRQ)),
+        pvpanic: Some(layout::PVPANIC_PORT),
+        power: PowerFacts { port: layout::POWER_PORT, irq: layout::GED_IRQ },
+        virtio: Vec::new(),
     }
 }
 
@@ -119,11 +132,4 @@ fn serial(irqchip: &Irqchip, irq: u32, end: SerialEnd) -> Result<Arc<Serial>, Se
     };
     let line = irqchip.line(irq);
     Serial::new(line, end.out, Box::new(drained), SerialState::default()).map(Arc::new)
-}
-
-/// Seconds since 1970, for the guest's real-time clock.
-fn wall_clock() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(0))
 }

@@ -30,6 +30,7 @@ pub enum DefaultKernelError {
         dir: PathBuf,
         /// The newest of those found.
         newest: PathBuf,
+        /// What went wrong.
         #[source]
         source: io::Error,
     },

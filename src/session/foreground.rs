@@ -148,10 +148,11 @@ impl<'a> Foreground<'a> {
         })
     }
 
-    /// Ends the VM after `limit`, counted from now.
-    pub fn limit(&mut self, limit: Duration) -> io::Result<()> {
+    /// Ends the VM when `limit` is over, of which `used` is gone.
+    pub fn limit(&mut self, limit: Duration, used: Duration) -> io::Result<()> {
         let timer = timer()?;
-        arm(&timer, limit)?;
+        // A timer of zero would be none.
+        arm(&timer, limit.saturating_sub(used).max(Duration::from_nanos(1)))?;
         self.timeout = Some((timer, limit));
         Ok(())
     }
@@ -162,8 +163,8 @@ impl<'a> Foreground<'a> {
     }
 
     /// Hands over what output is left.
-    pub fn into_outputs(self) -> (Output, Output) {
-        (self.stdout, self.stderr)
+    pub fn into_outputs(self) -> [Output; 2] {
+        [self.stdout, self.stderr]
     }
 
     fn end(&mut self, outcome: Outcome) {
@@ -235,7 +236,7 @@ impl<'a> Foreground<'a> {
     fn request(&mut self, request: Request) {
         match request {
             Request::End => self.end(Outcome::Quit),
-            Request::Help => self.stderr.push(HELP.as_bytes()),
+            Request::Help => drop(self.stderr.push(HELP.as_bytes())),
             Request::PowerButton => self.vm.board().power.press_power_button(),
             Request::CtrlAltDel => {
                 if !self.vm.board().keyboard.ctrl_alt_del() {

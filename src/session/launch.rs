@@ -1,7 +1,7 @@
 //! From a checked configuration to an exit code.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
 use event_manager::{EventManager, SubscriberOps};
@@ -50,6 +50,7 @@ pub enum LaunchError {
     Session {
         /// Which part.
         what: &'static str,
+        /// What went wrong.
         #[source]
         source: io::Error,
     },
@@ -62,7 +63,7 @@ pub enum LaunchError {
 /// the exit code.
 pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
     let started = Instant::now();
-    let mut progress = Progress::new();
+    let progress = Progress::new();
     let host = Host::open(spec.machine())?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
@@ -95,8 +96,9 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
             Foreground::new(&vm, parts, agent, signals, raw.is_some(), progress)
                 .map_err(|error| session("timers", error))?;
         if let Some(limit) = spec.timeout() {
-            let limit = limit.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
-            foreground.limit(limit).map_err(|error| session("the time limit", error))?;
+            foreground
+                .limit(limit, started.elapsed())
+                .map_err(|error| session("the time limit", error))?;
         }
         vm.start();
         run(foreground)?

@@ -26,7 +26,7 @@ use super::host::{KvmOpenError, open_kvm};
 use super::irq::Irqchip;
 use super::memory::{self, MemoryError};
 use super::{ExitLatch, Vm};
-use crate::board::{Board, BoardError, Wiring, kernel_words};
+use crate::board::{self, Board, BoardError, Wiring};
 use crate::config::{self, MachineConfig, Spec};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 use crate::vcpu::{Vcpu, VcpuHandle};
@@ -80,6 +80,7 @@ pub enum BuildError {
     Initrd {
         /// The user's file.
         path: std::path::PathBuf,
+        /// What went wrong.
         #[source]
         source: io::Error,
     },
@@ -100,6 +101,7 @@ pub enum BuildError {
     CreateVcpu {
         /// Its index.
         index: u16,
+        /// What went wrong.
         #[source]
         source: kvm_ioctls::Error,
     },
@@ -181,17 +183,19 @@ impl Host {
         if machine.irqchip == config::Irqchip::Split && !capabilities.split_irqchip {
             return Err(BuildError::NoSplitIrqchip);
         }
-        let asking = kvm.clone();
-        let template = spawn(Role::Template, move || {
-            VcpuTemplate::new(&asking, &topology, &capabilities, None)
-        })?;
+        let template = {
+            let (kvm, capabilities) = (kvm.clone(), capabilities.clone());
+            spawn(Role::Template, move || {
+                VcpuTemplate::new(&kvm, &topology, &capabilities, None)
+            })?
+        };
         Ok(Self { kvm, capabilities, topology, template })
     }
 }
 
 fn topology(machine: &MachineConfig) -> Result<Topology, TopologyError> {
     let cores = machine.vcpu_count / machine.dies / machine.threads_per_core;
-    Topology::new(machine.vcpu_count, machine.threads_per_core, cores, machine.dies)
+    Topology::new(machine.vcpu_count, machine.threads_per_core, cores, machine.dies, 1)
 }
 
 fn mode(irqchip: config::Irqchip) -> IrqchipMode {
@@ -271,9 +275,10 @@ fn load(
             config::KernelEntry::Bzimage => KernelEntry::Bzimage,
         },
         kaslr_seed: kaslr.then_some(kaslr_seed),
+        initrd_size: initrd.len(),
     };
     let loaded = kernel.load(memory, &options)?;
-    let line = cmdline::build(&kernel_words(config), user_words, loaded.cmdline_max)?;
+    let line = cmdline::build(&board::kernel_words(config), user_words, loaded.cmdline_max)?;
     let ram_size = spec.ram_size();
     let initrd_range = match initrd.len() {
         0 => None,
@@ -283,7 +288,7 @@ fn load(
             Some((address, len))
         }
     };
-    let facts = Board::acpi_facts(topology, config.machine_config.irqchip);
+    let facts = board::acpi_facts(topology, mode(config.machine_config.irqchip));
     let rsdp = arch::acpi::write_tables(memory, &facts)?;
     let parameters = BootParameters {
         kernel: &loaded,

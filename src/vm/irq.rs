@@ -39,7 +39,7 @@ impl Irqchip {
     pub fn line(&self, pin: u32) -> Arc<dyn Interrupt> {
         match self {
             Self::Kernel(vm) => Arc::new(KernelLine { vm: vm.clone(), pin }),
-            Self::Split(ioapic) => ioapic.line(pin),
+            Self::Split(ioapic) => ioapic.line(pin as usize),
         }
     }
 

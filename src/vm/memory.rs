@@ -29,6 +29,7 @@ pub enum MemoryError {
     Map {
         /// Guest RAM in MiB.
         mib: u64,
+        /// What went wrong.
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
@@ -52,6 +53,7 @@ pub enum MemoryError {
     Memfd {
         /// Guest RAM in MiB.
         mib: u64,
+        /// What went wrong.
         #[source]
         source: io::Error,
     },
@@ -67,6 +69,7 @@ pub enum MemoryError {
         address: u64,
         /// Bytes.
         size: u64,
+        /// What went wrong.
         #[source]
         source: kvm_ioctls::Error,
     },
