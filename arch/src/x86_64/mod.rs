@@ -2,6 +2,11 @@
 
 pub mod layout;
 
+pub mod boot;
+pub mod cmdline;
+pub mod kernel;
+pub mod memory;
+
 pub mod capabilities;
 pub mod cpuid;
 pub mod interrupts;
