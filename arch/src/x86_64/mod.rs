@@ -2,6 +2,7 @@
 
 pub mod layout;
 
+pub mod acpi;
 pub mod capabilities;
 pub mod cpuid;
 pub mod interrupts;
