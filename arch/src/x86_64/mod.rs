@@ -7,6 +7,7 @@ pub mod cmdline;
 pub mod kernel;
 pub mod memory;
 
+pub mod acpi;
 pub mod capabilities;
 pub mod cpuid;
 pub mod interrupts;
