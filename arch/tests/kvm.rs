@@ -8,13 +8,16 @@
 )]
 
 use arch::capabilities::{self, Capabilities};
+use arch::report::VcpuReport;
 use arch::topology::Topology;
 use arch::vcpu::{Boot, VcpuTemplate, configure};
 use arch::vm::{IrqchipMode, before_memory, create_irqchip, create_pit};
 use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry, kvm_regs,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// The host's KVM; none on a machine without it, which CI must not be.
 fn kvm() -> Option<Kvm> {
@@ -155,6 +158,62 @@ fn vcpus_with_all_interrupt_controllers_in_the_kernel() {
 #[test]
 fn vcpus_with_a_split_irqchip() {
     check_mode(IrqchipMode::Split);
+}
+
+/// A guest asks CPUID for its topology: what it sees is what was configured, and the report shows
+/// where it stopped.
+#[test]
+fn a_guest_sees_its_topology() {
+    const CODE: &[u8] = &[
+        0x66, 0xb8, 0x0b, 0, 0, 0, // mov eax, 0xb
+        0x66, 0xb9, 1, 0, 0, 0, // mov ecx, 1
+        0x0f, 0xa2, // cpuid
+        0xe6, 0x10, // out 0x10, al
+        0xf4, // hlt
+    ];
+    let Some(kvm) = kvm() else { return };
+    let capabilities = capabilities::check(&kvm).unwrap();
+    let topology = Topology::new(4, 2, 2, 1, 1).unwrap();
+    let template = VcpuTemplate::new(&kvm, &topology, &capabilities, None).unwrap();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+    memory.write_slice(CODE, GuestAddress(0x1000)).unwrap();
+
+    let vm = kvm.create_vm().unwrap();
+    before_memory(&vm).unwrap();
+    let region = kvm_userspace_memory_region {
+        memory_size: 0x4000,
+        userspace_addr: memory.get_host_address(GuestAddress(0)).unwrap() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the region is all of `memory`, which is declared before `vm` and so dropped after it.
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
+    create_irqchip(&vm, IrqchipMode::Kernel, &capabilities).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let boot = Boot {
+        enter: &|sregs| {
+            (sregs.cs.base, sregs.cs.selector) = (0x1000, 0x100);
+            kvm_regs {
+                rflags: 2,
+                ..Default::default()
+            }
+        },
+        irqchip: IrqchipMode::Kernel,
+    };
+    configure(&vcpu, 0, &template, Some(&boot)).unwrap();
+
+    let exit = vcpu.run().unwrap();
+    assert!(matches!(exit, VcpuExit::IoOut(0x10, [2])), "{exit:?}");
+    let report = VcpuReport::collect(&vcpu).unwrap();
+    assert_eq!(
+        (report.regs.rbx, report.regs.rcx, report.regs.rdx),
+        (4, 0x201, 0)
+    );
+    // RIP is at the instruction that exits or, where KVM completes it first, behind it.
+    let bytes = report.instruction_bytes(&memory);
+    assert!(
+        matches!(bytes[..], [0xe6, 0x10, 0xf4, ..] | [0xf4, ..]),
+        "{bytes:x?}\n{report}"
+    );
 }
 
 #[test]

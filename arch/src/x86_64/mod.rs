@@ -12,6 +12,7 @@ pub mod capabilities;
 pub mod cpuid;
 pub mod interrupts;
 pub mod msr;
+pub mod report;
 pub mod topology;
 pub mod vcpu;
 pub mod vm;

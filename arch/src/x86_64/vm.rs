@@ -5,7 +5,7 @@
 //! `create_vm → [before_memory] → memory slots → [create_irqchip] → [create_pit] → vCPUs →
 //! irqfd and ioeventfd`. Memory slots come before the interrupt controllers because KVM waits for
 //! an SRCU grace period when a slot is registered once they exist: about 7 ms for each slot, against
-//! less than 0.2 ms before (measured; docs/architecture.md).
+//! less than 0.2 ms before (measured).
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_PIT_SPEAKER_DUMMY,
