@@ -126,10 +126,10 @@ fn internal_error(fd: &mut VcpuFd) -> FailureCause {
     FailureCause::Internal { suberror: internal.suberror, data }
 }
 
-fn failure(vcpu: &mut Vcpu, cause: FailureCause) -> Failure {
-    Failure {
-        vcpu: vcpu.index,
-        cause,
-        report: VcpuReport::collect(&vcpu.fd, &vcpu.memory),
-    }
+fn failure(vcpu: &Vcpu, cause: FailureCause) -> Failure {
+    let state = VcpuReport::collect(&vcpu.fd).map(|report| {
+        let code = report.instruction_bytes(&vcpu.memory);
+        (report, code)
+    });
+    Failure { vcpu: vcpu.index, cause, state }
 }

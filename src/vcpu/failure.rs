@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use arch::report::VcpuReport;
+use arch::report::{ReportError, VcpuReport};
 
 /// What KVM said.
 #[derive(Debug, thiserror::Error)]
@@ -81,12 +81,19 @@ pub struct Failure {
     pub vcpu: u16,
     /// What KVM said.
     pub cause: FailureCause,
-    /// Registers and the bytes at the instruction pointer, where they could be read.
-    pub report: VcpuReport,
+    /// Registers and the bytes at the instruction pointer.
+    pub state: Result<(VcpuReport, Vec<u8>), ReportError>,
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "vCPU {}: {}\n{}", self.vcpu, self.cause, self.report)
+        writeln!(f, "vCPU {}: {}", self.vcpu, self.cause)?;
+        match &self.state {
+            Ok((report, code)) => {
+                let code: Vec<String> = code.iter().map(|byte| format!("{byte:02x}")).collect();
+                write!(f, "{report}\nCode: {}", code.join(" "))
+            }
+            Err(error) => error.fmt(f),
+        }
     }
 }
