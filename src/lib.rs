@@ -1,1 +1,3 @@
 //! A virtual machine monitor on KVM.
+
+pub mod guest;
