@@ -36,20 +36,43 @@ fn build_agent(out: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let directory = out.join("agent");
     let mut cargo = Command::new(env::var("CARGO")?);
     cargo
-        .args(["build", "--release", "--locked", "--target", &target, "--manifest-path"])
-        .arg(Path::new(&env::var("CARGO_MANIFEST_DIR")?).join(AGENT).join("Cargo.toml"))
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "--target",
+            &target,
+            "--manifest-path",
+        ])
+        .arg(
+            Path::new(&env::var("CARGO_MANIFEST_DIR")?)
+                .join(AGENT)
+                .join("Cargo.toml"),
+        )
         .arg("--target-dir")
         .arg(&directory);
     // Flags and wrappers meant for the outer build (coverage, clippy, sanitizers) need a libc.
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy();
-        let ours = ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "CLIPPY_ARGS"];
-        let kinds = ["CARGO_ENCODED_", "CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_CFG_"];
+        let ours = [
+            "RUSTFLAGS",
+            "RUSTC_WRAPPER",
+            "RUSTC_WORKSPACE_WRAPPER",
+            "CLIPPY_ARGS",
+        ];
+        let kinds = [
+            "CARGO_ENCODED_",
+            "CARGO_BUILD_",
+            "CARGO_PROFILE_",
+            "CARGO_CFG_",
+        ];
         if ours.contains(&&*name) || kinds.iter().any(|kind| name.starts_with(kind)) {
             cargo.env_remove(&*name);
         }
     }
-    let status = cargo.status().map_err(|e| format!("cannot run {cargo:?}: {e}"))?;
+    let status = cargo
+        .status()
+        .map_err(|e| format!("cannot run {cargo:?}: {e}"))?;
     if !status.success() {
         return Err(format!(
             "the guest agent ({AGENT}) does not build: {status}; the reason is above, and\n    \

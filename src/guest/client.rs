@@ -49,7 +49,9 @@ pub enum RequestError {
     #[error("an argument, environment variable or the working directory contains a NUL byte")]
     Nul,
     /// Too many strings.
-    #[error("the command has {count} arguments and environment variables; at most {MAX_STRINGS} fit")]
+    #[error(
+        "the command has {count} arguments and environment variables; at most {MAX_STRINGS} fit"
+    )]
     TooMany {
         /// Arguments and variables together.
         count: usize,
@@ -66,13 +68,17 @@ pub enum RequestError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
     /// Another version.
-    #[error("the guest's agent speaks version {guest} of the protocol, this bulle {VERSION}; use the agent of this bulle")]
+    #[error(
+        "the guest's agent speaks version {guest} of the protocol, this bulle {VERSION}; use the agent of this bulle"
+    )]
     Version {
         /// Its version.
         guest: u16,
     },
     /// Bytes that are not frames.
-    #[error("{bytes} bytes on the agent's channel are not from the agent; is a console of the guest on it too?")]
+    #[error(
+        "{bytes} bytes on the agent's channel are not from the agent; is a console of the guest on it too?"
+    )]
     Noise {
         /// How many so far.
         bytes: u64,
@@ -130,7 +136,10 @@ impl std::fmt::Display for AgentFailure {
             Stage::Pipe => write!(f, "the guest cannot make pipes for {text}: {reason}"),
             Stage::Pty => write!(f, "the guest cannot make a terminal for {text}: {reason}"),
             Stage::Fork => write!(f, "the guest cannot make a process for {text}: {reason}"),
-            Stage::Cwd => write!(f, "cannot change to directory {text} in the guest: {reason}"),
+            Stage::Cwd => write!(
+                f,
+                "cannot change to directory {text} in the guest: {reason}"
+            ),
             Stage::Exec if self.exit_code() == 127 => write!(f, "{text}: not found in the guest"),
             Stage::Exec => write!(f, "{text}: cannot execute in the guest: {reason}"),
             Stage::Interpreter => write!(
@@ -225,9 +234,19 @@ impl AgentClient {
     pub fn new(request: &StartRequest) -> Result<Self, RequestError> {
         let bytes = |list: &[OsString]| list.iter().map(|s| s.as_bytes().to_vec()).collect();
         let (argv, env): (Vec<Vec<u8>>, Vec<Vec<u8>>) = (bytes(&request.argv), bytes(&request.env));
-        let cwd = request.cwd.as_deref().map(OsStr::as_bytes).unwrap_or_default().to_vec();
-        let layout =
-            Start { window: HOST_WINDOW, tty: request.tty, cwd, argv: &argv, env: &env };
+        let cwd = request
+            .cwd
+            .as_deref()
+            .map(OsStr::as_bytes)
+            .unwrap_or_default()
+            .to_vec();
+        let layout = Start {
+            window: HOST_WINDOW,
+            tty: request.tty,
+            cwd,
+            argv: &argv,
+            env: &env,
+        };
         let length = layout.encoded_len().map_err(request_error)?;
         let mut start = vec![0; length];
         layout.encode(&mut start).map_err(request_error)?;
@@ -256,15 +275,22 @@ impl AgentClient {
         // Apart from self while a frame lies in it.
         let mut decoder = std::mem::take(&mut self.decoder);
         while self.state != State::Dead {
-            let noise_allowed =
-                if self.state == State::AwaitHello { MAX_NOISE } else { decoder.skipped() };
-            let result = decoder.decode(&mut bytes).map(|frame| match FromGuest::parse(frame) {
-                Ok(message) => self.on_message(message),
-                Err(bad) => Err(ProtocolError::Malformed { kind: bad.kind }),
-            });
+            let noise_allowed = if self.state == State::AwaitHello {
+                MAX_NOISE
+            } else {
+                decoder.skipped()
+            };
+            let result = decoder
+                .decode(&mut bytes)
+                .map(|frame| match FromGuest::parse(frame) {
+                    Ok(message) => self.on_message(message),
+                    Err(bad) => Err(ProtocolError::Malformed { kind: bad.kind }),
+                });
             let noise = decoder.skipped();
             match result {
-                _ if noise > noise_allowed => self.die(ProtocolError::Noise { bytes: noise }, events),
+                _ if noise > noise_allowed => {
+                    self.die(ProtocolError::Noise { bytes: noise }, events)
+                }
                 Some(Ok(event)) => events.extend(event),
                 Some(Err(error)) => self.die(error, events),
                 None => break,
@@ -288,11 +314,16 @@ impl AgentClient {
         let event = match (message, self.state) {
             (FromGuest::Hello(hello), AwaitHello) => {
                 if hello.version != VERSION {
-                    return Err(ProtocolError::Version { guest: hello.version });
+                    return Err(ProtocolError::Version {
+                        guest: hello.version,
+                    });
                 }
                 self.state = Starting;
                 self.credit = hello.window.min(GUEST_WINDOW);
-                AgentEvent::Hello { features: hello.features, release: lossy(hello.release) }
+                AgentEvent::Hello {
+                    features: hello.features,
+                    release: lossy(hello.release),
+                }
             }
             (FromGuest::Started { pid }, Starting) if started => {
                 self.state = Running;
@@ -312,18 +343,27 @@ impl AgentClient {
             }
             (FromGuest::Failed { stage, errno, text }, Starting | Running) => {
                 self.state = Ended;
-                AgentEvent::Failed(AgentFailure { stage, errno, text: lossy(text) })
+                AgentEvent::Failed(AgentFailure {
+                    stage,
+                    errno,
+                    text: lossy(text),
+                })
             }
-            (FromGuest::Log { level, text }, Starting | Running | Ended) => {
-                AgentEvent::Log { level, text: lossy(text) }
-            }
+            (FromGuest::Log { level, text }, Starting | Running | Ended) => AgentEvent::Log {
+                level,
+                text: lossy(text),
+            },
             (FromGuest::Stopping(power), Starting | Running | Ended) => AgentEvent::Stopping(power),
             (FromGuest::Credit(n), Starting | Running | Ended) => {
                 // Never more than the window, whatever the guest says.
                 self.credit = self.credit.saturating_add(n).min(GUEST_WINDOW);
                 return Ok(None);
             }
-            (message, _) => return Err(ProtocolError::OutOfPlace { message: name(&message) }),
+            (message, _) => {
+                return Err(ProtocolError::OutOfPlace {
+                    message: name(&message),
+                });
+            }
         };
         Ok(Some(event))
     }
@@ -332,7 +372,9 @@ impl AgentClient {
         // A frame's payload has at most 4096 bytes.
         let total = self.unconsumed + self.owed + bytes.len() as u32;
         if total > HOST_WINDOW {
-            return Err(ProtocolError::Window { excess: total - HOST_WINDOW });
+            return Err(ProtocolError::Window {
+                excess: total - HOST_WINDOW,
+            });
         }
         self.unconsumed += bytes.len() as u32;
         Ok(())
@@ -340,7 +382,9 @@ impl AgentClient {
 
     /// So many bytes of Stdout and Stderr have been written: the guest may send as many more.
     pub fn consumed(&mut self, bytes: usize) {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.unconsumed);
+        let bytes = u32::try_from(bytes)
+            .unwrap_or(u32::MAX)
+            .min(self.unconsumed);
         self.unconsumed -= bytes;
         self.owed += bytes;
         self.fill();
@@ -457,7 +501,10 @@ impl AgentClient {
         let start = std::mem::take(&mut self.start);
         let bytes = &start[self.start_sent..end];
         self.credit -= bytes.len() as u32;
-        self.send(FromHost::Start { last: end == start.len(), bytes });
+        self.send(FromHost::Start {
+            last: end == start.len(),
+            bytes,
+        });
         self.start = start;
         self.start_sent = end;
         true

@@ -9,7 +9,7 @@ pub mod initramfs;
 pub mod modules;
 
 pub use client::{AgentClient, AgentEvent, StartRequest};
-// pub use initramfs::{Initramfs, InitramfsError};
+pub use initramfs::{Initramfs, InitramfsError};
 
 /// The guest's init: a static ELF executable, built from resources/guest/agent.
 pub const AGENT: &[u8] = include_bytes!(env!("BULLE_AGENT"));

@@ -20,8 +20,12 @@ fn bytes_of(message: FromGuest<'_>) -> Vec<u8> {
     out[..n].to_vec()
 }
 
-const HELLO: FromGuest<'_> =
-    FromGuest::Hello(Hello { version: VERSION, features: 1, window: GUEST_WINDOW, release: b"6.1" });
+const HELLO: FromGuest<'_> = FromGuest::Hello(Hello {
+    version: VERSION,
+    features: 1,
+    window: GUEST_WINDOW,
+    release: b"6.1",
+});
 
 fn tell(client: &mut AgentClient, message: FromGuest<'_>) -> Vec<AgentEvent> {
     let mut events = Vec::new();
@@ -48,7 +52,10 @@ fn running() -> (AgentClient, Decoder) {
     let mut decoder = Decoder::new();
     tell(&mut client, HELLO);
     take(&mut client, &mut decoder);
-    assert_eq!(tell(&mut client, FromGuest::Started { pid: 7 }), [AgentEvent::Started { pid: 7 }]);
+    assert_eq!(
+        tell(&mut client, FromGuest::Started { pid: 7 }),
+        [AgentEvent::Started { pid: 7 }]
+    );
     (client, decoder)
 }
 
@@ -69,7 +76,13 @@ fn nothing_is_sent_before_hello_and_noise_before_it_is_ignored() {
     client.received(b"iPXE initialising devices...\xb0\x11", &mut events);
     assert!(events.is_empty());
     client.received(&bytes_of(HELLO), &mut events);
-    assert_eq!(events, [AgentEvent::Hello { features: 1, release: "6.1".into() }]);
+    assert_eq!(
+        events,
+        [AgentEvent::Hello {
+            features: 1,
+            release: "6.1".into()
+        }]
+    );
     let frames = take(&mut client, &mut Decoder::new());
     let kinds: Vec<u8> = frames.iter().map(|f| f.0).collect();
     assert_eq!(kinds, [0x81, 0x85, 0x82]);
@@ -80,7 +93,10 @@ fn nothing_is_sent_before_hello_and_noise_before_it_is_ignored() {
 
 #[test]
 fn a_long_start_comes_in_pieces_within_the_window() {
-    let long = StartRequest { argv: vec!["x".repeat(100_000).into()], ..request() };
+    let long = StartRequest {
+        argv: vec!["x".repeat(100_000).into()],
+        ..request()
+    };
     let mut client = AgentClient::new(&long).unwrap();
     let mut decoder = Decoder::new();
     tell(&mut client, HELLO);
@@ -110,13 +126,19 @@ fn a_command_from_start_to_end() {
     client.resize(WinSize { rows: 1, cols: 2 });
     client.stdin_eof();
     client.shutdown(Power::Off);
-    let kinds: Vec<u8> = take(&mut client, &mut decoder).iter().map(|f| f.0).collect();
+    let kinds: Vec<u8> = take(&mut client, &mut decoder)
+        .iter()
+        .map(|f| f.0)
+        .collect();
     assert_eq!(kinds, [0x84, 0x83, 0x86]);
     let end = tell(&mut client, FromGuest::Exited(Exit::Signal(15)));
     assert_eq!(end, [AgentEvent::Exited(Exit::Signal(15))]);
     assert!(!client.wants_stdin());
     let after = tell(&mut client, FromGuest::Stdout(b"late"));
-    assert_eq!(error_of(&after), Some(&ProtocolError::OutOfPlace { message: "Stdout" }));
+    assert_eq!(
+        error_of(&after),
+        Some(&ProtocolError::OutOfPlace { message: "Stdout" })
+    );
 }
 
 #[test]
@@ -128,7 +150,10 @@ fn stdin_stops_at_the_window_and_goes_on_with_credit() {
     while accepted < input.len() {
         let n = client.stdin(&input[accepted..]);
         accepted += n;
-        let got: usize = take(&mut client, &mut decoder).iter().map(|f| f.2.len()).sum();
+        let got: usize = take(&mut client, &mut decoder)
+            .iter()
+            .map(|f| f.2.len())
+            .sum();
         received += got;
         assert!(accepted - received <= STDIN_BUFFER);
         if n == 0 {
@@ -147,7 +172,10 @@ fn output_beyond_the_window_is_an_error_once() {
         assert_eq!(tell(&mut client, FromGuest::Stdout(&piece)).len(), 1);
     }
     let events = tell(&mut client, FromGuest::Stdout(b"!"));
-    assert_eq!(error_of(&events), Some(&ProtocolError::Window { excess: 1 }));
+    assert_eq!(
+        error_of(&events),
+        Some(&ProtocolError::Window { excess: 1 })
+    );
     assert!(tell(&mut client, FromGuest::Stdout(b"!")).is_empty());
     client.signal(9);
     assert!(take(&mut client, &mut decoder).is_empty());
@@ -165,43 +193,73 @@ fn consumed_output_is_granted_again() {
         assert_eq!(frames, [(0x87, 0, 8192u32.to_le_bytes().to_vec())]);
     }
     client.consumed(usize::MAX);
-    assert!(take(&mut client, &mut decoder).is_empty(), "only what was received is granted");
+    assert!(
+        take(&mut client, &mut decoder).is_empty(),
+        "only what was received is granted"
+    );
 }
 
 #[test]
 fn what_breaks_the_protocol_has_a_name() {
-    let wrong = FromGuest::Hello(Hello { version: 9, features: 0, window: 1, release: b"" });
+    let wrong = FromGuest::Hello(Hello {
+        version: 9,
+        features: 0,
+        window: 1,
+        release: b"",
+    });
     let mut client = AgentClient::new(&request()).unwrap();
     let events = tell(&mut client, wrong);
-    assert_eq!(error_of(&events), Some(&ProtocolError::Version { guest: 9 }));
+    assert_eq!(
+        error_of(&events),
+        Some(&ProtocolError::Version { guest: 9 })
+    );
 
     let (mut client, _) = running();
     let events = tell(&mut client, HELLO);
-    assert_eq!(error_of(&events), Some(&ProtocolError::OutOfPlace { message: "Hello" }));
+    assert_eq!(
+        error_of(&events),
+        Some(&ProtocolError::OutOfPlace { message: "Hello" })
+    );
 
     let (mut client, _) = running();
     let mut events = Vec::new();
     client.received(b"[    1.234567] usb 1-1: new device", &mut events);
-    assert!(matches!(error_of(&events), Some(ProtocolError::Noise { .. })));
+    assert!(matches!(
+        error_of(&events),
+        Some(ProtocolError::Noise { .. })
+    ));
 
     let mut client = AgentClient::new(&request()).unwrap();
     let events = tell(&mut client, FromGuest::Stdout(b"x"));
-    assert_eq!(error_of(&events), Some(&ProtocolError::OutOfPlace { message: "Stdout" }));
+    assert_eq!(
+        error_of(&events),
+        Some(&ProtocolError::OutOfPlace { message: "Stdout" })
+    );
 
     let mut client = AgentClient::new(&request()).unwrap();
     let mut events = Vec::new();
     client.received(&vec![b'.'; 2 * MAX_NOISE as usize], &mut events);
-    assert!(matches!(error_of(&events), Some(ProtocolError::Noise { .. })));
+    assert!(matches!(
+        error_of(&events),
+        Some(ProtocolError::Noise { .. })
+    ));
 }
 
 #[test]
 fn failures_have_the_exit_codes_of_a_shell() {
-    let failure = |stage, errno: i32| AgentFailure { stage, errno: errno as u16, text: "x".into() };
+    let failure = |stage, errno: i32| AgentFailure {
+        stage,
+        errno: errno as u16,
+        text: "x".into(),
+    };
     assert_eq!(failure(Stage::Exec, libc::ENOENT).exit_code(), 127);
     assert_eq!(failure(Stage::Interpreter, libc::ENOENT).exit_code(), 127);
     assert_eq!(failure(Stage::Exec, libc::EACCES).exit_code(), 126);
     assert_eq!(failure(Stage::Cwd, libc::ENOENT).exit_code(), 125);
-    assert_eq!(failure(Stage::Exec, libc::ENOENT).to_string(), "x: not found in the guest");
+    assert_eq!(
+        failure(Stage::Exec, libc::ENOENT).to_string(),
+        "x: not found in the guest"
+    );
     assert_eq!(exit_code(Exit::Code(37)), 37);
     assert_eq!(exit_code(Exit::Signal(9)), 137);
 }
@@ -211,8 +269,14 @@ fn limits_of_a_request_are_named() {
     let with = |argv: Vec<OsString>| AgentClient::new(&StartRequest { argv, ..request() }).err();
     assert_eq!(with(vec![]), Some(RequestError::Empty));
     assert_eq!(with(vec!["a\0".into()]), Some(RequestError::Nul));
-    assert_eq!(with(vec!["a".into(); 5000]), Some(RequestError::TooMany { count: 5001 }));
-    assert!(matches!(with(vec!["a".repeat(200_000).into()]), Some(RequestError::TooLong { .. })));
+    assert_eq!(
+        with(vec!["a".into(); 5000]),
+        Some(RequestError::TooMany { count: 5001 })
+    );
+    assert!(matches!(
+        with(vec!["a".repeat(200_000).into()]),
+        Some(RequestError::TooLong { .. })
+    ));
 }
 
 proptest! {
