@@ -141,14 +141,14 @@ fn check_machine(kvm: &Kvm, mode: IrqchipMode, topology: Topology) {
 fn check_mode(mode: IrqchipMode) {
     let Some(kvm) = kvm() else { return };
     let shapes = [
-        Topology::flat(1),
-        Topology::flat(4),
-        Topology::new(4, 2, 2, 1, 1),
+        [1, 1, 1, 1, 1],
+        [4, 1, 4, 1, 1],
+        [4, 2, 2, 1, 1],
+        [6, 1, 3, 1, 2],
+        [64, 2, 8, 2, 2],
     ];
-    for topology in shapes
-        .into_iter()
-        .chain([Topology::new(6, 1, 3, 1, 2), Topology::new(64, 2, 8, 2, 2)])
-    {
+    for [vcpus, threads, cores, dies, sockets] in shapes {
+        let topology = Topology::new(vcpus, threads, cores, dies, sockets);
         check_machine(&kvm, mode, topology.unwrap());
     }
 }
