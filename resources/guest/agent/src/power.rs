@@ -47,7 +47,9 @@ impl Buttons {
         let mut buttons = Self::none();
         let mut free = buttons.0.iter_mut();
         for n in 0..MAX_DEVICES {
-            let Some(device) = open_device(n) else { continue };
+            let Some(device) = open_device(n) else {
+                continue;
+            };
             let Some(slot) = free.next() else { break };
             *slot = Some(device);
         }
@@ -66,12 +68,18 @@ impl Buttons {
 
     /// Reads the events of one button: was it pressed?
     pub fn was_pressed(&self, index: usize) -> bool {
-        let Some(Some(file)) = self.0.get(index) else { return false };
+        let Some(Some(file)) = self.0.get(index) else {
+            return false;
+        };
         let mut events = [0; 16 * EVENT];
-        let Ok(n) = rustix::io::read(file, &mut events) else { return false };
+        let Ok(n) = rustix::io::read(file, &mut events) else {
+            return false;
+        };
         // After the time: type (EV_KEY), code, value (1 is pressed).
         let pressed = [1, 0, KEY_POWER as u8, 0, 1, 0, 0, 0];
-        events[..n].chunks_exact(EVENT).any(|event| event[16..] == pressed)
+        events[..n]
+            .chunks_exact(EVENT)
+            .any(|event| event[16..] == pressed)
     }
 }
 

@@ -82,7 +82,11 @@ impl Session {
                     "cannot make a signalfd: error {}; the kernel needs CONFIG_SIGNALFD",
                     errno.raw_os_error()
                 ));
-                if is_init { crate::power::end(Power::Off) } else { sys::exit(125) }
+                if is_init {
+                    crate::power::end(Power::Off)
+                } else {
+                    sys::exit(125)
+                }
             }
         };
         Self {
@@ -157,7 +161,10 @@ impl Session {
             release,
         }));
         for line in notes.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
-            self.link.send(&FromGuest::Log { level: Level::Warn, text: line });
+            self.link.send(&FromGuest::Log {
+                level: Level::Warn,
+                text: line,
+            });
         }
     }
 
@@ -222,9 +229,16 @@ impl Session {
     fn timeout(&mut self) -> Option<u64> {
         let now = sys::now_ms();
         let stalled = self.is_stalled();
-        let command = self.command.as_mut().and_then(|c| c.outcome(stalled).err().flatten());
+        let command = self
+            .command
+            .as_mut()
+            .and_then(|c| c.outcome(stalled).err().flatten());
         let ending = self.ending.as_ref().map(|e| {
-            let next = if e.killed || e.alone { e.kill_at + PATIENCE_MS } else { e.kill_at };
+            let next = if e.killed || e.alone {
+                e.kill_at + PATIENCE_MS
+            } else {
+                e.kill_at
+            };
             next.saturating_sub(now)
         });
         let goodbye = self.done_at.map(|at| (at + GOODBYE_MS).saturating_sub(now));
@@ -240,7 +254,9 @@ impl Session {
         let stalled = self.is_stalled();
         let command = self.command.as_ref();
         let output = |index| command.and_then(|c| c.output(index)).filter(|_| !stalled);
-        let stdin = command.and_then(Command::stdin).filter(|_| !self.input.is_empty());
+        let stdin = command
+            .and_then(Command::stdin)
+            .filter(|_| !self.input.is_empty());
         let link = if self.link.is_idle() {
             PollFlags::IN
         } else {
@@ -263,9 +279,9 @@ impl Session {
         let mut ready = [false; FILES];
         if poll(&mut files, timeout.as_ref()).is_ok() {
             for (ready, file) in ready.iter_mut().zip(&files) {
-                *ready = file.revents().intersects(
-                    PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL,
-                );
+                *ready = file
+                    .revents()
+                    .intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
             }
         }
         ready
@@ -317,7 +333,12 @@ impl Session {
         }
         self.link.send(&FromGuest::Stopping(power));
         let kill_at = now + GRACE_MS;
-        self.ending = Some(Ending { power, kill_at, killed: false, alone: false });
+        self.ending = Some(Ending {
+            power,
+            kill_at,
+            killed: false,
+            alone: false,
+        });
         // An interactive shell ignores SIGTERM but not SIGHUP; a stopped process must go on to end.
         for signal in [TERM as i32, HUP as i32, CONT] {
             match (&self.command, self.is_init) {
@@ -337,7 +358,9 @@ impl Session {
         let mut skipped = decoder.skipped();
         while let Some(frame) = decoder.decode(&mut bytes) {
             let first = self.start_len == 0;
-            let intact = FromHost::parse(frame).ok().is_some_and(|message| self.on_message(message));
+            let intact = FromHost::parse(frame)
+                .ok()
+                .is_some_and(|message| self.on_message(message));
             if !intact {
                 self.give_up("the agent received a message that breaks the protocol");
                 return Ok(());
@@ -380,14 +403,18 @@ impl Session {
             return false;
         }
         let end = self.start_len + bytes.len();
-        let Some(room) = self.start.get_mut(self.start_len..end) else { return false };
+        let Some(room) = self.start.get_mut(self.start_len..end) else {
+            return false;
+        };
         room.copy_from_slice(bytes);
         self.start_len = end;
         self.owed += bytes.len() as u32;
         if !last {
             return true;
         }
-        let Ok(start) = StartView::parse(&self.start[..end]) else { return false };
+        let Ok(start) = StartView::parse(&self.start[..end]) else {
+            return false;
+        };
         self.credit += u64::from(start.window);
         if self.ending.is_some() {
             return true;
@@ -418,7 +445,11 @@ impl Session {
 
     /// The host cannot be understood: says so and ends.
     fn give_up(&mut self, text: &str) {
-        let failed = FromGuest::Failed { stage: Stage::Protocol, errno: 0, text: text.as_bytes() };
+        let failed = FromGuest::Failed {
+            stage: Stage::Protocol,
+            errno: 0,
+            text: text.as_bytes(),
+        };
         self.finish(&failed);
         self.end(Power::Off);
     }
@@ -427,15 +458,20 @@ impl Session {
         if self.is_stalled() {
             return;
         }
-        let Some(command) = &mut self.command else { return };
+        let Some(command) = &mut self.command else {
+            return;
+        };
         let mut buffer = [0; MAX_PAYLOAD];
         let room = (self.credit as usize).min(MAX_PAYLOAD);
         let n = command.read(index, &mut buffer[..room]);
         if n > 0 {
             self.credit -= n as u64;
             let bytes = &buffer[..n];
-            let message =
-                if index == 0 { FromGuest::Stdout(bytes) } else { FromGuest::Stderr(bytes) };
+            let message = if index == 0 {
+                FromGuest::Stdout(bytes)
+            } else {
+                FromGuest::Stderr(bytes)
+            };
             self.link.send(&message);
         }
     }
@@ -445,6 +481,9 @@ fn exit_of(status: WaitStatus) -> Option<Exit> {
     let small = |n: i32| u8::try_from(n).ok();
     match status.exit_status() {
         Some(code) => small(code).map(Exit::Code),
-        None => status.terminating_signal().and_then(small).map(Exit::Signal),
+        None => status
+            .terminating_signal()
+            .and_then(small)
+            .map(Exit::Signal),
     }
 }
