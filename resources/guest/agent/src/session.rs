@@ -21,17 +21,18 @@ use crate::{setup, sys};
 
 const HUP: u32 = 1;
 const INT: u32 = 2;
-const KILL: i32 = 9;
+const KILL: u32 = 9;
 const USR1: u32 = 10;
 const USR2: u32 = 12;
 const TERM: u32 = 15;
-const CONT: i32 = 18;
+const CONT: u32 = 18;
 const PWR: u32 = 30;
 
-/// Between asking processes to end and killing them.
-const GRACE_MS: u64 = 2000;
-/// Between killing processes, or queueing the last words, and not waiting any longer.
-const PATIENCE_MS: u64 = 500;
+/// What processes are sent for the guest to go down, and how long they then have (milliseconds).
+/// An interactive shell ends at SIGHUP only; a stopped process must go on to end.
+const STEPS: [(&[u32], u64); 3] = [(&[TERM, CONT], 200), (&[HUP], 1800), (&[KILL], 500)];
+/// After so long the guest goes down whatever is left.
+const PATIENCE_MS: u64 = 2500;
 /// For the host to end the guest after the command's end; then the guest does it.
 const GOODBYE_MS: u64 = 5000;
 
@@ -61,8 +62,10 @@ pub struct Session {
 
 struct Ending {
     power: Power,
-    kill_at: u64,
-    killed: bool,
+    begun: u64,
+    /// The next of [`STEPS`], and when.
+    step: usize,
+    due: u64,
     /// No process is left.
     alone: bool,
 }
@@ -207,17 +210,25 @@ impl Session {
         {
             self.end(Power::Off);
         }
+        // The command is forgotten when its output is complete.
+        let said = self.command.is_none();
         let ending = self.ending.as_mut()?;
-        if !ending.alone && !ending.killed && now >= ending.kill_at {
-            ending.killed = true;
-            match (&self.command, self.is_init) {
-                (_, true) => sys::kill_everyone(KILL),
-                (Some(command), false) => command.signal(KILL as u8),
-                (None, false) => {}
+        while !ending.alone
+            && now >= ending.due
+            && let Some((signals, pause)) = STEPS.get(ending.step)
+        {
+            ending.step += 1;
+            ending.due = now + pause;
+            for signal in *signals {
+                match (&self.command, self.is_init) {
+                    (_, true) => sys::kill_everyone(*signal as i32),
+                    (Some(command), false) => command.signal(*signal as u8),
+                    (None, false) => {}
+                }
             }
         }
-        let late = now >= ending.kill_at + PATIENCE_MS;
-        ((ending.alone && self.link.is_idle()) || late).then_some(ending.power)
+        let late = now >= ending.begun + PATIENCE_MS;
+        ((ending.alone && said && self.link.is_idle()) || late).then_some(ending.power)
     }
 
     /// Output waits for the host.
@@ -234,14 +245,14 @@ impl Session {
             .as_mut()
             .and_then(|c| c.outcome(stalled).err().flatten());
         let ending = self.ending.as_ref().map(|e| {
-            let next = if e.killed || e.alone {
-                e.kill_at + PATIENCE_MS
-            } else {
-                e.kill_at
-            };
+            let over = e.alone || e.step == STEPS.len();
+            let next = if over { e.begun + PATIENCE_MS } else { e.due };
             next.saturating_sub(now)
         });
-        let goodbye = self.done_at.map(|at| (at + GOODBYE_MS).saturating_sub(now));
+        let goodbye = match self.ending {
+            Some(_) => None,
+            None => self.done_at.map(|at| (at + GOODBYE_MS).saturating_sub(now)),
+        };
         [command, ending, goodbye].into_iter().flatten().min()
     }
 
@@ -328,25 +339,20 @@ impl Session {
     fn end(&mut self, power: Power) {
         let now = sys::now_ms();
         if let Some(ending) = &mut self.ending {
-            ending.kill_at = ending.kill_at.min(now);
+            let last = STEPS.len() - 1;
+            if ending.step <= last {
+                (ending.step, ending.due) = (last, now);
+            }
             return;
         }
         self.link.send(&FromGuest::Stopping(power));
-        let kill_at = now + GRACE_MS;
         self.ending = Some(Ending {
             power,
-            kill_at,
-            killed: false,
+            begun: now,
+            step: 0,
+            due: now,
             alone: false,
         });
-        // An interactive shell ignores SIGTERM but not SIGHUP; a stopped process must go on to end.
-        for signal in [TERM as i32, HUP as i32, CONT] {
-            match (&self.command, self.is_init) {
-                (_, true) => sys::kill_everyone(signal),
-                (Some(command), false) => command.signal(signal as u8),
-                (None, false) => {}
-            }
-        }
         self.reap();
     }
 
