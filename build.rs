@@ -1,3 +1,4 @@
+//! nothing yet
 //! Builds the guest agent, which bulle carries in itself, by a nested cargo.
 
 use std::env;

@@ -153,7 +153,7 @@ impl MachineConfig {
             return Err(ConfigError::Memory { mib });
         }
         match HugePages::reserved_mib(self.huge_pages) {
-            Some(page_mib) if mib % page_mib != 0 => {
+            Some(page_mib) if !mib.is_multiple_of(page_mib) => {
                 Err(ConfigError::MemoryPages { mib, page_mib })
             }
             _ => Ok(()),
