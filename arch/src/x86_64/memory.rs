@@ -56,7 +56,7 @@ pub fn memory_map(size: u64) -> Vec<MemoryMapEntry> {
         size: end - start,
         kind,
     };
-    let low_end = size.min(layout::MMIO_HOLE_START).max(layout::HIMEM_START);
+    let low_end = size.clamp(layout::HIMEM_START, layout::MMIO_HOLE_START);
     let mut map = vec![
         entry(0, layout::EBDA_START, MemoryKind::Usable),
         entry(layout::EBDA_START, layout::RSDP_START, MemoryKind::Reserved),

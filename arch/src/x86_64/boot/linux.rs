@@ -43,8 +43,7 @@ pub(super) fn configure(
 
 fn zero_page(parameters: &BootParameters<'_>) -> boot_params {
     let kernel = parameters.kernel;
-    let mut page = boot_params::default();
-    page.hdr = kernel.setup_header.unwrap_or(setup_header {
+    let hdr = kernel.setup_header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
         version: VERSION,
@@ -52,6 +51,10 @@ fn zero_page(parameters: &BootParameters<'_>) -> boot_params {
         cmdline_size: kernel.cmdline_max as u32,
         ..setup_header::default()
     });
+    let mut page = boot_params {
+        hdr,
+        ..boot_params::default()
+    };
     page.hdr.type_of_loader = LOADER_UNDEFINED;
     page.hdr.loadflags |= LOADED_HIGH;
     page.hdr.loadflags &= !KASLR_FLAG;

@@ -38,7 +38,7 @@ pub(super) fn choose(
 ) -> Option<Kaslr> {
     let start = elf.start();
     let linked = elf.segments.first()?.vaddr;
-    if linked != START_KERNEL_MAP.checked_add(start)? || start % alignment != 0 {
+    if linked != START_KERNEL_MAP.checked_add(start)? || !start.is_multiple_of(alignment) {
         return None;
     }
     let in_memory = elf.end() - start;

@@ -143,7 +143,10 @@ fn segments() {
         &["segment 1", "0xd0000000", "an address where RAM can be"],
     );
     says(
-        &elf_fault(|elf| elf.segments[0].paddr = 0x8000),
+        &elf_fault(|elf| {
+            elf.segments[0].paddr = 0x8000;
+            elf.entry = 0x8000
+        }),
         &["segment 0", "0x8000", "0x100000"],
     );
     says(

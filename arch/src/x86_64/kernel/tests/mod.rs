@@ -224,13 +224,18 @@ pub(crate) fn pack(compression: Compression, data: &[u8]) -> Vec<u8> {
             encoder.finish().unwrap()
         }
         Compression::Xz => {
-            let filters = Filters::new();
-            let mut filters = filters;
+            let mut filters = Filters::new();
             filters.x86().lzma2(&options);
             lzma(Stream::new_stream_encoder(&filters, Check::Crc32).unwrap())
         }
         Compression::Lzma => lzma(Stream::new_lzma_encoder(&options).unwrap()),
-        Compression::Zstd => zstd::encode_all(data, 3).unwrap(),
+        Compression::Zstd => {
+            // With a checksum, as the command line tool does.
+            let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
+            encoder.include_checksum(true).unwrap();
+            encoder.write_all(data).unwrap();
+            encoder.finish().unwrap()
+        }
         Compression::Lz4 => {
             let mut packed = 0x184c_2102u32.to_le_bytes().to_vec();
             for block in data.chunks(8 << 20) {
