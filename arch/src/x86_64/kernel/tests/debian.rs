@@ -85,7 +85,7 @@ fn moved_kernels_differ_by_their_relocations_only() {
 }
 
 /// The last words of the unpacked image, from its end to the zero that starts the lists.
-fn relocation_words(path: &PathBuf) -> Vec<u32> {
+fn relocation_words(path: &Path) -> Vec<u32> {
     let source = Source::open(path).unwrap();
     let image = Bzimage::parse(&source).unwrap();
     let bytes = unpack::unpack(&image.payload(&source).unwrap(), 1 << 30).unwrap();
