@@ -7,8 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 fn entries(directory: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<PathBuf> =
-        fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut paths: Vec<PathBuf> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     paths.sort();
     paths
 }
@@ -18,7 +20,11 @@ fn corpus_does_not_panic() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
     let mut names = Vec::new();
     for directory in entries(&corpus) {
-        let name = directory.file_name().unwrap().to_string_lossy().into_owned();
+        let name = directory
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .into_owned();
         let target = targets::TARGETS.iter().find(|target| target.0 == name);
         let (_, run) = target.unwrap_or_else(|| panic!("corpus of an unknown target: {name}"));
         let files = entries(&directory);
@@ -30,6 +36,9 @@ fn corpus_does_not_panic() {
         names.push(name);
     }
     for (name, _) in targets::TARGETS {
-        assert!(names.iter().any(|other| other == name), "{name} has no corpus");
+        assert!(
+            names.iter().any(|other| other == name),
+            "{name} has no corpus"
+        );
     }
 }

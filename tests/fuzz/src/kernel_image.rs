@@ -15,24 +15,39 @@ const LOWEST: u64 = 1 << 20;
 
 /// Loads `data` by every entry, with KASLR.
 pub fn run(data: &[u8]) {
-    let Ok(image) = KernelImage::from_bytes(data.to_vec()) else { return };
+    let Ok(image) = KernelImage::from_bytes(data.to_vec()) else {
+        return;
+    };
     image.version();
-    for entry in
-        [KernelEntry::Auto, KernelEntry::Pvh, KernelEntry::Linux64, KernelEntry::Bzimage]
-    {
+    for entry in [
+        KernelEntry::Auto,
+        KernelEntry::Pvh,
+        KernelEntry::Linux64,
+        KernelEntry::Bzimage,
+    ] {
         load(&image, entry);
     }
 }
 
 fn load(image: &KernelImage, entry: KernelEntry) {
     let memory = guest_memory();
-    let options = LoadOptions { entry, kaslr_seed: Some(1), initrd_size: 1 << 20 };
-    let Ok(kernel) = image.load(memory, &options) else { return };
+    let options = LoadOptions {
+        entry,
+        kaslr_seed: Some(1),
+        initrd_size: 1 << 20,
+    };
+    let Ok(kernel) = image.load(memory, &options) else {
+        return;
+    };
     assert!(LOWEST <= kernel.start && kernel.start < kernel.end && kernel.end <= RAM);
     assert!((kernel.start..kernel.end).contains(&kernel.entry.0));
-    let Ok(cmdline) = cmdline::build("panic=-1", "", kernel.cmdline_max) else { return };
+    let Ok(cmdline) = cmdline::build("panic=-1", "", kernel.cmdline_max) else {
+        return;
+    };
     let size = 1 << 20;
-    let initrd = boot::initrd_address(&kernel, RAM, size).ok().map(|address| (address, size));
+    let initrd = boot::initrd_address(&kernel, RAM, size)
+        .ok()
+        .map(|address| (address, size));
     if let Some((address, size)) = initrd {
         assert!(address.0 + size <= kernel.start || kernel.end <= address.0);
     }
