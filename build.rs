@@ -1,4 +1,3 @@
-//! nothing yet
 //! Builds the guest agent, which bulle carries in itself, by a nested cargo.
 
 use std::env;

@@ -1,0 +1,12 @@
+//! Bodies of the fuzz targets, one module each.
+//!
+//! The fuzzer calls them from `fuzz_targets/`; `tests/fuzz_corpus.rs` of the root package includes
+//! this file and replays the committed corpus with a stable toolchain.
+
+pub mod kernel_image;
+
+/// A target's body: takes any bytes, must not panic.
+pub type Target = fn(&[u8]);
+
+/// Every target by the name of its directory in `corpus/`.
+pub const TARGETS: &[(&str, Target)] = &[("kernel_image", kernel_image::run)];
