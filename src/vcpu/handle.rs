@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
 use devices::bus::Bus;
@@ -13,6 +14,11 @@ use kvm_ioctls::VcpuFd;
 use super::{kick, thread};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 use crate::vm::ExitLatch;
+
+/// How long a vCPU thread may take to end.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Time between two kicks of a thread that has not ended yet.
+const RETRY: Duration = Duration::from_micros(20);
 
 /// All that a vCPU thread works with.
 pub struct Vcpu {
@@ -78,11 +84,22 @@ impl VcpuHandle {
 }
 
 impl Drop for VcpuHandle {
+    /// Stops the thread and joins it. One that the kernel does not let out of KVM_RUN is left
+    /// behind after [`PATIENCE`]: it holds its own share of guest memory.
     fn drop(&mut self) {
-        self.request_stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let Some(thread) = self.thread.take() else { return };
+        let begin = Instant::now();
+        self.stop.store(true, Ordering::SeqCst);
+        self.send(Command::Stop);
+        while !thread.is_finished() {
+            if begin.elapsed() > PATIENCE {
+                log::error!("a vCPU thread does not leave KVM_RUN: it is left behind");
+                return;
+            }
+            kick::kick(&thread);
+            std::thread::sleep(RETRY);
+        }
+        if thread.join().is_err() {
             log::error!("a vCPU thread panicked");
         }
     }
