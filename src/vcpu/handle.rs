@@ -63,7 +63,11 @@ impl VcpuHandle {
         let flag = stop.clone();
         let role = Role::Vcpu(vcpu.index);
         let thread = spawn(role, move || thread::parked(vcpu, &receiver, &flag))?;
-        Ok(Self { commands, stop, thread: Some(thread) })
+        Ok(Self {
+            commands,
+            stop,
+            thread: Some(thread),
+        })
     }
 
     /// Sends a command. A thread that has ended does not listen, which is no error.
@@ -87,7 +91,9 @@ impl Drop for VcpuHandle {
     /// Stops the thread and joins it. One that the kernel does not let out of KVM_RUN is left
     /// behind after [`PATIENCE`]: it holds its own share of guest memory.
     fn drop(&mut self) {
-        let Some(thread) = self.thread.take() else { return };
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
         let begin = Instant::now();
         self.stop.store(true, Ordering::SeqCst);
         self.send(Command::Stop);
