@@ -234,7 +234,7 @@ impl Running {
     }
 
     fn outputs(&mut self) -> (String, String) {
-        let mut text = |from: Option<JoinHandle<Vec<u8>>>| {
+        let text = |from: Option<JoinHandle<Vec<u8>>>| {
             String::from_utf8_lossy(&from.unwrap().join().unwrap()).into_owned()
         };
         (text(self.stdout.take()), text(self.stderr.take()))
