@@ -1,3 +1,7 @@
 //! The `bulle` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulle::cli::main()
+}

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A device on the port or MMIO bus.
 ///
@@ -65,6 +66,9 @@ pub enum BusError {
     },
 }
 
+/// The widest access KVM reports, in bytes.
+const MAX_WIDTH: usize = 8;
+
 struct Range {
     base: u64,
     len: u64,
@@ -75,6 +79,7 @@ struct Range {
 #[derive(Default)]
 pub struct Bus {
     ranges: Vec<Range>,
+    unclaimed: AtomicU64,
 }
 
 impl fmt::Debug for Bus {
@@ -122,7 +127,24 @@ impl Bus {
         Ok(())
     }
 
+    /// How many accesses no device answered so far.
+    pub fn unclaimed(&self) -> u64 {
+        self.unclaimed.load(Ordering::Relaxed)
+    }
+
+    /// The device that holds the whole access, and the offset in it; counts a miss.
     fn find(&self, addr: u64, len: usize) -> Option<(&dyn BusDevice, u64)> {
+        let found = self.lookup(addr, len);
+        if found.is_none() {
+            self.unclaimed.fetch_add(1, Ordering::Relaxed);
+        }
+        found
+    }
+
+    fn lookup(&self, addr: u64, len: usize) -> Option<(&dyn BusDevice, u64)> {
+        if !(1..=MAX_WIDTH).contains(&len) {
+            return None;
+        }
         let at = self.ranges.partition_point(|r| r.base <= addr);
         let range = self.ranges.get(at.checked_sub(1)?)?;
         let offset = addr - range.base;
@@ -130,7 +152,9 @@ impl Bus {
         fits.then_some((range.device.as_ref(), offset))
     }
 
-    /// Reads; `data` is all ones where no device answers. Says whether one did.
+    /// Reads 1 to 8 bytes; `data` is all ones where no device answers. Says whether one did.
+    ///
+    /// An access that is not wholly inside one device's range is unclaimed.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         match self.find(addr, data.len()) {
@@ -142,9 +166,12 @@ impl Bus {
         }
     }
 
-    /// Writes; `None` where no device answers.
+    /// Writes 1 to 8 bytes; `None` where no device answers.
     pub fn write(&self, addr: u64, data: &[u8]) -> Option<Effect> {
         self.find(addr, data.len())
             .map(|(device, offset)| device.write(offset, data))
     }
 }
+
+#[cfg(test)]
+mod tests;

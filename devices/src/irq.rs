@@ -6,3 +6,25 @@ pub trait Interrupt: Send + Sync {
     /// error is the machine's, which counts and logs it.
     fn signal(&self);
 }
+
+#[cfg(test)]
+pub(crate) mod mock {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Counts edges.
+    #[derive(Default)]
+    pub struct Counter(AtomicUsize);
+
+    impl Counter {
+        /// Edges since the last call.
+        pub fn take(&self) -> usize {
+            self.0.swap(0, Ordering::SeqCst)
+        }
+    }
+
+    impl super::Interrupt for Counter {
+        fn signal(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}

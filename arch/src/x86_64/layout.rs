@@ -94,5 +94,19 @@ pub const PVPANIC_PORT: u16 = 0x505;
 pub const POWER_PORT: u16 = 0x600;
 /// Sleep control, sleep status, reset, event status.
 pub const POWER_PORT_SIZE: u16 = 4;
+/// Offset of the sleep control register: `SLP_EN` is bit 5, the sleep type bits 2 to 4.
+pub const POWER_SLEEP_CONTROL: u16 = 0;
+/// Offset of the sleep status register: `WAK_STS` is bit 7.
+pub const POWER_SLEEP_STATUS: u16 = 1;
+/// Offset of the reset register.
+pub const POWER_RESET: u16 = 2;
+/// Offset of the event status register, which the guest clears by reading it.
+pub const POWER_EVENTS: u16 = 3;
+/// What a guest writes to the reset register.
+pub const POWER_RESET_VALUE: u8 = 1;
+/// Sleep type of S5, power off: the guest writes `SLP_EN | type << 2`, which is 0x34.
+pub const POWER_SLEEP_TYPE_S5: u8 = 5;
+/// Event status: the power button was pressed.
+pub const POWER_EVENT_BUTTON: u8 = 1 << 0;
 /// Interrupt line of the generic event device.
 pub const GED_IRQ: u32 = 9;

@@ -1,3 +1,18 @@
 //! x86_64: memory layout, kernel loading, processor state, ACPI.
 
 pub mod layout;
+
+pub mod boot;
+pub mod cmdline;
+pub mod kernel;
+pub mod memory;
+
+pub mod acpi;
+pub mod capabilities;
+pub mod cpuid;
+pub mod interrupts;
+pub mod msr;
+pub mod report;
+pub mod topology;
+pub mod vcpu;
+pub mod vm;

@@ -1,0 +1,44 @@
+//! bulle's own part of the kernel command line.
+
+use crate::config::{Config, Console};
+
+/// Words for the board, then for the agent. The user's are appended after these and so override
+/// them where Linux takes the last.
+pub fn kernel_words(config: &Config) -> String {
+    let mut words = vec![
+        // COM1; the kernel's messages, never the command's output.
+        "console=ttyS0",
+        // A panic resets at once, so that it never waits for a time limit.
+        "panic=-1",
+        // No PCI bus to probe.
+        "pci=off",
+        // A keyboard and no mouse: spares the probes for the rest.
+        "i8042.noaux",
+        "i8042.nomux",
+        "i8042.dumbkbd",
+    ];
+    if config.guest.is_some() {
+        words.extend(["rdinit=/.bulle/init", "bulle.agent=ttyS1"]);
+        if config.console() == Console::Off {
+            // Each byte costs an exit; a panic raises the level by itself.
+            words.push("quiet");
+        }
+    }
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agent_gets_its_port_and_a_quiet_console() {
+        let text = r#"{"boot-source":{"kernel_image_path":"/k"},"guest":{}}"#;
+        let mut config: Config = serde_json::from_str(text).unwrap();
+        assert!(kernel_words(&config).ends_with("bulle.agent=ttyS1 quiet"));
+        config.console = Some(Console::Tty);
+        assert!(kernel_words(&config).ends_with("bulle.agent=ttyS1"));
+        config.guest = None;
+        assert!(!kernel_words(&config).contains("bulle"));
+    }
+}

@@ -1,0 +1,135 @@
+//! The machine's board: which device sits where, and what ACPI says of it.
+//!
+//! [`Board::new`] is the one place that knows both the address map (`arch::layout`) and the
+//! device models. Both buses are frozen here, before any vCPU exists.
+
+mod cmdline;
+
+use std::io::Write;
+use std::sync::Arc;
+
+use arch::acpi::{AcpiFacts, PortDevice, PowerFacts};
+use arch::layout;
+use arch::topology::Topology;
+use arch::vm::IrqchipMode;
+use devices::bus::{Bus, BusDevice, BusError};
+use devices::legacy::debug_exit::DebugExit;
+use devices::legacy::i8042::{I8042, I8042State};
+use devices::legacy::power::{Power, PowerState};
+use devices::legacy::pvpanic::PvPanic;
+use devices::legacy::rtc::{Cmos, CmosState, host_clock};
+use devices::legacy::serial::{Serial, SerialError, SerialState};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::vm::irq::Irqchip;
+
+pub use cmdline::kernel_words;
+
+/// The board could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum BoardError {
+    /// Two devices at one address: the address map is wrong.
+    #[error("Cannot place {device}")]
+    Place {
+        /// The device.
+        device: &'static str,
+        /// What went wrong.
+        #[source]
+        source: BusError,
+    },
+    /// A UART state that no UART can have.
+    #[error("Cannot make a serial port")]
+    Serial(#[from] SerialError),
+}
+
+/// The host's end of one UART.
+pub struct SerialEnd {
+    /// Takes what the guest sends; called on vCPU threads.
+    pub out: Box<dyn Write + Send>,
+    /// Written when the guest has made room for more input.
+    pub drained: EventFd,
+}
+
+/// The host's ends of all that leaves the machine.
+pub struct Wiring {
+    /// COM1.
+    pub console: SerialEnd,
+    /// COM2.
+    pub agent: SerialEnd,
+}
+
+/// Devices and buses of one machine.
+pub struct Board {
+    /// I/O ports.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped registers.
+    pub mmio: Arc<Bus>,
+    /// COM1.
+    pub console: Arc<Serial>,
+    /// COM2.
+    pub agent: Arc<Serial>,
+    /// Keyboard controller, for Ctrl-Alt-Del.
+    pub keyboard: Arc<I8042>,
+    /// Power registers, for the power button.
+    pub power: Arc<Power>,
+}
+
+impl Board {
+    /// Puts the devices at reset state on two buses.
+    pub fn new(irqchip: &Irqchip, wiring: Wiring) -> Result<Self, BoardError> {
+        let console = serial(irqchip, layout::COM1_IRQ, wiring.console)?;
+        let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
+        let keyboard = Arc::new(I8042::new(irqchip.line(layout::I8042_IRQ), I8042State::default()));
+        let power = Arc::new(Power::new(irqchip.line(layout::GED_IRQ), PowerState::default()));
+        let clock = Arc::new(Cmos::new(host_clock(), CmosState::default()));
+
+        let mut pio = Bus::new();
+        let mut place = |device: &'static str, port: u16, len: u16, at: Arc<dyn BusDevice>| {
+            pio.insert(port.into(), len.into(), at)
+                .map_err(|source| BoardError::Place { device, source })
+        };
+        let size = layout::SERIAL_PORT_SIZE;
+        place("COM1", layout::COM1_PORT, size, console.clone())?;
+        place("COM2", layout::COM2_PORT, size, agent.clone())?;
+        place("i8042", layout::I8042_PORT, layout::I8042_PORT_SIZE, keyboard.clone())?;
+        place("the real-time clock", layout::RTC_PORT, layout::RTC_PORT_SIZE, clock)?;
+        place("debug exit", layout::DEBUG_EXIT_PORT, 1, Arc::new(DebugExit))?;
+        place("pvpanic", layout::PVPANIC_PORT, 1, Arc::new(PvPanic))?;
+        place("the power registers", layout::POWER_PORT, layout::POWER_PORT_SIZE, power.clone())?;
+
+        let mut mmio = Bus::new();
+        if let Some(ioapic) = irqchip.ioapic() {
+            mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone())
+                .map_err(|source| BoardError::Place { device: "the I/O APIC", source })?;
+        }
+        Ok(Self { pio: Arc::new(pio), mmio: Arc::new(mmio), console, agent, keyboard, power })
+    }
+}
+
+/// What the ACPI tables say of this board.
+pub fn acpi_facts(topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
+    let device = |port, irq| PortDevice { port, irq: Some(irq) };
+    AcpiFacts {
+        apic_ids: (0..topology.vcpus()).map(|index| topology.apic_id(index)).collect(),
+        irqchip,
+        serial: vec![
+            device(layout::COM1_PORT, layout::COM1_IRQ),
+            device(layout::COM2_PORT, layout::COM2_IRQ),
+        ],
+        keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
+        rtc: Some(device(layout::RTC_PORT, layout::RTC_IRQ)),
+        pvpanic: Some(layout::PVPANIC_PORT),
+        power: PowerFacts { port: layout::POWER_PORT, irq: layout::GED_IRQ },
+        virtio: Vec::new(),
+    }
+}
+
+fn serial(irqchip: &Irqchip, irq: u32, end: SerialEnd) -> Result<Arc<Serial>, SerialError> {
+    let drained = move || {
+        if let Err(error) = end.drained.write(1) {
+            log::error!("a serial port's room was not announced: {error}");
+        }
+    };
+    let line = irqchip.line(irq);
+    Serial::new(line, end.out, Box::new(drained), SerialState::default()).map(Arc::new)
+}

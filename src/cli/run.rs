@@ -1,0 +1,310 @@
+//! `bulle run`: from arguments to a configuration, and from that to a session.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::config::{
+    BootSource, Config, Console, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
+    MemoryBacking, Root, parse_size,
+};
+use super::kernel::default_kernel;
+use crate::session;
+use crate::telemetry;
+
+const AFTER_HELP: &str = "\
+Exit codes: the command's own, 128+N when signal N killed it, 126 and 127 as in a shell;
+121 kernel panic, 122 triple fault or KVM failure, 123 the guest ended before the command did,
+124 time limit, 125 bulle's own failure.
+
+On a terminal, Ctrl-A x ends the virtual machine and Ctrl-A h lists more.
+SIGTERM asks the guest to power off, SIGUSR1 presses its power button, SIGUSR2 sends Ctrl-Alt-Del.";
+
+/// Arguments of `bulle run`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct RunArgs {
+    /// Kernel: a bzImage or an ELF vmlinux [default: the newest readable one under /boot]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// How the kernel is entered [default: auto]
+    #[arg(long, value_name = "HOW")]
+    kernel_entry: Option<KernelEntry>,
+    /// Initial RAM disk; with a COMMAND, bulle's agent is added to it
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Words appended to the kernel command line
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    append: Option<String>,
+    /// Number of virtual CPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u16>,
+    /// Hardware threads per core, 1 or 2 [default: 1]
+    #[arg(long, value_name = "N")]
+    threads_per_core: Option<u16>,
+    /// Dies in the socket [default: 1]
+    #[arg(long, value_name = "N")]
+    dies: Option<u16>,
+    /// Guest memory, such as 512M or 2GiB [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// What backs guest memory on the host [default: anonymous]
+    #[arg(long, value_name = "KIND")]
+    memory_backing: Option<MemoryBacking>,
+    /// Page size of guest memory on the host [default: none]
+    #[arg(long, value_name = "SIZE")]
+    huge_pages: Option<HugePages>,
+    /// Who emulates the interrupt controllers [default: split]
+    #[arg(long, value_name = "WHO")]
+    irqchip: Option<Irqchip>,
+    /// Directory that becomes the guest's root (copied into memory), or `none` for a guest
+    /// without bulle's agent [default: a minimal tree of the host's busybox]
+    #[arg(long, value_name = "DIR|none")]
+    root: Option<PathBuf>,
+    /// Directory with the kernel's modules [default: /lib/modules/RELEASE]
+    #[arg(long, value_name = "DIR")]
+    modules: Option<PathBuf>,
+    /// Environment variable for the command (repeatable)
+    #[arg(long, value_name = "KEY=VALUE")]
+    env: Vec<String>,
+    /// Working directory of the command in the guest [default: /]
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<String>,
+    /// Whether the command gets a terminal [default: auto, when stdin and stdout are one]
+    #[arg(long, value_name = "WHEN")]
+    tty: Option<When>,
+    /// End the VM after this time, such as 30s or 2m
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
+    /// Where the guest's console goes: tty, off or file=PATH [default: off, or tty without agent]
+    #[arg(long, value_name = "WHERE", value_parser = parse_console)]
+    console: Option<Console>,
+    /// Show bulle's log at this level: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL")]
+    log: Option<log::LevelFilter>,
+    /// Show the guest's boot messages and bulle's progress on stderr
+    #[arg(long, short)]
+    verbose: bool,
+    /// Print the resolved configuration as JSON and end
+    #[arg(long)]
+    print_config: bool,
+    /// Start from a configuration file, as --print-config prints it; other options override it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Command to run in the guest, and its arguments [default: a shell]
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// When something is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum When {
+    Auto,
+    Yes,
+    No,
+}
+
+fn parse_console(text: &str) -> Result<Console, String> {
+    match text {
+        "tty" => Ok(Console::Tty),
+        "off" => Ok(Console::Off),
+        _ => match text.strip_prefix("file=") {
+            Some(path) if !path.is_empty() => Ok(Console::File(path.into())),
+            _ => Err("write tty, off or file=PATH".to_string()),
+        },
+    }
+}
+
+/// Runs the subcommand.
+pub fn run(args: RunArgs) -> Result<u8> {
+    let level = match (args.log, args.verbose) {
+        (Some(level), _) => level,
+        (None, true) => log::LevelFilter::Info,
+        (None, false) => log::LevelFilter::Warn,
+    };
+    telemetry::init(level);
+    let (verbose, print) = (args.verbose, args.print_config);
+    let config = args.into_config()?;
+    if print {
+        println!("{}", serde_json::to_string_pretty(&config)?);
+        config.validate()?;
+        return Ok(0);
+    }
+    session::launch(config.validate()?, verbose).map_err(anyhow::Error::from)
+}
+
+impl RunArgs {
+    fn into_config(self) -> Result<Config> {
+        let mut config = match &self.config {
+            Some(path) => read_config(path)?,
+            None => Config {
+                boot_source: BootSource {
+                    kernel_image_path: match &self.kernel {
+                        Some(path) => path.clone(),
+                        None => default_kernel()?,
+                    },
+                    initrd_path: None,
+                    boot_args: None,
+                    kernel_entry: KernelEntry::default(),
+                },
+                machine_config: MachineConfig::default(),
+                guest: None,
+                console: None,
+                timeout_ms: None,
+            },
+        };
+        let from_file = self.config.is_some();
+        self.boot_source(&mut config.boot_source);
+        self.machine(&mut config.machine_config);
+        self.guest(&mut config, from_file)?;
+        if let Some(timeout) = self.timeout {
+            let limit = "--timeout is longer than bulle can count";
+            config.timeout_ms = Some(timeout.as_millis().try_into().context(limit)?);
+        }
+        if let Some(console) = self.console {
+            config.console = Some(console);
+        } else if self.verbose && config.guest.is_some() && config.console.is_none() {
+            config.console = Some(Console::Tty);
+        }
+        Ok(config)
+    }
+
+    fn boot_source(&self, boot: &mut BootSource) {
+        if let Some(kernel) = &self.kernel {
+            boot.kernel_image_path.clone_from(kernel);
+        }
+        if let Some(entry) = self.kernel_entry {
+            boot.kernel_entry = entry;
+        }
+        if self.initrd.is_some() {
+            boot.initrd_path.clone_from(&self.initrd);
+        }
+        if self.append.is_some() {
+            boot.boot_args.clone_from(&self.append);
+        }
+    }
+
+    fn machine(&self, machine: &mut MachineConfig) {
+        let set = |field: &mut u16, value: Option<u16>| *field = value.unwrap_or(*field);
+        set(&mut machine.vcpu_count, self.cpus);
+        set(&mut machine.threads_per_core, self.threads_per_core);
+        set(&mut machine.dies, self.dies);
+        machine.mem_size_mib = self.memory.unwrap_or(machine.mem_size_mib);
+        machine.memory_backing = self.memory_backing.unwrap_or(machine.memory_backing);
+        machine.huge_pages = self.huge_pages.unwrap_or(machine.huge_pages);
+        machine.irqchip = self.irqchip.unwrap_or(machine.irqchip);
+    }
+
+    /// The guest section: from the file, changed by options; without either, a guest with agent
+    /// unless `--root none` or a bare `--initrd` says otherwise.
+    fn guest(&self, config: &mut Config, from_file: bool) -> Result<()> {
+        let none = self.root.as_deref() == Some(Path::new("none"));
+        let asks = !self.command.is_empty() || !self.env.is_empty() || self.cwd.is_some();
+        if none {
+            if asks {
+                bail!(
+                    "--root none means a guest without bulle's agent, which cannot run a command: \
+                     leave out the command, --env and --cwd, or name a root"
+                );
+            }
+            config.guest = None;
+            return Ok(());
+        }
+        let bare = self.root.is_none() && !asks;
+        if bare && (from_file || self.initrd.is_some()) {
+            return Ok(());
+        }
+        let guest = config.guest.get_or_insert_with(|| Guest {
+            root: if self.initrd.is_some() { Root::Initrd } else { Root::Busybox },
+            ..Guest::default()
+        });
+        if let Some(root) = &self.root {
+            guest.root = Root::Directory(root.clone());
+        }
+        if !self.command.is_empty() {
+            guest.command.clone_from(&self.command);
+        }
+        guest.env.extend(self.env.iter().cloned());
+        if self.cwd.is_some() {
+            guest.cwd.clone_from(&self.cwd);
+        }
+        if self.modules.is_some() {
+            guest.modules_dir.clone_from(&self.modules);
+        }
+        match self.tty {
+            Some(When::Yes) => guest.tty = Some(true),
+            Some(When::No) => guest.tty = Some(false),
+            Some(When::Auto) => guest.tty = None,
+            None => {}
+        }
+        Ok(())
+    }
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let text = fs::read_to_string(path)
+        .with_context(|| format!("Cannot read the configuration {}", path.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("The configuration {} is not valid", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Wrapper {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    fn config(words: &[&str]) -> Config {
+        let words = ["bulle", "--kernel", "/k"].iter().chain(words);
+        Wrapper::parse_from(words).args.into_config().unwrap()
+    }
+
+    #[test]
+    fn a_guest_has_an_agent_unless_told_otherwise() {
+        assert_eq!(config(&[]).guest, Some(Guest::default()));
+        assert_eq!(config(&["--root", "none"]).guest, None);
+        assert_eq!(config(&["--initrd", "/i"]).guest, None);
+        let guest = config(&["--initrd", "/i", "--", "ls"]).guest.unwrap();
+        assert_eq!((guest.root, guest.command), (Root::Initrd, vec!["ls".to_string()]));
+        let guest = config(&["--root", "/r"]).guest.unwrap();
+        assert_eq!(guest.root, Root::Directory("/r".into()));
+    }
+
+    #[test]
+    fn a_printed_configuration_runs_again_and_options_override_it() {
+        let words = ["--memory", "1G", "--cpus", "4", "--env", "A=1", "--timeout", "2s", "--", "x"];
+        let first = config(&words);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), serde_json::to_string_pretty(&first).unwrap()).unwrap();
+        let again = |more: &[&str]| {
+            let words = ["bulle", "--config", file.path().to_str().unwrap()];
+            Wrapper::parse_from(words.iter().chain(more)).args.into_config().unwrap()
+        };
+        assert_eq!(again(&[]), first);
+        assert_eq!(again(&["--memory", "2G"]).machine_config.mem_size_mib, 2048);
+        assert_eq!(again(&["--", "y"]).guest.unwrap().command, ["y"]);
+    }
+
+    #[test]
+    fn a_command_without_an_agent_is_refused() {
+        let words = ["bulle", "--kernel", "/k", "--root", "none", "--", "ls"];
+        let error = Wrapper::parse_from(words).args.into_config().unwrap_err().to_string();
+        assert!(error.contains("--root none"), "{error}");
+    }
+
+    #[test]
+    fn console_words() {
+        assert_eq!(parse_console("file=/x"), Ok(Console::File("/x".into())));
+        assert!(parse_console("file=").is_err());
+        assert!(parse_console("serial").is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! Confinement of bulle's own process and threads.
+
+pub mod thread;

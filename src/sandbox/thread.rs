@@ -1,0 +1,46 @@
+//! The one place where threads are made.
+//!
+//! Every thread has a [`Role`], which gives it its name and, with the sandbox, its rights.
+
+use std::io;
+use std::thread::{Builder, JoinHandle};
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Runs the vCPU with this index.
+    Vcpu(u16),
+    /// Asks KVM what all vCPUs will share while the VM is being made.
+    Template,
+}
+
+impl Role {
+    fn name(self) -> String {
+        match self {
+            Self::Vcpu(index) => format!("vcpu{index}"),
+            Self::Template => "template".to_string(),
+        }
+    }
+}
+
+/// A thread could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot start thread {name}: check the limits on processes (ulimit -u, pids cgroup)")]
+pub struct ThreadError {
+    name: String,
+    #[source]
+    source: io::Error,
+}
+
+/// Starts a thread of `role`.
+pub fn spawn<T, F>(role: Role, body: F) -> Result<JoinHandle<T>, ThreadError>
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    let name = role.name();
+    Builder::new()
+        .name(name.clone())
+        .spawn(body)
+        .map_err(|source| ThreadError { name, source })
+}

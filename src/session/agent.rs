@@ -1,0 +1,217 @@
+//! The session's end of the agent: its protocol client, joined to COM2 and to stdout and stderr.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+
+use devices::legacy::serial::Serial;
+use nix::sys::signal::Signal;
+
+use super::agent_port::AgentPort;
+use super::outcome::Outcome;
+use super::output::Output;
+use super::terminal::window_size;
+use crate::config::Guest;
+use crate::guest::client::{
+    AgentClient, AgentEvent, Exit, Level, Power, RequestError, StartRequest, WinSize, features,
+};
+
+/// What runs when no command is given.
+const SHELL: &str = "/bin/sh";
+/// Environment that every command has; the user's entries come after and win.
+const ENVIRONMENT: [&str; 3] = [
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME=/root",
+    "USER=root",
+];
+/// A terminal whose size cannot be asked.
+const DEFAULT_SIZE: (u16, u16) = (24, 80);
+
+/// The agent of a foreground run.
+pub struct AgentLink {
+    client: AgentClient,
+    port: Arc<AgentPort>,
+    features: u32,
+    running: bool,
+    interrupted: bool,
+}
+
+impl AgentLink {
+    /// For the command of `guest`, on a terminal if `tty`.
+    pub fn new(guest: &Guest, tty: bool, port: Arc<AgentPort>) -> Result<Self, RequestError> {
+        let client = AgentClient::new(&request(guest, tty))?;
+        Ok(Self { client, port, features: 0, running: false, interrupted: false })
+    }
+
+    /// Whether the command runs.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Whether the guest reports panics through pvpanic.
+    pub fn has_pvpanic(&self) -> bool {
+        self.features & features::PVPANIC != 0
+    }
+
+    /// Whether input would be taken.
+    pub fn takes_input(&self) -> bool {
+        self.client.wants_stdin()
+    }
+
+    /// Input for the command; says how much was taken.
+    pub fn input(&mut self, bytes: &[u8]) -> usize {
+        self.client.stdin(bytes)
+    }
+
+    /// No more input comes.
+    pub fn input_ended(&mut self) {
+        self.client.stdin_eof();
+    }
+
+    /// The terminal has a new size.
+    pub fn resize(&mut self, size: (u16, u16)) {
+        self.client.resize(win_size(size));
+    }
+
+    /// Passes `signal` to the command, the first time; says whether it did.
+    pub fn forward_once(&mut self, signal: Signal) -> bool {
+        if !self.running || std::mem::replace(&mut self.interrupted, true) {
+            return false;
+        }
+        self.client.signal(signal as u8);
+        true
+    }
+
+    /// Asks the guest to end the command and power off.
+    pub fn power_off(&mut self) {
+        self.client.shutdown(Power::Off);
+    }
+
+    /// So many bytes of output reached their reader.
+    pub fn written(&mut self, bytes: usize) {
+        self.client.consumed(bytes);
+    }
+
+    /// Moves what there is to say into the UART, as far as that takes it.
+    pub fn pump(&mut self, uart: &Serial) {
+        loop {
+            let waiting = self.client.outgoing();
+            if waiting.is_empty() {
+                return;
+            }
+            match uart.input(waiting) {
+                0 => return,
+                taken => self.client.sent(taken),
+            }
+        }
+    }
+
+    /// Takes what the guest has sent; output goes to its queue. An end of the run is returned.
+    pub fn receive(&mut self, stdout: &mut Output, stderr: &mut Output) -> Option<Outcome> {
+        let mut events = Vec::new();
+        self.client.received(&self.port.take(), &mut events);
+        let mut end = None;
+        for event in events {
+            match event {
+                AgentEvent::Stdout(bytes) => self.print(stdout, &bytes),
+                AgentEvent::Stderr(bytes) => self.print(stderr, &bytes),
+                event => end = end.or(self.on_event(event)),
+            }
+        }
+        end
+    }
+
+    fn print(&mut self, output: &mut Output, bytes: &[u8]) {
+        if !output.push(bytes) {
+            // Nobody reads it any more; the command is not held up.
+            self.client.consumed(bytes.len());
+        }
+    }
+
+    fn on_event(&mut self, event: AgentEvent) -> Option<Outcome> {
+        match event {
+            AgentEvent::Hello { features, release } => {
+                log::info!("the agent runs on Linux {release}");
+                self.features = features;
+            }
+            AgentEvent::Started { pid } => {
+                log::info!("the command runs as process {pid}");
+                self.running = true;
+            }
+            AgentEvent::Log { level, text } => log::log!(log_level(level), "agent: {text}"),
+            AgentEvent::Stopping(power) => log::info!("the guest is stopping: {power:?}"),
+            AgentEvent::Exited(Exit::Code(code)) => return Some(Outcome::Exited(code)),
+            AgentEvent::Exited(Exit::Signal(signal)) => return Some(Outcome::Killed(signal)),
+            AgentEvent::Failed(failure) => {
+                let (code, text) = (failure.exit_code(), failure.to_string());
+                return Some(Outcome::NotStarted { code, text });
+            }
+            AgentEvent::ProtocolError(error) => {
+                return Some(Outcome::AgentLost(error.to_string()));
+            }
+            AgentEvent::Stdout(_) | AgentEvent::Stderr(_) => {}
+        }
+        None
+    }
+}
+
+fn request(guest: &Guest, tty: bool) -> StartRequest {
+    let term = std::env::var("TERM").ok().filter(|_| tty);
+    let own = ENVIRONMENT.iter().map(|entry| entry.to_string());
+    let term = term.into_iter().map(|term| format!("TERM={term}"));
+    let argv: Vec<OsString> = match guest.command.as_slice() {
+        [] => vec![SHELL.into()],
+        command => command.iter().map(OsString::from).collect(),
+    };
+    StartRequest {
+        argv,
+        env: merge(own.chain(term).chain(guest.env.iter().cloned())),
+        cwd: guest.cwd.as_ref().map(OsString::from),
+        tty: tty.then(|| win_size(window_size().unwrap_or(DEFAULT_SIZE))),
+    }
+}
+
+/// Keeps the last entry of each name, in the order of first mention.
+fn merge(entries: impl Iterator<Item = String>) -> Vec<OsString> {
+    let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_string();
+    let mut merged: Vec<(String, String)> = Vec::new();
+    for entry in entries {
+        let key = name(&entry);
+        match merged.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, value)) => *value = entry,
+            None => merged.push((key, entry)),
+        }
+    }
+    merged.into_iter().map(|(_, entry)| entry.into()).collect()
+}
+
+fn win_size((rows, cols): (u16, u16)) -> WinSize {
+    WinSize { rows, cols }
+}
+
+fn log_level(level: Level) -> log::Level {
+    match level {
+        Level::Error => log::Level::Error,
+        Level::Warn => log::Level::Warn,
+        Level::Info => log::Level::Info,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_environment_wins() {
+        let guest = Guest {
+            env: vec!["HOME=/x".into(), "A=1".into(), "A=2".into()],
+            ..Guest::default()
+        };
+        let request = request(&guest, false);
+        let env: Vec<_> = request.env.iter().map(|entry| entry.to_string_lossy()).collect();
+        assert!(env.contains(&"HOME=/x".into()) && env.contains(&"A=2".into()), "{env:?}");
+        assert_eq!(env.iter().filter(|entry| entry.starts_with("HOME=")).count(), 1);
+        assert!(!env.iter().any(|entry| entry.starts_with("TERM=")));
+        assert_eq!(request.argv, ["/bin/sh"]);
+        assert_eq!(request.tty, None);
+    }
+}

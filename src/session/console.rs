@@ -1,0 +1,173 @@
+//! The host's end of the guest's console (COM1).
+//!
+//! Bytes come on vCPU threads and go straight to their sink, where a blocking write holds the
+//! guest back as a slow terminal would; a VM that is being stopped gives up at once. On the way
+//! they pass a tap that keeps the last lines and notices a kernel panic.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::mem::ManuallyDrop;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::console::{LastLines, PanicDetector, PanicMark};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Bytes of console kept for reports.
+const KEPT: usize = 16 * 1024;
+/// Lines of it that a report shows: a kernel's oops with its stack fits.
+const SHOWN: usize = 60;
+
+/// A console file could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot open {} for the console", path.display())]
+pub struct ConsoleFileError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Where console bytes go.
+pub enum Sink {
+    /// A descriptor of the process, 1 or 2.
+    Standard(ManuallyDrop<File>),
+    /// A file of ours.
+    File(File),
+    /// Nowhere.
+    None,
+}
+
+impl Sink {
+    /// stdout.
+    pub fn stdout() -> Self {
+        Self::standard(1)
+    }
+
+    /// stderr.
+    pub fn stderr() -> Self {
+        Self::standard(2)
+    }
+
+    fn standard(fd: i32) -> Self {
+        // SAFETY: descriptors 1 and 2 are open for the whole life of the process, and
+        // ManuallyDrop keeps this handle from closing them.
+        Self::Standard(ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    /// Appends to `path`, made if absent, readable by its owner only.
+    pub fn file(path: &Path) -> Result<Self, ConsoleFileError> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path)
+            .map(Self::File)
+            .map_err(|source| ConsoleFileError { path: path.to_path_buf(), source })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Standard(file) => file.write(bytes),
+            Self::File(file) => file.write(bytes),
+            Self::None => Ok(bytes.len()),
+        }
+    }
+}
+
+/// What the tap has seen, shared between the vCPUs and the vmm thread.
+#[derive(Debug)]
+pub struct ConsoleTap {
+    lines: Mutex<(LastLines, PanicDetector)>,
+    panicked: AtomicBool,
+    ended: AtomicBool,
+    closing: AtomicBool,
+    event: EventFd,
+}
+
+impl ConsoleTap {
+    /// `event` is written when a panic is noticed and again when its text is complete.
+    pub fn new(event: EventFd) -> Arc<Self> {
+        Arc::new(Self {
+            lines: Mutex::new((LastLines::new(KEPT), PanicDetector::new())),
+            panicked: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            event,
+        })
+    }
+
+    /// The last lines of the console, printable.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).0.lines(SHOWN)
+    }
+
+    /// Whether the console showed a kernel panic.
+    pub fn panicked(&self) -> bool {
+        self.panicked.load(Ordering::SeqCst)
+    }
+
+    /// Whether the panic's text is complete.
+    pub fn panic_complete(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Lets blocked writers go: the VM is being stopped.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+    }
+
+    fn observe(&self, bytes: &[u8]) {
+        let mark = {
+            let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            lines.0.push(bytes);
+            lines.1.feed(bytes)
+        };
+        let flag = match mark {
+            Some(PanicMark::Begin) => &self.panicked,
+            Some(PanicMark::End) => &self.ended,
+            None => return,
+        };
+        flag.store(true, Ordering::SeqCst);
+        if let Err(error) = self.event.write(1) {
+            log::error!("a kernel panic was not announced: {error}");
+        }
+    }
+}
+
+/// The writer that the UART gets.
+pub struct ConsoleWriter {
+    tap: Arc<ConsoleTap>,
+    sink: Sink,
+}
+
+impl ConsoleWriter {
+    /// Writes to `sink`, past `tap`.
+    pub fn new(tap: Arc<ConsoleTap>, sink: Sink) -> Self {
+        Self { tap, sink }
+    }
+}
+
+impl Write for ConsoleWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.tap.observe(bytes);
+        let mut rest = bytes;
+        while !rest.is_empty() && !self.tap.closing.load(Ordering::SeqCst) {
+            match self.sink.write(rest) {
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    log::warn!("console output is lost from here on: {error}");
+                    self.sink = Sink::None;
+                }
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

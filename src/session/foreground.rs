@@ -1,0 +1,459 @@
+//! The vmm thread's event loop while a VM runs in the foreground.
+//!
+//! Everything here is owned by that thread. Nothing blocks: input is taken when the guest has
+//! room, output is written when its reader does. The loop ends when there is an [`Outcome`].
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::sys::signal::Signal;
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::agent::AgentLink;
+use super::console::ConsoleTap;
+use super::escape::{Escapes, HELP, Request};
+use super::outcome::Outcome;
+use super::output::{Output, read_input};
+use super::progress::Progress;
+use super::signals::Signals;
+use super::terminal::window_size;
+use crate::vm::Vm;
+use std::sync::Arc;
+
+/// How long a guest may take to power off after a first SIGTERM.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+/// How long the text of a kernel panic may take to be complete.
+const PANIC_GRACE: Duration = Duration::from_secs(2);
+/// Bytes of stdin taken at once.
+const INPUT_CHUNK: usize = 2048;
+
+/// What an event is about; the number travels as epoll data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum Token {
+    Exit,
+    Signal,
+    Timeout,
+    Grace,
+    Panic,
+    Stdin,
+    ConsoleRoom,
+    AgentRoom,
+    AgentData,
+    Stdout,
+    Stderr,
+}
+
+impl Token {
+    const ALL: [Self; 11] = [
+        Self::Exit,
+        Self::Signal,
+        Self::Timeout,
+        Self::Grace,
+        Self::Panic,
+        Self::Stdin,
+        Self::ConsoleRoom,
+        Self::AgentRoom,
+        Self::AgentData,
+        Self::Stdout,
+        Self::Stderr,
+    ];
+
+    fn from_data(data: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|token| *token as u32 == data)
+    }
+}
+
+/// The descriptors that tell the loop of the guest's side.
+pub struct GuestEvents {
+    /// A panic was noticed on the console.
+    pub panic: EventFd,
+    /// COM1 has room.
+    pub console_room: EventFd,
+    /// COM2 has room.
+    pub agent_room: EventFd,
+    /// COM2 has bytes.
+    pub agent_data: EventFd,
+}
+
+/// Where stdin's bytes go, and whether they are read at all.
+struct Input {
+    /// Read, but not taken by the guest yet.
+    waiting: Vec<u8>,
+    /// No more will come, or nobody wants it.
+    ended: bool,
+    /// In the epoll set now.
+    watched: bool,
+    /// A regular file, which epoll refuses and which never blocks.
+    unpollable: bool,
+    /// Present on a terminal.
+    escapes: Option<Escapes>,
+}
+
+/// The state of a foreground run.
+pub struct Foreground<'a> {
+    vm: &'a Vm,
+    tap: Arc<ConsoleTap>,
+    agent: Option<AgentLink>,
+    events: GuestEvents,
+    signals: Signals,
+    timeout: Option<(TimerFd, Duration)>,
+    grace: TimerFd,
+    /// What the end of the grace period means.
+    after_grace: Option<Outcome>,
+    input: Input,
+    stdout: Output,
+    stderr: Output,
+    outputs_watched: [bool; 2],
+    progress: Progress,
+    outcome: Option<Outcome>,
+}
+
+impl<'a> Foreground<'a> {
+    /// For `vm`, not started yet. `raw` says that stdin is a raw terminal.
+    pub fn new(
+        vm: &'a Vm,
+        (tap, events): (Arc<ConsoleTap>, GuestEvents),
+        agent: Option<AgentLink>,
+        signals: Signals,
+        raw: bool,
+        progress: Progress,
+    ) -> io::Result<Self> {
+        let (stdout, stderr) = super::output::standard();
+        Ok(Self {
+            vm,
+            tap,
+            agent,
+            events,
+            signals,
+            timeout: None,
+            grace: timer()?,
+            after_grace: None,
+            input: Input {
+                waiting: Vec::new(),
+                ended: false,
+                watched: false,
+                unpollable: false,
+                escapes: raw.then(Escapes::default),
+            },
+            stdout,
+            stderr,
+            outputs_watched: [false; 2],
+            progress,
+            outcome: None,
+        })
+    }
+
+    /// Ends the VM when `limit` is over, of which `used` is gone.
+    pub fn limit(&mut self, limit: Duration, used: Duration) -> io::Result<()> {
+        let timer = timer()?;
+        // A timer of zero would be none.
+        arm(&timer, limit.saturating_sub(used).max(Duration::from_nanos(1)))?;
+        self.timeout = Some((timer, limit));
+        Ok(())
+    }
+
+    /// The end, once there is one.
+    pub fn outcome(&mut self) -> Option<Outcome> {
+        self.outcome.take()
+    }
+
+    /// Hands over what output is left.
+    pub fn into_outputs(self) -> [Output; 2] {
+        [self.stdout, self.stderr]
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.progress.clear();
+        self.outcome.get_or_insert(outcome);
+    }
+
+    fn end_after(&mut self, grace: Duration, outcome: Outcome) {
+        match arm(&self.grace, grace) {
+            Ok(()) => self.after_grace = Some(outcome),
+            Err(_) => self.end(outcome),
+        }
+    }
+
+    fn on_exit(&mut self) {
+        let Some(exit) = self.vm.exit().take() else { return };
+        // A kernel that panicked resets itself: the panic is the reason.
+        self.on_agent_data();
+        match Outcome::from(exit) {
+            Outcome::Reset if self.tap.panicked() => self.end(Outcome::Panicked),
+            outcome => self.end(outcome),
+        }
+    }
+
+    fn on_signal(&mut self) {
+        while let Some(signal) = self.signals.next() {
+            match signal {
+                Signal::SIGWINCH => self.resize(),
+                Signal::SIGUSR1 => self.request(Request::PowerButton),
+                Signal::SIGUSR2 => self.request(Request::CtrlAltDel),
+                Signal::SIGTERM => self.terminate(),
+                _ => self.interrupt(signal),
+            }
+        }
+    }
+
+    /// SIGINT and its like: the command's, where one runs; a second one ends the VM.
+    fn interrupt(&mut self, signal: Signal) {
+        let forwarded = self.agent.as_mut().is_some_and(|agent| agent.forward_once(signal));
+        if forwarded {
+            self.pump_agent();
+        } else {
+            self.end(Outcome::Signal(signal as i32));
+        }
+    }
+
+    /// SIGTERM: the guest may switch itself off; a second one ends the VM.
+    fn terminate(&mut self) {
+        let signal = Outcome::Signal(Signal::SIGTERM as i32);
+        if self.after_grace.is_some() {
+            return self.end(signal);
+        }
+        match &mut self.agent {
+            Some(agent) if agent.is_running() => agent.power_off(),
+            Some(_) => return self.end(signal),
+            None => self.vm.board().power.press_power_button(),
+        }
+        self.end_after(SHUTDOWN_GRACE, signal);
+        self.pump_agent();
+    }
+
+    fn resize(&mut self) {
+        if let (Some(agent), Some(size)) = (&mut self.agent, window_size()) {
+            agent.resize(size);
+            self.pump_agent();
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::End => self.end(Outcome::Quit),
+            Request::Help => drop(self.stderr.push(HELP.as_bytes())),
+            Request::PowerButton => self.vm.board().power.press_power_button(),
+            Request::CtrlAltDel => {
+                if !self.vm.board().keyboard.ctrl_alt_del() {
+                    log::warn!("the guest does not read its keyboard: Ctrl-Alt-Del is lost");
+                }
+            }
+        }
+    }
+
+    /// The console showed a panic. A guest whose agent found pvpanic will say so through that;
+    /// for others the text decides, once it is complete.
+    fn on_panic(&mut self) {
+        let announced = self.agent.as_ref().is_some_and(AgentLink::has_pvpanic);
+        if announced || !self.tap.panicked() {
+            return;
+        }
+        if self.tap.panic_complete() {
+            self.end(Outcome::Panicked);
+        } else {
+            self.end_after(PANIC_GRACE, Outcome::Panicked);
+        }
+    }
+
+    fn on_stdin(&mut self) {
+        let mut buffer = [0; INPUT_CHUNK];
+        match read_input(libc::STDIN_FILENO, &mut buffer) {
+            Ok(Some(count)) => {
+                let bytes = buffer.get(..count).unwrap_or_default();
+                match &mut self.input.escapes {
+                    None => self.input.waiting.extend_from_slice(bytes),
+                    Some(escapes) => {
+                        let requests = escapes.filter(bytes, &mut self.input.waiting);
+                        requests.into_iter().for_each(|request| self.request(request));
+                    }
+                }
+            }
+            Ok(None) => self.input.ended = true,
+            Err(error) => {
+                log::warn!("no more input: {error}");
+                self.input.ended = true;
+            }
+        }
+        self.pump_input();
+    }
+
+    /// Gives waiting input to whoever takes it.
+    fn pump_input(&mut self) {
+        let taken = match &mut self.agent {
+            None => self.vm.board().console.input(&self.input.waiting),
+            Some(agent) => {
+                let taken = agent.input(&self.input.waiting);
+                if self.input.ended && taken == self.input.waiting.len() {
+                    agent.input_ended();
+                }
+                taken
+            }
+        };
+        self.input.waiting.drain(..taken);
+        self.pump_agent();
+    }
+
+    /// Moves what the client has to say into COM2, as far as that takes it.
+    fn pump_agent(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            agent.pump(&self.vm.board().agent);
+        }
+    }
+
+    fn on_agent_data(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        let ended = agent.receive(&mut self.stdout, &mut self.stderr);
+        if agent.is_running() {
+            self.progress.clear();
+        }
+        self.flush();
+        self.pump_input();
+        if let Some(outcome) = ended {
+            self.end(outcome);
+        }
+    }
+
+    fn flush(&mut self) {
+        let written = self.stdout.flush() + self.stderr.flush();
+        if let Some(agent) = &mut self.agent {
+            agent.written(written);
+        }
+    }
+
+    /// Watches exactly what can make progress.
+    fn update_interest(&mut self, ops: &mut EventOps) {
+        while self.input.unpollable && self.wants_input() {
+            self.on_stdin();
+        }
+        let wants = self.wants_input();
+        let stdin = (libc::STDIN_FILENO, Token::Stdin, EventSet::IN);
+        if watch(ops, stdin, wants, &mut self.input.watched).is_err() {
+            self.input.unpollable = true;
+            return self.update_interest(ops);
+        }
+        let watched = &mut self.outputs_watched;
+        let outputs = [(&self.stdout, Token::Stdout), (&self.stderr, Token::Stderr)];
+        for ((output, token), watched) in outputs.into_iter().zip(watched) {
+            let source = (output.as_raw_fd(), token, EventSet::OUT);
+            if let Err(error) = watch(ops, source, output.is_waiting(), watched) {
+                log::error!("cannot watch {token:?}: {error:?}");
+            }
+        }
+    }
+
+    fn wants_input(&self) -> bool {
+        let listening = self.agent.as_ref().is_none_or(AgentLink::takes_input);
+        !self.input.ended && self.input.waiting.is_empty() && listening && self.outcome.is_none()
+    }
+
+    fn on_token(&mut self, token: Token) {
+        match token {
+            Token::Exit => self.on_exit(),
+            Token::Signal => self.on_signal(),
+            Token::Timeout => {
+                if let Some((_, limit)) = &self.timeout {
+                    let limit = *limit;
+                    self.end(Outcome::Timeout(limit));
+                }
+            }
+            Token::Grace => {
+                if let Some(outcome) = self.after_grace.take() {
+                    self.end(outcome);
+                }
+            }
+            Token::Panic => {
+                drain(&self.events.panic);
+                self.on_panic();
+            }
+            Token::Stdin => self.on_stdin(),
+            Token::ConsoleRoom => {
+                drain(&self.events.console_room);
+                self.pump_input();
+            }
+            Token::AgentRoom => {
+                drain(&self.events.agent_room);
+                self.pump_input();
+            }
+            Token::AgentData => {
+                drain(&self.events.agent_data);
+                self.on_agent_data();
+            }
+            Token::Stdout | Token::Stderr => {
+                self.flush();
+                self.pump_agent();
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Foreground<'_> {
+    fn init(&mut self, ops: &mut EventOps) {
+        let events = &self.events;
+        let mut sources = vec![
+            (self.vm.exit().as_raw_fd(), Token::Exit),
+            (self.signals.as_raw_fd(), Token::Signal),
+            (timer_fd(&self.grace), Token::Grace),
+            (events.panic.as_raw_fd(), Token::Panic),
+            (events.console_room.as_raw_fd(), Token::ConsoleRoom),
+            (events.agent_room.as_raw_fd(), Token::AgentRoom),
+            (events.agent_data.as_raw_fd(), Token::AgentData),
+        ];
+        if let Some((timer, _)) = &self.timeout {
+            sources.push((timer_fd(timer), Token::Timeout));
+        }
+        for (fd, token) in sources {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN)) {
+                log::error!("cannot watch {token:?}: {error:?}");
+            }
+        }
+        self.update_interest(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if let Some(token) = Token::from_data(events.data()) {
+            self.on_token(token);
+        }
+        self.update_interest(ops);
+    }
+}
+
+/// Puts a descriptor into the epoll set or takes it out, where that changes anything. A descriptor
+/// is there only while it is wanted, since epoll reports a hang-up whether wanted or not.
+fn watch(
+    ops: &mut EventOps,
+    (fd, token, set): (i32, Token, EventSet),
+    wants: bool,
+    watched: &mut bool,
+) -> Result<(), event_manager::Error> {
+    if wants != *watched {
+        let events = Events::with_data_raw(fd, token as u32, set);
+        if wants { ops.add(events) } else { ops.remove(events) }?;
+        *watched = wants;
+    }
+    Ok(())
+}
+
+fn drain(event: &EventFd) {
+    // Empty is fine: one wake-up may stand for several.
+    let _ = event.read();
+}
+
+fn timer() -> io::Result<TimerFd> {
+    let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+    Ok(TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?)
+}
+
+fn arm(timer: &TimerFd, after: Duration) -> io::Result<()> {
+    let once = Expiration::OneShot(TimeSpec::from_duration(after));
+    Ok(timer.set(once, TimerSetTimeFlags::empty())?)
+}
+
+fn timer_fd(timer: &TimerFd) -> i32 {
+    use std::os::fd::AsFd;
+    timer.as_fd().as_raw_fd()
+}

@@ -1,0 +1,181 @@
+//! From a checked configuration to an exit code.
+
+use std::io;
+use std::time::Instant;
+
+use arch::kernel::{KernelError, KernelImage};
+use event_manager::{EventManager, SubscriberOps};
+use nix::poll::PollTimeout;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::agent::AgentLink;
+use super::agent_port::AgentPort;
+use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
+use super::foreground::{Foreground, GuestEvents};
+use super::outcome::Outcome;
+use super::output::Output;
+use super::progress::Progress;
+use super::signals::Signals;
+use super::terminal::{self, RawTerminal};
+use crate::board::{SerialEnd, Wiring};
+use crate::config::{Console, Spec};
+use crate::guest::client::RequestError;
+use crate::guest::prepare::{PrepareError, prepare};
+use crate::vm::build::Host;
+use crate::vm::{BuildError, Vm};
+
+/// How long output may wait for its reader after the end.
+const OUTPUT_PATIENCE: u16 = 2000;
+
+/// A run that never came to an outcome.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The kernel cannot be used.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// What goes into the guest cannot be prepared.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The command does not fit the agent's protocol.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Console file.
+    #[error(transparent)]
+    Console(#[from] ConsoleFileError),
+    /// The host's side of the session.
+    #[error("Cannot set up the session: {what}")]
+    Session {
+        /// Which part.
+        what: &'static str,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// The event loop.
+    #[error("The event loop failed")]
+    Loop(#[source] event_manager::Error),
+}
+
+/// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
+/// the exit code.
+pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
+    let started = Instant::now();
+    let progress = Progress::new();
+    let host = Host::open(spec.machine())?;
+    let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
+    let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
+    progress.step("starting the kernel");
+
+    let events = guest_events()?;
+    let tap = ConsoleTap::new(clone(&events.panic)?);
+    let port = AgentPort::new(clone(&events.agent_data)?);
+    let wiring = Wiring {
+        console: SerialEnd {
+            out: Box::new(ConsoleWriter::new(tap.clone(), sink(&spec)?)),
+            drained: clone(&events.console_room)?,
+        },
+        agent: SerialEnd { out: port.writer(), drained: clone(&events.agent_room)? },
+    };
+    let signals = Signals::block().map_err(|error| session("signals", error.into()))?;
+    let mut vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
+    drop(kernel);
+
+    let tty = wants_tty(&spec);
+    let agent = spec.guest().map(|guest| AgentLink::new(guest, tty, port)).transpose()?;
+    let raw = if tty || agent.is_none() { enter_raw()? } else { None };
+    if raw.is_some() {
+        eprintln!("bulle: Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
+    }
+    let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
+    let (outcome, outputs) = {
+        let parts = (tap.clone(), events);
+        let mut foreground =
+            Foreground::new(&vm, parts, agent, signals, raw.is_some(), progress)
+                .map_err(|error| session("timers", error))?;
+        if let Some(limit) = spec.timeout() {
+            foreground
+                .limit(limit, started.elapsed())
+                .map_err(|error| session("the time limit", error))?;
+        }
+        vm.start();
+        run(foreground)?
+    };
+    tap.close();
+    vm.stop();
+    for mut output in outputs {
+        output.finish(PollTimeout::from(OUTPUT_PATIENCE));
+    }
+    drop(raw);
+    if outcome.is_notable(command) {
+        report(&outcome, &tap, verbose);
+    }
+    Ok(outcome.exit_code(command))
+}
+
+fn run(foreground: Foreground<'_>) -> Result<(Outcome, [Output; 2]), LaunchError> {
+    let mut manager = EventManager::new().map_err(LaunchError::Loop)?;
+    let id = manager.add_subscriber(foreground);
+    loop {
+        manager.run().map_err(LaunchError::Loop)?;
+        let outcome = manager.subscriber_mut(id).map_err(LaunchError::Loop)?.outcome();
+        if let Some(outcome) = outcome {
+            let foreground = manager.remove_subscriber(id).map_err(LaunchError::Loop)?;
+            return Ok((outcome, foreground.into_outputs()));
+        }
+    }
+}
+
+fn report(outcome: &Outcome, tap: &ConsoleTap, shown: bool) {
+    let lines = tap.last_lines();
+    if outcome.wants_console() && !shown && !lines.is_empty() {
+        eprintln!("bulle: the console's last lines:\n{}", lines.join("\n"));
+    }
+    eprintln!("bulle: {outcome}");
+}
+
+fn session(what: &'static str, source: io::Error) -> LaunchError {
+    LaunchError::Session { what, source }
+}
+
+fn event() -> Result<EventFd, LaunchError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|error| session("an event descriptor", error))
+}
+
+fn clone(event: &EventFd) -> Result<EventFd, LaunchError> {
+    event.try_clone().map_err(|error| session("an event descriptor", error))
+}
+
+fn guest_events() -> Result<GuestEvents, LaunchError> {
+    Ok(GuestEvents {
+        panic: event()?,
+        console_room: event()?,
+        agent_room: event()?,
+        agent_data: event()?,
+    })
+}
+
+/// Where the console's bytes go. Beside an agent it never goes to stdout, which is the command's.
+fn sink(spec: &Spec) -> Result<Sink, ConsoleFileError> {
+    match spec.console() {
+        Console::Off => Ok(Sink::None),
+        Console::File(path) => Sink::file(&path),
+        Console::Tty if spec.guest().is_some() => Ok(Sink::stderr()),
+        Console::Tty => Ok(Sink::stdout()),
+    }
+}
+
+/// Whether the command gets a terminal: as asked, or when both stdin and stdout are one. With
+/// only one of them, a terminal would mix stderr into a pipe or hide the end of a file.
+fn wants_tty(spec: &Spec) -> bool {
+    use std::io::IsTerminal;
+    let both = || io::stdin().is_terminal() && io::stdout().is_terminal();
+    spec.guest().is_some_and(|guest| guest.tty.unwrap_or_else(both))
+}
+
+fn enter_raw() -> Result<Option<RawTerminal>, LaunchError> {
+    terminal::restore_on_panic();
+    RawTerminal::enter().map_err(|error| session("the terminal", error))
+}

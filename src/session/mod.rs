@@ -1,0 +1,22 @@
+//! One VM in the foreground: prepared, run to its end, reported.
+//!
+//! `launch` goes from a checked configuration to an exit code; `foreground` is the vmm thread's
+//! event loop meanwhile. The rest are its parts: terminal, escapes, signals, output, the host's
+//! ends of both UARTs, and the outcome.
+
+mod agent;
+mod agent_port;
+mod console;
+mod escape;
+mod foreground;
+mod launch;
+mod outcome;
+mod output;
+mod progress;
+mod signals;
+mod terminal;
+
+pub use launch::{LaunchError, launch};
+pub use outcome::{
+    CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, Outcome,
+};

@@ -1,0 +1,47 @@
+//! Signals to bulle, read from a descriptor on the vmm thread.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+const SIGNALS: [Signal; 7] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+    Signal::SIGWINCH,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+];
+
+/// The signals that a session handles, blocked for the calling thread and all that it starts.
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Blocks the signals and opens the descriptor. Call it before any other thread starts.
+    pub fn block() -> nix::Result<Self> {
+        let set = SigSet::from_iter(SIGNALS);
+        pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
+        SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map(Self)
+    }
+
+    /// The next signal that waits.
+    pub fn next(&mut self) -> Option<Signal> {
+        match self.0.read_signal() {
+            Ok(Some(info)) => Signal::try_from(info.ssi_signo as i32).ok(),
+            Ok(None) | Err(Errno::EAGAIN) => None,
+            Err(error) => {
+                log::error!("cannot read signals: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}

@@ -1,0 +1,47 @@
+//! Logging: set up once from the command line, and limited where a guest can cause it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Sends log records of at least `level` to stderr. Later calls change nothing.
+pub fn init(level: log::LevelFilter) {
+    let mut builder = env_logger::Builder::new();
+    let built = builder.filter_level(level).format_timestamp_micros().try_init();
+    if built.is_err() {
+        log::debug!("logging was set up before");
+    }
+}
+
+/// A log site that a guest can reach: the first few events are logged, the rest only counted.
+#[derive(Debug)]
+pub struct Limited {
+    seen: AtomicU32,
+    limit: u32,
+}
+
+impl Limited {
+    /// Lets `limit` events through.
+    pub const fn new(limit: u32) -> Self {
+        Self { seen: AtomicU32::new(0), limit }
+    }
+
+    /// Counts an event; true while it may be logged.
+    pub fn allow(&self) -> bool {
+        let seen = self.seen.load(Ordering::Relaxed);
+        if seen >= self.limit {
+            return false;
+        }
+        self.seen.fetch_add(1, Ordering::Relaxed) < self.limit
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_events_pass() {
+        let site = Limited::new(3);
+        let passed = (0..10).filter(|_| site.allow()).count();
+        assert_eq!(passed, 3);
+    }
+}

@@ -1,0 +1,135 @@
+//! One KVM exit: answered by a device, turned into an effect, or the end of the VM.
+//!
+//! Every exit reason has an outcome. Accesses that no device claims read as all ones; the first
+//! few are logged.
+
+use arch::report::VcpuReport;
+use devices::bus::{Bus, Effect};
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::errno::Errno;
+
+use super::failure::{Failure, FailureCause};
+use super::handle::Vcpu;
+use crate::telemetry::Limited;
+use crate::vm::VmExit;
+use devices::bus::ExitReason;
+
+static UNCLAIMED: Limited = Limited::new(8);
+static CRASH_LOADED: Limited = Limited::new(1);
+
+/// What to do after an exit.
+pub enum Handled {
+    /// Enter the guest again.
+    Continue,
+    /// The VM ends.
+    End(VmExit),
+}
+
+/// Enters the guest once and answers its exit.
+pub fn handle(vcpu: &mut Vcpu) -> Handled {
+    let (pio, mmio) = (&vcpu.pio, &vcpu.mmio);
+    let cause = match vcpu.fd.run() {
+        Ok(VcpuExit::IoIn(port, data)) => {
+            let data: *mut [u8] = data;
+            let size = io_size(&mut vcpu.fd);
+            // SAFETY: the slice lies in the run area that `vcpu.fd` keeps mapped; the borrow that
+            // produced it ended, nothing else touches the area between two KVM_RUNs.
+            let data = unsafe { &mut *data };
+            for item in data.chunks_mut(size) {
+                claimed(pio.read(port.into(), item), "read of port", port.into());
+            }
+            return Handled::Continue;
+        }
+        Ok(VcpuExit::IoOut(port, data)) => {
+            let data: *const [u8] = data;
+            let size = io_size(&mut vcpu.fd);
+            // SAFETY: as above.
+            let data = unsafe { &*data };
+            return write_all(pio, port.into(), data, size, "write to port");
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            claimed(mmio.read(address, data), "read of address", address);
+            return Handled::Continue;
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            return write_all(mmio, address, data, data.len(), "write to address");
+        }
+        Ok(VcpuExit::IoapicEoi(vector)) => {
+            if let Some(ioapic) = &vcpu.ioapic {
+                ioapic.end_of_interrupt(vector);
+            }
+            return Handled::Continue;
+        }
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return after_interruption(vcpu),
+        Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
+            KVM_SYSTEM_EVENT_SHUTDOWN => return Handled::End(VmExit::Guest(ExitReason::PowerOff)),
+            KVM_SYSTEM_EVENT_RESET => return Handled::End(VmExit::Guest(ExitReason::Reset)),
+            KVM_SYSTEM_EVENT_CRASH => return Handled::End(VmExit::Guest(ExitReason::Panicked)),
+            kind => FailureCause::SystemEvent { kind },
+        },
+        Ok(VcpuExit::Shutdown) => FailureCause::TripleFault,
+        Ok(VcpuExit::FailEntry(reason, cpu)) => FailureCause::EntryFailed { reason, cpu },
+        Ok(VcpuExit::InternalError) => internal_error(&mut vcpu.fd),
+        Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+            FailureCause::MemoryFault { flags, gpa, size }
+        }
+        Ok(other) => FailureCause::Unhandled { exit: format!("{other:?}") },
+        Err(error) => match Errno::from_raw(error.errno()) {
+            Errno::EINTR | Errno::EAGAIN => return after_interruption(vcpu),
+            _ => FailureCause::RunFailed(error),
+        },
+    };
+    Handled::End(VmExit::Failed(Box::new(failure(vcpu, cause))))
+}
+
+/// A kick: KVM must not return at once the next time.
+fn after_interruption(vcpu: &mut Vcpu) -> Handled {
+    vcpu.fd.set_kvm_immediate_exit(0);
+    Handled::Continue
+}
+
+fn write_all(bus: &Bus, address: u64, data: &[u8], size: usize, what: &str) -> Handled {
+    for item in data.chunks(size.max(1)) {
+        match bus.write(address, item) {
+            Some(Effect::None) => {}
+            Some(Effect::Exit(reason)) => return Handled::End(VmExit::Guest(reason)),
+            Some(Effect::CrashLoaded) => {
+                if CRASH_LOADED.allow() {
+                    log::warn!("the guest kernel crashed and started its crash kernel");
+                }
+            }
+            None => claimed(false, what, address),
+        }
+    }
+    Handled::Continue
+}
+
+fn claimed(claimed: bool, what: &str, address: u64) {
+    if !claimed && UNCLAIMED.allow() {
+        log::debug!("{what} {address:#x} met no device");
+    }
+}
+
+/// Bytes of one element of a port access; a string instruction moves several.
+fn io_size(fd: &mut VcpuFd) -> usize {
+    // SAFETY: the exit reason was KVM_EXIT_IO, so `io` is the live field of the union.
+    let io = unsafe { fd.get_kvm_run().__bindgen_anon_1.io };
+    usize::from(io.size).clamp(1, 8)
+}
+
+fn internal_error(fd: &mut VcpuFd) -> FailureCause {
+    // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, so `internal` is the live field.
+    let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    let count = (internal.ndata as usize).min(internal.data.len());
+    let data = internal.data.iter().take(count).copied().collect();
+    FailureCause::Internal { suberror: internal.suberror, data }
+}
+
+fn failure(vcpu: &Vcpu, cause: FailureCause) -> Failure {
+    let state = VcpuReport::collect(&vcpu.fd).map(|report| {
+        let code = report.instruction_bytes(&vcpu.memory);
+        (report, code)
+    });
+    Failure { vcpu: vcpu.index, cause, state }
+}

@@ -1,0 +1,14 @@
+//! Virtual processors: one thread each, from parked to ended.
+//!
+//! `handle` is what the rest of bulle holds, `thread` is what runs, `exit` answers one KVM exit,
+//! `failure` describes an end that the guest did not ask for, `kick` gets a thread out of
+//! KVM_RUN.
+
+pub mod exit;
+pub mod failure;
+pub mod handle;
+mod kick;
+mod thread;
+
+pub use failure::{Failure, FailureCause};
+pub use handle::{Vcpu, VcpuHandle};

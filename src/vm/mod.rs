@@ -1,0 +1,65 @@
+//! One virtual machine: KVM objects, guest RAM, devices, vCPU threads.
+//!
+//! [`Vm::build`] makes it, parked; [`Vm::start`] lets it run. What ends it arrives once, in the
+//! [`ExitLatch`]. The owner is the vmm thread. Dropping a `Vm` stops and joins its vCPUs before
+//! guest memory goes.
+
+pub mod build;
+mod exit;
+mod host;
+pub mod irq;
+pub mod memory;
+
+use std::sync::Arc;
+
+use arch::memory::GuestMemory;
+
+pub use build::BuildError;
+pub use exit::{ExitLatch, VmExit};
+pub use host::{KVM_PATH, KvmOpenError};
+
+use crate::board::Board;
+use crate::vcpu::VcpuHandle;
+use crate::vcpu::handle::Command;
+
+/// A built virtual machine.
+pub struct Vm {
+    // Declared in the order in which they must go.
+    vcpus: Vec<VcpuHandle>,
+    board: Board,
+    exit: Arc<ExitLatch>,
+    _memory: GuestMemory,
+}
+
+impl Vm {
+    /// The machine's devices, for the host's side.
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Where the end of the VM is announced.
+    pub fn exit(&self) -> &Arc<ExitLatch> {
+        &self.exit
+    }
+
+    /// Lets every vCPU run.
+    pub fn start(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.send(Command::Run);
+        }
+    }
+
+    /// Gets every vCPU out of the guest, and ends its thread.
+    pub fn stop(&mut self) {
+        for vcpu in &self.vcpus {
+            vcpu.request_stop();
+        }
+        self.vcpus.clear();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
