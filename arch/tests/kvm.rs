@@ -137,15 +137,18 @@ fn check_machine(kvm: &Kvm, mode: IrqchipMode, topology: Topology) {
     assert_eq!(lapic(boot, 0x360) & 0x1_0700, 0x400);
 }
 
-/// Shapes that fit the host: one and four vCPUs, flat and with threads.
+/// One and four vCPUs, threads, ids with gaps, and 64 vCPUs.
 fn check_mode(mode: IrqchipMode) {
     let Some(kvm) = kvm() else { return };
     let shapes = [
-        Topology::flat(1),
-        Topology::flat(4),
-        Topology::new(4, 2, 2, 1, 1),
+        [1, 1, 1, 1, 1],
+        [4, 1, 4, 1, 1],
+        [4, 2, 2, 1, 1],
+        [6, 1, 3, 1, 2],
+        [64, 2, 8, 2, 2],
     ];
-    for topology in shapes.into_iter().chain([Topology::new(6, 1, 3, 1, 2)]) {
+    for [vcpus, threads, cores, dies, sockets] in shapes {
+        let topology = Topology::new(vcpus, threads, cores, dies, sockets);
         check_machine(&kvm, mode, topology.unwrap());
     }
 }
@@ -160,6 +163,80 @@ fn vcpus_with_a_split_irqchip() {
     check_mode(IrqchipMode::Split);
 }
 
+/// A guest in real mode with the local APIC's pins as firmware leaves them.
+struct RealMode {
+    vcpu: VcpuFd,
+    vm: VmFd,
+    // Dropped after the VM that has it mapped.
+    memory: GuestMemoryMmap<()>,
+}
+
+/// `code` runs at 0x1000 in 16 KiB of memory, with all interrupt controllers in the kernel.
+fn real_mode(kvm: &Kvm, topology: Topology, code: &[u8]) -> RealMode {
+    let capabilities = capabilities::check(kvm).unwrap();
+    let template = VcpuTemplate::new(kvm, &topology, &capabilities, None).unwrap();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+    memory.write_slice(code, GuestAddress(0x1000)).unwrap();
+    let vm = kvm.create_vm().unwrap();
+    before_memory(&vm).unwrap();
+    let region = kvm_userspace_memory_region {
+        memory_size: 0x4000,
+        userspace_addr: memory.get_host_address(GuestAddress(0)).unwrap() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the region is all of `memory`, which lives as long as the VM.
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
+    create_irqchip(&vm, IrqchipMode::Kernel, &capabilities).unwrap();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    let boot = Boot {
+        enter: &|sregs| {
+            (sregs.cs.base, sregs.cs.selector) = (0x1000, 0x100);
+            kvm_regs {
+                rflags: 2,
+                rsp: 0x3000,
+                ..Default::default()
+            }
+        },
+        irqchip: IrqchipMode::Kernel,
+    };
+    configure(&vcpu, 0, &template, Some(&boot)).unwrap();
+    RealMode { vcpu, vm, memory }
+}
+
+/// A guest that knows of no PIC, as Linux on hardware-reduced ACPI, must not get the PIC's vectors,
+/// which are those of exceptions until someone programs it.
+#[test]
+fn lines_do_not_reach_a_guest_through_the_pic() {
+    const CODE: &[u8] = &[
+        0xfb, // sti
+        0xe6, 0x10, // out 0x10, al
+        0xeb, 0xfc, // jmp back to it
+    ];
+    const HANDLER: &[u8] = &[0xe6, 0x11, 0xcf]; // out 0x11, al; iret
+    let Some(kvm) = kvm() else { return };
+    let mut guest = real_mode(&kvm, Topology::flat(1).unwrap(), CODE);
+    guest
+        .memory
+        .write_slice(HANDLER, GuestAddress(0x2000))
+        .unwrap();
+    for vector in 0..256u64 {
+        guest
+            .memory
+            .write_obj(0x0200_0000u32, GuestAddress(vector * 4))
+            .unwrap();
+    }
+    for line in [3, 4, 12] {
+        guest.vm.set_irq_line(line, true).unwrap();
+    }
+    for _ in 0..20 {
+        let exit = guest.vcpu.run().unwrap();
+        assert!(
+            matches!(exit, VcpuExit::IoOut(0x10, _)),
+            "interrupted: {exit:?}"
+        );
+    }
+}
+
 /// A guest asks CPUID for its topology: what it sees is what was configured, and the report shows
 /// where it stopped.
 #[test]
@@ -172,35 +249,11 @@ fn a_guest_sees_its_topology() {
         0xf4, // hlt
     ];
     let Some(kvm) = kvm() else { return };
-    let capabilities = capabilities::check(&kvm).unwrap();
-    let topology = Topology::new(4, 2, 2, 1, 1).unwrap();
-    let template = VcpuTemplate::new(&kvm, &topology, &capabilities, None).unwrap();
-    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
-    memory.write_slice(CODE, GuestAddress(0x1000)).unwrap();
-
-    let vm = kvm.create_vm().unwrap();
-    before_memory(&vm).unwrap();
-    let region = kvm_userspace_memory_region {
-        memory_size: 0x4000,
-        userspace_addr: memory.get_host_address(GuestAddress(0)).unwrap() as u64,
-        ..Default::default()
-    };
-    // SAFETY: the region is all of `memory`, which is declared before `vm` and so dropped after it.
-    unsafe { vm.set_user_memory_region(region) }.unwrap();
-    create_irqchip(&vm, IrqchipMode::Kernel, &capabilities).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    let boot = Boot {
-        enter: &|sregs| {
-            (sregs.cs.base, sregs.cs.selector) = (0x1000, 0x100);
-            kvm_regs {
-                rflags: 2,
-                ..Default::default()
-            }
-        },
-        irqchip: IrqchipMode::Kernel,
-    };
-    configure(&vcpu, 0, &template, Some(&boot)).unwrap();
-
+    let RealMode {
+        mut vcpu,
+        memory,
+        vm: _vm,
+    } = real_mode(&kvm, Topology::new(4, 2, 2, 1, 1).unwrap(), CODE);
     let exit = vcpu.run().unwrap();
     assert!(matches!(exit, VcpuExit::IoOut(0x10, [2])), "{exit:?}");
     let report = VcpuReport::collect(&vcpu).unwrap();

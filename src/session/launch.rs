@@ -67,7 +67,7 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
     let host = Host::open(spec.machine())?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
-    progress.step("starting the kernel");
+    progress.step("starting the kernel".to_string());
 
     let events = guest_events()?;
     let tap = ConsoleTap::new(clone(&events.panic)?);

@@ -21,9 +21,9 @@ impl Progress {
     }
 
     /// Says what is being done.
-    pub fn step(&self, text: impl Into<String>) {
+    pub fn step(&self, text: String) {
         if let Some(bar) = &self.0 {
-            bar.set_message(text.into());
+            bar.set_message(text);
             bar.tick();
         }
     }

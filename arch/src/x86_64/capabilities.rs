@@ -65,6 +65,8 @@ pub struct Capabilities {
     pub dirty_ring: u32,
     /// Dirty logging can be cleared page by page (`KVM_CLEAR_DIRTY_LOG`).
     pub manual_dirty_log: bool,
+    /// The extended control registers can be read and written: the host's processor has XSAVE.
+    pub xcrs: bool,
     /// Bytes of the extended state (`KVM_GET_XSAVE2`); 0 when the 4 KiB interface is all there is.
     pub xsave2_size: u32,
     /// `KVM_KVMCLOCK_CTRL`, which tells a guest that it was stopped.
@@ -98,7 +100,6 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
     (Cap::Xsave, "KVM_CAP_XSAVE"),
-    (Cap::Xcrs, "KVM_CAP_XCRS"),
     (Cap::Pit2, "KVM_CAP_PIT2"),
     (Cap::PitState2, "KVM_CAP_PIT_STATE2"),
     (Cap::SyncMmu, "KVM_CAP_SYNC_MMU"),
@@ -166,6 +167,7 @@ fn from_host(ask: &dyn Fn(libc::c_ulong) -> i32) -> Result<Capabilities, HostErr
         manual_dirty_log: ask(libc::c_ulong::from(
             kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
         )) > 0,
+        xcrs: has(Cap::Xcrs),
         xsave2_size: number(Cap::Xsave2),
         kvmclock_ctrl: has(Cap::KvmclockCtrl),
         user_space_msr: has(Cap::X86UserSpaceMsr),

@@ -8,9 +8,9 @@
 //! less than 0.2 ms before (measured).
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_PIT_SPEAKER_DUMMY,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
-    kvm_pit_config,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_enable_cap, kvm_irqchip, kvm_pic_state, kvm_pit_config,
 };
 use kvm_ioctls::VmFd;
 
@@ -35,6 +35,9 @@ pub enum VmError {
     /// `KVM_CREATE_IRQCHIP` failed.
     #[error("cannot create the interrupt controllers in the kernel (KVM_CREATE_IRQCHIP)")]
     Irqchip(#[source] kvm_ioctls::Error),
+    /// `KVM_SET_IRQCHIP` failed.
+    #[error("cannot mask the lines of the PICs (KVM_SET_IRQCHIP)")]
+    Pic(#[source] kvm_ioctls::Error),
     /// A split irqchip was asked for on a host that has none.
     #[error(
         "this host's KVM lacks KVM_CAP_SPLIT_IRQCHIP: use the interrupt controllers in the kernel"
@@ -85,7 +88,10 @@ pub fn create_irqchip(
     capabilities: &Capabilities,
 ) -> Result<(), VmError> {
     match mode {
-        IrqchipMode::Kernel => vm.create_irq_chip().map_err(VmError::Irqchip)?,
+        IrqchipMode::Kernel => {
+            vm.create_irq_chip().map_err(VmError::Irqchip)?;
+            mask_pics(vm)?;
+        }
         IrqchipMode::Split if !capabilities.split_irqchip => return Err(VmError::NoSplitIrqchip),
         IrqchipMode::Split => enable(vm, KVM_CAP_SPLIT_IRQCHIP, u64::from(layout::IOAPIC_PINS))
             .map_err(VmError::SplitIrqchip)?,
@@ -93,6 +99,29 @@ pub fn create_irqchip(
     if capabilities.x2apic_api {
         let wanted = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
         enable(vm, KVM_CAP_X2APIC_API, u64::from(wanted)).map_err(VmError::X2apic)?;
+    }
+    Ok(())
+}
+
+/// Mask all lines of both PICs, as firmware leaves them. After reset they are open with vectors from
+/// 0 on, and LINT0 lets the PIC's interrupts through; a guest that does not program the PIC, which
+/// Linux on hardware-reduced ACPI does not, would take a line's interrupt for an exception.
+fn mask_pics(vm: &VmFd) -> Result<(), VmError> {
+    // The bits are the lines that can be level-triggered, as KVM sets them when it creates a PIC.
+    for (chip_id, elcr_mask) in [
+        (KVM_IRQCHIP_PIC_MASTER, 0xf8),
+        (KVM_IRQCHIP_PIC_SLAVE, 0xde),
+    ] {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        chip.chip.pic = kvm_pic_state {
+            imr: 0xff,
+            elcr_mask,
+            ..Default::default()
+        };
+        vm.set_irqchip(&chip).map_err(VmError::Pic)?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `KVM_GET_SUPPORTED_CPUID` of two kinds of host, reduced to the leaves that matter.
+//! `KVM_GET_SUPPORTED_CPUID` for two kinds of host, reduced to the leaves that matter.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -76,7 +76,8 @@ pub const AMD: &[Row] = &[
     (0x4000_0001, 0, 0, 0x0100_7efb, 0, 0, 0),
 ];
 
-/// As a two-socket Intel Xeon of 20 cores with two threads reports: the host's topology shows.
+/// An Intel Xeon of 20 cores with two threads whose own topology shows. Put together from the SDM's
+/// description of the fields, not recorded.
 pub const INTEL: &[Row] = &[
     (
         0x0,

@@ -17,6 +17,7 @@ fn capabilities(tsc_deadline_timer: bool) -> Capabilities {
         sync_regs: 7,
         dirty_ring: 0,
         manual_dirty_log: false,
+        xcrs: true,
         xsave2_size: 0,
         kvmclock_ctrl: true,
         user_space_msr: true,

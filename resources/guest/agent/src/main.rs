@@ -1,0 +1,86 @@
+//! The agent: init of a guest started by bulle.
+//!
+//! As process 1 it prepares the system ([`setup`]), then runs one command for the host over a byte
+//! stream ([`session`]), and at the end takes the guest down ([`power`]). It has one thread, no heap
+//! and no libc. Started as `agent --channel TTY` by an ordinary process it runs the command on the
+//! system that is there and exits instead of powering off: that is how it is tested.
+
+#![no_std]
+#![no_main]
+
+mod command;
+mod exec;
+mod link;
+mod power;
+mod rt;
+mod session;
+mod setup;
+mod sys;
+mod text;
+
+use core::ffi::CStr;
+use core::fmt::Write;
+
+use text::Text;
+
+/// Runs the agent.
+///
+/// Called once by the entry code with the arguments of the process.
+fn main(args: &mut dyn Iterator<Item = &'static CStr>) -> ! {
+    if rustix::process::getpid().is_init() {
+        init()
+    }
+    let mut args = args.skip(1);
+    match (args.next(), args.next(), args.next()) {
+        (Some(option), Some(tty), None) if option == c"--channel" => on_a_running_system(tty),
+        _ => {
+            sys::complain(format_args!(
+                "this is the init of a bulle guest; outside one: agent --channel TTY"
+            ));
+            sys::exit(125)
+        }
+    }
+}
+
+/// The whole life of the guest's userspace.
+fn init() -> ! {
+    let mut notes = setup::Notes::new();
+    setup::open_standard_files();
+    setup::mount_all(&mut notes);
+    setup::open_standard_files();
+    setup::load_modules(&mut notes);
+    setup::bring_up_loopback(&mut notes);
+    power::take_ctrl_alt_del();
+    let mut path = Text::<64>::new();
+    let _ = write!(path, "/dev/{}", setup::channel_name().as_str());
+    let end = match link::Link::open(path.as_str()) {
+        Ok(link) => {
+            session::Session::new(link, power::Buttons::open(), true).run(notes.as_bytes())
+        }
+        Err(errno) => {
+            sys::complain(format_args!(
+                "cannot open the channel to the host, {}: error {}; powering off",
+                path.as_str(),
+                errno.raw_os_error()
+            ));
+            agent_protocol::Power::Off
+        }
+    };
+    power::end(end)
+}
+
+/// The part of the agent that runs a command, for tests on the host.
+fn on_a_running_system(tty: &CStr) -> ! {
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    let path = tty.to_str().unwrap_or_default();
+    match link::Link::open(path) {
+        Ok(link) => {
+            session::Session::new(link, power::Buttons::none(), false).run(b"");
+            sys::exit(0)
+        }
+        Err(errno) => {
+            sys::complain(format_args!("cannot open {path}: error {}", errno.raw_os_error()));
+            sys::exit(125)
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! The main loop: one thread that waits for the host, the command, signals and the power button.
+//!
+//! Every buffer is bounded. What has no room is not read, so a command that writes faster than the
+//! host takes simply blocks.
+
+use agent_protocol::start::StartView;
+use agent_protocol::{
+    Decoder, Exit, FromGuest, FromHost, GUEST_WINDOW, Hello, Level, MAX_PAYLOAD, MAX_START, Power,
+    Stage, VERSION, features,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::process::{WaitOptions, WaitStatus, wait};
+
+use crate::command::{Command, Input};
+use crate::exec::Failure;
+use crate::link::Link;
+use crate::power::{Buttons, MAX_BUTTONS};
+use crate::{setup, sys};
+
+const HUP: u32 = 1;
+const INT: u32 = 2;
+const KILL: i32 = 9;
+const USR1: u32 = 10;
+const USR2: u32 = 12;
+const TERM: u32 = 15;
+const CONT: i32 = 18;
+const PWR: u32 = 30;
+
+/// Between asking processes to end and killing them.
+const GRACE_MS: u64 = 2000;
+/// Between killing processes, or queueing the last words, and not waiting any longer.
+const PATIENCE_MS: u64 = 500;
+/// For the host to end the guest after the command's end; then the guest does it.
+const GOODBYE_MS: u64 = 5000;
+
+/// Files to wait on: channel, signals, input, two outputs, buttons.
+const FIXED_FILES: usize = 5;
+const FILES: usize = FIXED_FILES + MAX_BUTTONS;
+
+/// One command on behalf of one host.
+pub struct Session {
+    link: Link,
+    signals: OwnedFd,
+    buttons: Buttons,
+    /// This is process 1 of a guest.
+    is_init: bool,
+    start: [u8; MAX_START],
+    start_len: usize,
+    command: Option<Command>,
+    input: Input,
+    /// Output bytes that the host still takes.
+    credit: u64,
+    /// Input bytes that the host is to be told are consumed.
+    owed: u32,
+    /// Exited or Failed has been sent at this time.
+    done_at: Option<u64>,
+    ending: Option<Ending>,
+}
+
+struct Ending {
+    power: Power,
+    kill_at: u64,
+    killed: bool,
+    /// No process is left.
+    alone: bool,
+}
+
+impl Session {
+    /// Takes over signals. `is_init` says whether to end the guest in the end.
+    pub fn new(link: Link, buttons: Buttons, is_init: bool) -> Self {
+        // Everything is blocked; SIGCHLD and what asks for the end is read from a file.
+        sys::block_signals(!0);
+        let bit = |signal: u32| 1u64 << (signal - 1);
+        let mask = bit(17) | bit(INT) | bit(USR1) | bit(USR2) | bit(TERM) | bit(PWR);
+        let signals = match sys::signal_file(mask) {
+            Ok(file) => file,
+            // Without it the end of the command would never be seen.
+            Err(errno) => {
+                sys::complain(format_args!(
+                    "cannot make a signalfd: error {}; the kernel needs CONFIG_SIGNALFD",
+                    errno.raw_os_error()
+                ));
+                if is_init { crate::power::end(Power::Off) } else { sys::exit(125) }
+            }
+        };
+        Self {
+            link,
+            signals,
+            buttons,
+            is_init,
+            start: [0; MAX_START],
+            start_len: 0,
+            command: None,
+            input: Input::new(),
+            credit: 0,
+            owed: 0,
+            done_at: None,
+            ending: None,
+        }
+    }
+
+    /// Runs until the guest is to end, and says how. `notes` are lines for the host's log.
+    pub fn run(mut self, notes: &[u8]) -> Power {
+        self.greet(notes);
+        let mut decoder = Decoder::new();
+        loop {
+            if self.link.flush().is_err() {
+                return self.lost();
+            }
+            if let Some(power) = self.advance() {
+                self.link.drain();
+                return power;
+            }
+            let ready = self.wait();
+            if ready[1] {
+                self.on_signals();
+            }
+            for index in 0..MAX_BUTTONS {
+                if ready[FIXED_FILES + index] && self.buttons.was_pressed(index) {
+                    self.end(Power::Off);
+                }
+            }
+            if ready[0] && self.receive(&mut decoder).is_err() {
+                return self.lost();
+            }
+            for index in [0, 1] {
+                if ready[3 + index] {
+                    self.pass_output(index);
+                }
+            }
+        }
+    }
+
+    /// The channel is broken: nobody is there to run anything for.
+    fn lost(&self) -> Power {
+        sys::complain(format_args!("the channel to the host is broken"));
+        Power::Off
+    }
+
+    fn greet(&mut self, notes: &[u8]) {
+        let uname = rustix::system::uname();
+        let mut have = 0;
+        for (present, feature) in [
+            (setup::has_pvpanic(), features::PVPANIC),
+            (self.buttons.any(), features::POWER_BUTTON),
+            (setup::has_pty(), features::PTY),
+        ] {
+            have |= if present { feature } else { 0 };
+        }
+        let release = uname.release().to_bytes();
+        self.link.send(&FromGuest::Hello(Hello {
+            version: VERSION,
+            features: have,
+            window: GUEST_WINDOW,
+            release,
+        }));
+        for line in notes.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
+            self.link.send(&FromGuest::Log { level: Level::Warn, text: line });
+        }
+    }
+
+    /// Does what needs no waiting: input, credit, the ends of things. `Some` when all is over.
+    fn advance(&mut self) -> Option<Power> {
+        let stalled = self.is_stalled();
+        let mut outcome = None;
+        if let Some(command) = &mut self.command {
+            self.owed += self.input.pass_to(command) as u32;
+            if self.input.eof && self.input.is_empty() {
+                command.close_stdin();
+            }
+            outcome = command.outcome(stalled).ok();
+        } else if self.done_at.is_some() {
+            // Nobody reads input any more.
+            self.input = Input::new();
+        }
+        // Not for every byte: each costs the host an exit. The rest of the window still moves.
+        if self.owed >= GUEST_WINDOW / 4 && self.link.send(&FromGuest::Credit(self.owed)) {
+            self.owed = 0;
+        }
+        if let Some(exit) = outcome {
+            self.command = None;
+            if self.ending.is_none() {
+                // The host may end the guest at once.
+                rustix::fs::sync();
+                self.finish(&FromGuest::Exited(exit));
+            }
+        }
+        if self.link.flush().is_err() {
+            return Some(Power::Off);
+        }
+        self.advance_end()
+    }
+
+    fn advance_end(&mut self) -> Option<Power> {
+        let now = sys::now_ms();
+        if let (None, Some(done_at)) = (&self.ending, self.done_at)
+            && now >= done_at + GOODBYE_MS
+        {
+            self.end(Power::Off);
+        }
+        let ending = self.ending.as_mut()?;
+        if !ending.alone && !ending.killed && now >= ending.kill_at {
+            ending.killed = true;
+            match (&self.command, self.is_init) {
+                (_, true) => sys::kill_everyone(KILL),
+                (Some(command), false) => command.signal(KILL as u8),
+                (None, false) => {}
+            }
+        }
+        let late = now >= ending.kill_at + PATIENCE_MS;
+        ((ending.alone && self.link.is_idle()) || late).then_some(ending.power)
+    }
+
+    /// Output waits for the host.
+    fn is_stalled(&self) -> bool {
+        self.credit == 0 || !self.link.has_room_for_output()
+    }
+
+    /// When to look again though nothing has happened.
+    fn timeout(&mut self) -> Option<u64> {
+        let now = sys::now_ms();
+        let stalled = self.is_stalled();
+        let command = self.command.as_mut().and_then(|c| c.outcome(stalled).err().flatten());
+        let ending = self.ending.as_ref().map(|e| {
+            let next = if e.killed || e.alone { e.kill_at + PATIENCE_MS } else { e.kill_at };
+            next.saturating_sub(now)
+        });
+        let goodbye = self.done_at.map(|at| (at + GOODBYE_MS).saturating_sub(now));
+        [command, ending, goodbye].into_iter().flatten().min()
+    }
+
+    /// Waits for files to be ready; which are is said in the order of [`FIXED_FILES`].
+    fn wait(&mut self) -> [bool; FILES] {
+        let timeout = self.timeout().map(|ms| Timespec {
+            tv_sec: (ms / 1000) as i64,
+            tv_nsec: ((ms % 1000) * 1_000_000) as i64,
+        });
+        let stalled = self.is_stalled();
+        let command = self.command.as_ref();
+        let output = |index| command.and_then(|c| c.output(index)).filter(|_| !stalled);
+        let stdin = command.and_then(Command::stdin).filter(|_| !self.input.is_empty());
+        let link = if self.link.is_idle() {
+            PollFlags::IN
+        } else {
+            PollFlags::IN | PollFlags::OUT
+        };
+        let buttons = self.buttons.files();
+        let mut files: [PollFd<'_>; FILES] = core::array::from_fn(|index| {
+            let (file, flags) = match index {
+                0 => (Some(self.link.file()), link),
+                1 => (Some(&self.signals), PollFlags::IN),
+                2 => (stdin, PollFlags::OUT),
+                3 | 4 => (output(index - 3), PollFlags::IN),
+                _ => (buttons[index - FIXED_FILES].as_ref(), PollFlags::IN),
+            };
+            match file {
+                Some(file) => PollFd::new(file, flags),
+                None => PollFd::new(&self.signals, PollFlags::empty()),
+            }
+        });
+        let mut ready = [false; FILES];
+        if poll(&mut files, timeout.as_ref()).is_ok() {
+            for (ready, file) in ready.iter_mut().zip(&files) {
+                *ready = file.revents().intersects(
+                    PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL,
+                );
+            }
+        }
+        ready
+    }
+
+    fn on_signals(&mut self) {
+        // struct signalfd_siginfo is 128 bytes and starts with the signal's number.
+        let mut info = [0; 128];
+        while let Ok(128) = rustix::io::read(&self.signals, &mut info) {
+            match u32::from_ne_bytes([info[0], info[1], info[2], info[3]]) {
+                // Ctrl-alt-del; `reboot` of busybox.
+                INT | TERM => self.end(Power::Reboot),
+                // `halt` and `poweroff` of busybox.
+                USR1 => self.end(Power::Halt),
+                USR2 | PWR => self.end(Power::Off),
+                // SIGCHLD, once for any number of children.
+                _ => self.reap(),
+            }
+        }
+    }
+
+    /// Takes leave of every child that has ended, our own or adopted.
+    fn reap(&mut self) {
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => {
+                    if let Some(command) = self.command.as_mut().filter(|c| c.pid() == pid)
+                        && let Some(exit) = exit_of(status)
+                    {
+                        command.on_exit(exit);
+                    }
+                }
+                Ok(None) => return,
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        if let Some(ending) = &mut self.ending {
+            ending.alone = true;
+        }
+    }
+
+    /// Starts to take the guest down. A second call while processes still end kills them.
+    fn end(&mut self, power: Power) {
+        let now = sys::now_ms();
+        if let Some(ending) = &mut self.ending {
+            ending.kill_at = ending.kill_at.min(now);
+            return;
+        }
+        self.link.send(&FromGuest::Stopping(power));
+        let kill_at = now + GRACE_MS;
+        self.ending = Some(Ending { power, kill_at, killed: false, alone: false });
+        // An interactive shell ignores SIGTERM but not SIGHUP; a stopped process must go on to end.
+        for signal in [TERM as i32, HUP as i32, CONT] {
+            match (&self.command, self.is_init) {
+                (_, true) => sys::kill_everyone(signal),
+                (Some(command), false) => command.signal(signal as u8),
+                (None, false) => {}
+            }
+        }
+        self.reap();
+    }
+
+    fn receive(&mut self, decoder: &mut Decoder) -> Result<(), Errno> {
+        let mut buffer = [0; 2048];
+        let n = self.link.read(&mut buffer)?;
+        let mut bytes = &buffer[..n];
+        // Stale bytes may lie before the first frame; after it, bytes that are skipped were lost.
+        let mut skipped = decoder.skipped();
+        while let Some(frame) = decoder.decode(&mut bytes) {
+            let first = self.start_len == 0;
+            let intact = FromHost::parse(frame).ok().is_some_and(|message| self.on_message(message));
+            if !intact {
+                self.give_up("the agent received a message that breaks the protocol");
+                return Ok(());
+            }
+            if first {
+                skipped = decoder.skipped();
+            }
+        }
+        if self.start_len > 0 && decoder.skipped() != skipped {
+            self.give_up("bytes from the host were damaged or lost on their way to the agent");
+        }
+        Ok(())
+    }
+
+    /// Acts on one message; `false` if it is out of place.
+    fn on_message(&mut self, message: FromHost<'_>) -> bool {
+        match message {
+            FromHost::Start { last, bytes } => return self.on_start(last, bytes),
+            FromHost::Stdin(bytes) if self.done_at.is_some() => self.owed += bytes.len() as u32,
+            FromHost::Stdin(bytes) => return self.input.push(bytes),
+            FromHost::StdinEof => self.input.eof = true,
+            FromHost::Resize(size) => {
+                if let Some(command) = &self.command {
+                    command.resize(size);
+                }
+            }
+            FromHost::Signal(signal) => {
+                if let Some(command) = &self.command {
+                    command.signal(signal);
+                }
+            }
+            FromHost::Shutdown(power) => self.end(power),
+            FromHost::Credit(n) => self.credit = self.credit.saturating_add(u64::from(n)),
+        }
+        true
+    }
+
+    fn on_start(&mut self, last: bool, bytes: &[u8]) -> bool {
+        if self.command.is_some() || self.done_at.is_some() {
+            return false;
+        }
+        let end = self.start_len + bytes.len();
+        let Some(room) = self.start.get_mut(self.start_len..end) else { return false };
+        room.copy_from_slice(bytes);
+        self.start_len = end;
+        self.owed += bytes.len() as u32;
+        if !last {
+            return true;
+        }
+        let Ok(start) = StartView::parse(&self.start[..end]) else { return false };
+        self.credit += u64::from(start.window);
+        if self.ending.is_some() {
+            return true;
+        }
+        match Command::spawn(&start) {
+            Ok(command) => {
+                let pid = command.pid().as_raw_pid() as u32;
+                self.command = Some(command);
+                self.link.send(&FromGuest::Started { pid });
+            }
+            Err(Failure { stage, errno }) => {
+                let index = if stage == Stage::Cwd { 0 } else { 1 };
+                let text = start.strings().nth(index).unwrap_or_default();
+                let text = text.strip_suffix(b"\0").unwrap_or(text);
+                let errno = errno.raw_os_error() as u16;
+                self.link.send(&FromGuest::Failed { stage, errno, text });
+                self.done_at = Some(sys::now_ms());
+            }
+        }
+        true
+    }
+
+    /// Tells the host the last thing about the command.
+    fn finish(&mut self, message: &FromGuest<'_>) {
+        self.link.send(message);
+        self.done_at = Some(sys::now_ms());
+    }
+
+    /// The host cannot be understood: says so and ends.
+    fn give_up(&mut self, text: &str) {
+        let failed = FromGuest::Failed { stage: Stage::Protocol, errno: 0, text: text.as_bytes() };
+        self.finish(&failed);
+        self.end(Power::Off);
+    }
+
+    fn pass_output(&mut self, index: usize) {
+        if self.is_stalled() {
+            return;
+        }
+        let Some(command) = &mut self.command else { return };
+        let mut buffer = [0; MAX_PAYLOAD];
+        let room = (self.credit as usize).min(MAX_PAYLOAD);
+        let n = command.read(index, &mut buffer[..room]);
+        if n > 0 {
+            self.credit -= n as u64;
+            let bytes = &buffer[..n];
+            let message =
+                if index == 0 { FromGuest::Stdout(bytes) } else { FromGuest::Stderr(bytes) };
+            self.link.send(&message);
+        }
+    }
+}
+
+fn exit_of(status: WaitStatus) -> Option<Exit> {
+    let small = |n: i32| u8::try_from(n).ok();
+    match status.exit_status() {
+        Some(code) => small(code).map(Exit::Code),
+        None => status.terminating_signal().and_then(small).map(Exit::Signal),
+    }
+}

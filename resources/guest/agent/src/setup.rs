@@ -1,0 +1,191 @@
+//! Preparing the guest: file systems, device links, modules, loopback.
+//!
+//! Nothing here is fatal: a guest without cgroups still runs commands. What failed is noted and told
+//! to the host once it listens.
+
+use core::ffi::CStr;
+use core::fmt::Write;
+use core::mem::MaybeUninit;
+
+use rustix::fs::{Mode, OFlags, RawDir};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+
+use crate::sys;
+use crate::text::Text;
+
+/// What went wrong, one line each, for the host's log.
+pub type Notes = Text<2048>;
+
+/// Lists the modules to load: one path per line, in order.
+const MODULE_LIST: &str = "/.bulle/modules";
+/// Longest module list, and what is read of the command line.
+const MAX_LIST: usize = 16 * 1024;
+
+struct Mount {
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    data: &'static CStr,
+    /// Leave alone a directory that has something in it.
+    only_if_empty: bool,
+}
+
+const fn on(
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    data: &'static CStr,
+) -> Mount {
+    Mount { kind, target, flags, data, only_if_empty: false }
+}
+
+const NOTHING_SPECIAL: MountFlags =
+    MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+const SCRATCH: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+
+const MOUNTS: [Mount; 8] = [
+    on("proc", "/proc", NOTHING_SPECIAL, c""),
+    on("sysfs", "/sys", NOTHING_SPECIAL, c""),
+    on("devtmpfs", "/dev", MountFlags::NOSUID, c"mode=0755"),
+    on(
+        "devpts",
+        "/dev/pts",
+        MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        c"gid=5,mode=620,ptmxmode=666",
+    ),
+    on("tmpfs", "/dev/shm", SCRATCH, c"mode=1777"),
+    Mount { only_if_empty: true, ..on("tmpfs", "/run", SCRATCH, c"mode=0755") },
+    Mount { only_if_empty: true, ..on("tmpfs", "/tmp", SCRATCH, c"mode=1777") },
+    on("cgroup2", "/sys/fs/cgroup", NOTHING_SPECIAL, c"nsdelegate"),
+];
+
+const LINKS: [(&str, &str); 4] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+/// Makes sure that descriptors 0 to 2 are open, so that no other file gets their numbers.
+pub fn open_standard_files() {
+    loop {
+        let open = |path| rustix::fs::open(path, OFlags::RDWR | OFlags::NOCTTY, Mode::empty());
+        let Ok(fd) = open("/dev/console").or_else(|_| open("/dev/null")) else {
+            return;
+        };
+        if rustix::fd::AsRawFd::as_raw_fd(&fd) > 2 {
+            return;
+        }
+        core::mem::forget(fd);
+    }
+}
+
+/// Mounts the usual file systems and makes the usual links.
+pub fn mount_all(notes: &mut Notes) {
+    for m in &MOUNTS {
+        let _ = rustix::fs::mkdir(m.target, Mode::from_raw_mode(0o755));
+        if m.only_if_empty && any_entry(m.target, |_| true) {
+            continue;
+        }
+        match mount(m.kind, m.target, m.kind, m.flags, Some(m.data)) {
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(errno) => {
+                let errno = errno.raw_os_error();
+                note(notes, format_args!("cannot mount {} on {}: error {errno}", m.kind, m.target));
+            }
+        }
+    }
+    for (to, link) in LINKS {
+        let _ = rustix::fs::symlink(to, link);
+    }
+}
+
+/// Loads the modules that the host packed.
+pub fn load_modules(notes: &mut Notes) {
+    let mut buffer = [0; MAX_LIST];
+    for line in read_file(MODULE_LIST, &mut buffer).split(|&b| b == b'\n') {
+        if line.is_empty() {
+            continue;
+        }
+        if let Err(errno) = load_module(line) {
+            let path = core::str::from_utf8(line).unwrap_or("?");
+            let errno = errno.raw_os_error();
+            note(notes, format_args!("cannot load module {path}: error {errno}"));
+        }
+    }
+}
+
+fn load_module(path: &[u8]) -> Result<(), Errno> {
+    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    match rustix::system::finit_module(&file, c"", 0) {
+        Err(Errno::EXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Sets `lo` up.
+pub fn bring_up_loopback(notes: &mut Notes) {
+    use rustix::net::{AddressFamily, SocketType, socket};
+    let result = socket(AddressFamily::INET, SocketType::DGRAM, None).and_then(sys::loopback_up);
+    if let Err(errno) = result {
+        note(notes, format_args!("cannot set up the lo interface: error {}", errno.raw_os_error()));
+    }
+}
+
+/// The device that `bulle.agent=` on the kernel command line names; `ttyS1` without it.
+pub fn channel_name() -> Text<32> {
+    let mut buffer = [0; MAX_LIST];
+    let mut name = Text::new();
+    let words = read_file("/proc/cmdline", &mut buffer).split(|b| b.is_ascii_whitespace());
+    let named = words.filter_map(|word| word.strip_prefix(b"bulle.agent=")).next_back();
+    name.push(named.unwrap_or(b"ttyS1"));
+    name
+}
+
+/// A pvpanic device is bound to a driver.
+pub fn has_pvpanic() -> bool {
+    ["/sys/bus/platform/drivers/pvpanic-mmio", "/sys/bus/pci/drivers/pvpanic-pci"]
+        .into_iter()
+        // Only the names of devices have a colon: QEMU0001:00, 0000:00:05.0.
+        .any(|driver| any_entry(driver, |name| name.contains(&b':')))
+}
+
+/// Pseudo-terminals can be made.
+pub fn has_pty() -> bool {
+    rustix::fs::access("/dev/ptmx", rustix::fs::Access::READ_OK).is_ok()
+        && any_entry("/dev/pts", |_| true)
+}
+
+/// Some name in the directory, other than `.` and `..`, satisfies `wanted`.
+fn any_entry(directory: &str, wanted: impl Fn(&[u8]) -> bool) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(fd) = rustix::fs::open(directory, flags, Mode::empty()) else {
+        return false;
+    };
+    let mut buffer = [MaybeUninit::uninit(); 2048];
+    let mut entries = RawDir::new(fd, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." && wanted(name) {
+            return true;
+        }
+    }
+    false
+}
+
+/// What fits of a file; nothing if it cannot be read.
+fn read_file<'a>(path: &str, buffer: &'a mut [u8]) -> &'a [u8] {
+    let mut length = 0;
+    if let Ok(file) = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+        while let Ok(n @ 1..) = rustix::io::read(&file, &mut buffer[length..]) {
+            length += n;
+        }
+    }
+    &buffer[..length]
+}
+
+fn note(notes: &mut Notes, message: core::fmt::Arguments<'_>) {
+    sys::complain(message);
+    let _ = writeln!(notes, "{message}");
+}

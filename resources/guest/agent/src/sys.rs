@@ -1,0 +1,125 @@
+//! System calls that rustix has no safe face for.
+//!
+//! Unsafe: raw system calls. Each wrapper says why its call is sound.
+
+use core::ffi::{CStr, c_char};
+use core::fmt::{self, Write};
+
+use rustix::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::ioctl::{self, opcode};
+use rustix::process::Pid;
+use syscalls::{Sysno, syscall};
+
+use crate::text::Text;
+
+const SIGCHLD: usize = 17;
+const SIG_SETMASK: usize = 2;
+const CLOCK_MONOTONIC: usize = 1;
+/// `SFD_CLOEXEC | SFD_NONBLOCK`.
+const SFD_FLAGS: usize = 0o2_004_000;
+/// `IFF_UP | IFF_RUNNING`.
+const IFF_UP_RUNNING: u16 = 0x41;
+const SIOCSIFFLAGS: ioctl::Opcode = 0x8914;
+const EV_KEY: u8 = 1;
+
+fn errno(e: syscalls::Errno) -> Errno {
+    Errno::from_raw_os_error(e.into_raw())
+}
+
+/// Ends the process.
+pub fn exit(code: u8) -> ! {
+    loop {
+        // SAFETY: exit_group takes no pointer.
+        let _ = unsafe { syscall!(Sysno::exit_group, usize::from(code)) };
+    }
+}
+
+/// Prints one line to standard error: the console when this is init.
+pub fn complain(message: fmt::Arguments<'_>) {
+    let mut line = Text::<512>::new();
+    let _ = writeln!(line, "bulle agent: {message}\r");
+    // SAFETY: standard error is never closed by this program.
+    let stderr = unsafe { rustix::stdio::stderr() };
+    let _ = rustix::io::write(stderr, line.as_bytes());
+}
+
+/// Milliseconds on a clock that only goes forward.
+pub fn now_ms() -> u64 {
+    let mut time = [0i64; 2];
+    // SAFETY: struct timespec is two 64-bit integers.
+    let _ = unsafe { syscall!(Sysno::clock_gettime, CLOCK_MONOTONIC, time.as_mut_ptr()) };
+    (time[0] as u64) * 1000 + (time[1] as u64) / 1_000_000
+}
+
+/// Makes a copy of this process; `None` in the child.
+pub fn fork() -> Result<Option<Pid>, Errno> {
+    // SAFETY: with only SIGCHLD as flags, clone is fork; the program has one thread, so the child
+    // finds no lock held.
+    let pid = unsafe { syscall!(Sysno::clone, SIGCHLD, 0, 0, 0, 0) }.map_err(errno)?;
+    Ok(Pid::from_raw(pid as i32))
+}
+
+/// Replaces the program of this process; returns only on failure.
+///
+/// # Safety
+/// `argv` and `envp` must be arrays of pointers to NUL-terminated strings that end with null.
+pub unsafe fn execve(path: &CStr, argv: *const *const c_char, envp: *const *const c_char) -> Errno {
+    // SAFETY: the path is NUL-terminated; the arrays are right by this function's contract.
+    match unsafe { syscall!(Sysno::execve, path.as_ptr(), argv, envp) } {
+        Ok(_) => Errno::INVAL,
+        Err(e) => errno(e),
+    }
+}
+
+/// Sends a signal to every process but this one and kernel threads. For process 1 only.
+pub fn kill_everyone(signal: i32) {
+    // SAFETY: kill takes no pointer.
+    let _ = unsafe { syscall!(Sysno::kill, -1isize, signal) };
+}
+
+/// Blocks these signals (bit n-1 for signal n), or none.
+pub fn block_signals(mask: u64) {
+    // SAFETY: the kernel's signal set is 64 bits; no old set is wanted.
+    let _ = unsafe {
+        syscall!(Sysno::rt_sigprocmask, SIG_SETMASK, &raw const mask, 0, size_of::<u64>())
+    };
+}
+
+/// A file from which the blocked signals of `mask` can be read.
+pub fn signal_file(mask: u64) -> Result<OwnedFd, Errno> {
+    // SAFETY: -1 asks for a new file; the mask is 64 bits.
+    let fd = unsafe {
+        syscall!(Sysno::signalfd4, -1isize, &raw const mask, size_of::<u64>(), SFD_FLAGS)
+    }
+    .map_err(errno)?;
+    // SAFETY: the kernel has just returned this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Sets the network interface `lo` up; `socket` is any IP socket.
+pub fn loopback_up(socket: impl AsFd) -> Result<(), Errno> {
+    /// `struct ifreq` as far as the flags; 40 bytes in all.
+    #[repr(C)]
+    struct IfReq {
+        name: [u8; 16],
+        flags: u16,
+        rest: [u8; 22],
+    }
+    let mut name = [0; 16];
+    name[..2].copy_from_slice(b"lo");
+    let request = IfReq { name, flags: IFF_UP_RUNNING, rest: [0; 22] };
+    // SAFETY: SIOCSIFFLAGS reads one struct ifreq.
+    unsafe { ioctl::ioctl(socket, ioctl::Setter::<SIOCSIFFLAGS, IfReq>::new(request)) }
+}
+
+/// The keys that an input device has, one bit each (`EVIOCGBIT`).
+pub fn input_keys(device: impl AsFd) -> Result<[u8; 96], Errno> {
+    const EVIOCGBIT_KEY: ioctl::Opcode = opcode::read::<[u8; 96]>(b'E', 0x20 + EV_KEY);
+    let mut keys = [0; 96];
+    let fd = device.as_fd().as_raw_fd();
+    // SAFETY: the opcode carries the size of the buffer, which the kernel does not exceed.
+    unsafe { syscall!(Sysno::ioctl, fd, EVIOCGBIT_KEY as usize, keys.as_mut_ptr()) }
+        .map_err(errno)?;
+    Ok(keys)
+}
