@@ -79,8 +79,14 @@ impl Board {
     pub fn new(irqchip: &Irqchip, wiring: Wiring) -> Result<Self, BoardError> {
         let console = serial(irqchip, layout::COM1_IRQ, wiring.console)?;
         let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
-        let keyboard = Arc::new(I8042::new(irqchip.line(layout::I8042_IRQ), I8042State::default()));
-        let power = Arc::new(Power::new(irqchip.line(layout::GED_IRQ), PowerState::default()));
+        let keyboard = Arc::new(I8042::new(
+            irqchip.line(layout::I8042_IRQ),
+            I8042State::default(),
+        ));
+        let power = Arc::new(Power::new(
+            irqchip.line(layout::GED_IRQ),
+            PowerState::default(),
+        ));
         let clock = Arc::new(Cmos::new(host_clock(), CmosState::default()));
 
         let mut pio = Bus::new();
@@ -91,26 +97,61 @@ impl Board {
         let size = layout::SERIAL_PORT_SIZE;
         place("COM1", layout::COM1_PORT, size, console.clone())?;
         place("COM2", layout::COM2_PORT, size, agent.clone())?;
-        place("i8042", layout::I8042_PORT, layout::I8042_PORT_SIZE, keyboard.clone())?;
-        place("the real-time clock", layout::RTC_PORT, layout::RTC_PORT_SIZE, clock)?;
-        place("debug exit", layout::DEBUG_EXIT_PORT, 1, Arc::new(DebugExit))?;
+        place(
+            "i8042",
+            layout::I8042_PORT,
+            layout::I8042_PORT_SIZE,
+            keyboard.clone(),
+        )?;
+        place(
+            "the real-time clock",
+            layout::RTC_PORT,
+            layout::RTC_PORT_SIZE,
+            clock,
+        )?;
+        place(
+            "debug exit",
+            layout::DEBUG_EXIT_PORT,
+            1,
+            Arc::new(DebugExit),
+        )?;
         place("pvpanic", layout::PVPANIC_PORT, 1, Arc::new(PvPanic))?;
-        place("the power registers", layout::POWER_PORT, layout::POWER_PORT_SIZE, power.clone())?;
+        place(
+            "the power registers",
+            layout::POWER_PORT,
+            layout::POWER_PORT_SIZE,
+            power.clone(),
+        )?;
 
         let mut mmio = Bus::new();
         if let Some(ioapic) = irqchip.ioapic() {
             mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone())
-                .map_err(|source| BoardError::Place { device: "the I/O APIC", source })?;
+                .map_err(|source| BoardError::Place {
+                    device: "the I/O APIC",
+                    source,
+                })?;
         }
-        Ok(Self { pio: Arc::new(pio), mmio: Arc::new(mmio), console, agent, keyboard, power })
+        Ok(Self {
+            pio: Arc::new(pio),
+            mmio: Arc::new(mmio),
+            console,
+            agent,
+            keyboard,
+            power,
+        })
     }
 }
 
 /// What the ACPI tables say of this board.
 pub fn acpi_facts(topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
-    let device = |port, irq| PortDevice { port, irq: Some(irq) };
+    let device = |port, irq| PortDevice {
+        port,
+        irq: Some(irq),
+    };
     AcpiFacts {
-        apic_ids: (0..topology.vcpus()).map(|index| topology.apic_id(index)).collect(),
+        apic_ids: (0..topology.vcpus())
+            .map(|index| topology.apic_id(index))
+            .collect(),
         irqchip,
         serial: vec![
             device(layout::COM1_PORT, layout::COM1_IRQ),
@@ -119,7 +160,10 @@ pub fn acpi_facts(topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
         keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
         rtc: Some(device(layout::RTC_PORT, layout::RTC_IRQ)),
         pvpanic: Some(layout::PVPANIC_PORT),
-        power: PowerFacts { port: layout::POWER_PORT, irq: layout::GED_IRQ },
+        power: PowerFacts {
+            port: layout::POWER_PORT,
+            irq: layout::GED_IRQ,
+        },
         virtio: Vec::new(),
     }
 }

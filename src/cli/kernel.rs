@@ -59,7 +59,11 @@ fn newest_in(dir: &Path) -> Result<PathBuf, DefaultKernelError> {
     }
     let dir = dir.to_path_buf();
     Err(match refusal {
-        Some((newest, source)) => DefaultKernelError::Unreadable { dir, newest, source },
+        Some((newest, source)) => DefaultKernelError::Unreadable {
+            dir,
+            newest,
+            source,
+        },
         None => DefaultKernelError::None { dir },
     })
 }
@@ -117,7 +121,10 @@ mod tests {
     fn an_empty_directory_says_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let error = newest_in(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("--kernel") && error.contains("linux-image-amd64"), "{error}");
+        assert!(
+            error.contains("--kernel") && error.contains("linux-image-amd64"),
+            "{error}"
+        );
         fs::write(dir.path().join("vmlinuz-6.1.0"), b"").unwrap();
         assert!(newest_in(dir.path()).unwrap().ends_with("vmlinuz-6.1.0"));
     }

@@ -7,11 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
+use super::kernel::default_kernel;
 use crate::config::{
     BootSource, Config, Console, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
     MemoryBacking, Root, parse_size,
 };
-use super::kernel::default_kernel;
 use crate::session;
 use crate::telemetry;
 
@@ -218,7 +218,11 @@ impl RunArgs {
             return Ok(());
         }
         let guest = config.guest.get_or_insert_with(|| Guest {
-            root: if self.initrd.is_some() { Root::Initrd } else { Root::Busybox },
+            root: if self.initrd.is_some() {
+                Root::Initrd
+            } else {
+                Root::Busybox
+            },
             ..Guest::default()
         });
         if let Some(root) = &self.root {
@@ -274,20 +278,37 @@ mod tests {
         assert_eq!(config(&["--root", "none"]).guest, None);
         assert_eq!(config(&["--initrd", "/i"]).guest, None);
         let guest = config(&["--initrd", "/i", "--", "ls"]).guest.unwrap();
-        assert_eq!((guest.root, guest.command), (Root::Initrd, vec!["ls".to_string()]));
+        assert_eq!(
+            (guest.root, guest.command),
+            (Root::Initrd, vec!["ls".to_string()])
+        );
         let guest = config(&["--root", "/r"]).guest.unwrap();
         assert_eq!(guest.root, Root::Directory("/r".into()));
     }
 
     #[test]
     fn a_printed_configuration_runs_again_and_options_override_it() {
-        let words = ["--memory", "1G", "--cpus", "4", "--env", "A=1", "--timeout", "2s", "--", "x"];
+        let words = [
+            "--memory",
+            "1G",
+            "--cpus",
+            "4",
+            "--env",
+            "A=1",
+            "--timeout",
+            "2s",
+            "--",
+            "x",
+        ];
         let first = config(&words);
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), serde_json::to_string_pretty(&first).unwrap()).unwrap();
         let again = |more: &[&str]| {
             let words = ["bulle", "--config", file.path().to_str().unwrap()];
-            Wrapper::parse_from(words.iter().chain(more)).args.into_config().unwrap()
+            Wrapper::parse_from(words.iter().chain(more))
+                .args
+                .into_config()
+                .unwrap()
         };
         assert_eq!(again(&[]), first);
         assert_eq!(again(&["--memory", "2G"]).machine_config.mem_size_mib, 2048);
@@ -297,7 +318,11 @@ mod tests {
     #[test]
     fn a_command_without_an_agent_is_refused() {
         let words = ["bulle", "--kernel", "/k", "--root", "none", "--", "ls"];
-        let error = Wrapper::parse_from(words).args.into_config().unwrap_err().to_string();
+        let error = Wrapper::parse_from(words)
+            .args
+            .into_config()
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--root none"), "{error}");
     }
 

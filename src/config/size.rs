@@ -11,8 +11,12 @@ pub struct SizeError {
 /// Parses `512M`, `2GiB`, `1g`, `1048576K` … to MiB. Units are powers of 1024; a number alone is
 /// MiB. The result is a whole number of MiB.
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
-    let error = || SizeError { text: text.to_string() };
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let error = || SizeError {
+        text: text.to_string(),
+    };
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (digits, unit) = text.split_at(split);
     let number: u64 = digits.parse().map_err(|_| error())?;
     let bytes_shift = match unit.trim().to_ascii_lowercase().as_str() {

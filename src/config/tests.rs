@@ -8,15 +8,32 @@ fn minimal() -> Config {
 
 #[test]
 fn sizes() {
-    for (text, mib) in
-        [("512", 512), ("512M", 512), ("2GiB", 2048), ("1g", 1024), ("1T", 1 << 20), ("65536K", 64)]
-    {
+    for (text, mib) in [
+        ("512", 512),
+        ("512M", 512),
+        ("2GiB", 2048),
+        ("1g", 1024),
+        ("1T", 1 << 20),
+        ("65536K", 64),
+    ] {
         assert_eq!(parse_size(text), Ok(mib), "{text}");
     }
-    for text in ["", "M", "-1", "1.5G", "12Q", "1000K", "99999999999999999999", "1 000M"] {
+    for text in [
+        "",
+        "M",
+        "-1",
+        "1.5G",
+        "12Q",
+        "1000K",
+        "99999999999999999999",
+        "1 000M",
+    ] {
         assert!(parse_size(text).is_err(), "{text}");
     }
-    assert_eq!(parse_size("18446744073709551615T").unwrap_err().text, "18446744073709551615T");
+    assert_eq!(
+        parse_size("18446744073709551615T").unwrap_err().text,
+        "18446744073709551615T"
+    );
 }
 
 #[test]
@@ -32,8 +49,13 @@ fn defaults_are_valid_and_round_trip() {
 #[test]
 fn unknown_fields_are_refused_by_name() {
     let text = r#"{"boot-source":{"kernel_image_path":"/k","initrd":"x"}}"#;
-    let error = serde_json::from_str::<Config>(text).unwrap_err().to_string();
-    assert!(error.contains("`initrd`") && error.contains("initrd_path"), "{error}");
+    let error = serde_json::from_str::<Config>(text)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`initrd`") && error.contains("initrd_path"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -46,11 +68,23 @@ fn limits_are_named() {
             assert!(error.contains(word), "{error} lacks {word}");
         }
     };
-    check(&|c| c.machine_config.vcpu_count = 0, &["0 vCPUs", "1 to 254"]);
+    check(
+        &|c| c.machine_config.vcpu_count = 0,
+        &["0 vCPUs", "1 to 254"],
+    );
     check(&|c| c.machine_config.vcpu_count = 255, &["255 vCPUs"]);
-    check(&|c| c.machine_config.mem_size_mib = 31, &["31 MiB", "32M to 1T"]);
-    check(&|c| c.machine_config.mem_size_mib = MAX_MEMORY_MIB + 1, &["1048577 MiB"]);
-    check(&|c| c.machine_config.threads_per_core = 2, &["1 vCPUs", "2 threads"]);
+    check(
+        &|c| c.machine_config.mem_size_mib = 31,
+        &["31 MiB", "32M to 1T"],
+    );
+    check(
+        &|c| c.machine_config.mem_size_mib = MAX_MEMORY_MIB + 1,
+        &["1048577 MiB"],
+    );
+    check(
+        &|c| c.machine_config.threads_per_core = 2,
+        &["1 vCPUs", "2 threads"],
+    );
     check(&|c| c.machine_config.dies = 0, &["0 dies"]);
     check(
         &|c| {
@@ -61,11 +95,41 @@ fn limits_are_named() {
     );
     check(&|c| c.timeout_ms = Some(0), &["timeout of 0"]);
     let guest = |guest: Guest| move |c: &mut Config| c.guest = Some(guest.clone());
-    check(&guest(Guest { env: vec!["=x".into()], ..Guest::default() }), &["'=x'", "KEY=VALUE"]);
-    check(&guest(Guest { env: vec!["x".into()], ..Guest::default() }), &["'x'"]);
-    check(&guest(Guest { cwd: Some("tmp".into()), ..Guest::default() }), &["'tmp'"]);
-    check(&guest(Guest { command: vec!["a\0b".into()], ..Guest::default() }), &["NUL", "command"]);
-    check(&guest(Guest { root: Root::Initrd, ..Guest::default() }), &["--initrd"]);
+    check(
+        &guest(Guest {
+            env: vec!["=x".into()],
+            ..Guest::default()
+        }),
+        &["'=x'", "KEY=VALUE"],
+    );
+    check(
+        &guest(Guest {
+            env: vec!["x".into()],
+            ..Guest::default()
+        }),
+        &["'x'"],
+    );
+    check(
+        &guest(Guest {
+            cwd: Some("tmp".into()),
+            ..Guest::default()
+        }),
+        &["'tmp'"],
+    );
+    check(
+        &guest(Guest {
+            command: vec!["a\0b".into()],
+            ..Guest::default()
+        }),
+        &["NUL", "command"],
+    );
+    check(
+        &guest(Guest {
+            root: Root::Initrd,
+            ..Guest::default()
+        }),
+        &["--initrd"],
+    );
 }
 
 proptest! {

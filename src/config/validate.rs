@@ -59,7 +59,9 @@ pub enum ConfigError {
         text: String,
     },
     /// Working directory that is not absolute.
-    #[error("working directory '{path}' is not absolute: the guest has no other directory to start from")]
+    #[error(
+        "working directory '{path}' is not absolute: the guest has no other directory to start from"
+    )]
     Cwd {
         /// As given.
         path: String,
@@ -135,7 +137,9 @@ impl Config {
 impl MachineConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         if !(1..=MAX_VCPUS).contains(&self.vcpu_count) {
-            return Err(ConfigError::Vcpus { count: self.vcpu_count });
+            return Err(ConfigError::Vcpus {
+                count: self.vcpu_count,
+            });
         }
         let unit = u32::from(self.dies) * u32::from(self.threads_per_core);
         if !(1..=2).contains(&self.threads_per_core)
@@ -165,7 +169,9 @@ impl Guest {
     fn validate(&self) -> Result<(), ConfigError> {
         for entry in &self.env {
             if entry.find('=').is_none_or(|at| at == 0) {
-                return Err(ConfigError::Env { entry: entry.clone() });
+                return Err(ConfigError::Env {
+                    entry: entry.clone(),
+                });
             }
         }
         let env = self.env.iter().map(|e| ("the environment", e));
@@ -173,7 +179,10 @@ impl Guest {
         let cwd = self.cwd.iter().map(|c| ("the working directory", c));
         for (what, text) in env.chain(command).chain(cwd) {
             if text.contains('\0') {
-                return Err(ConfigError::Nul { what, text: text.clone() });
+                return Err(ConfigError::Nul {
+                    what,
+                    text: text.clone(),
+                });
             }
         }
         match &self.cwd {

@@ -12,10 +12,19 @@ use crate::vm::build::Initrd;
 /// Modules for what the board has. None is required: a guest runs its command without them.
 const MODULES: [Wanted<'static>; 3] = [
     // Panics are reported at once.
-    Wanted { name: "pvpanic-mmio", required: false },
+    Wanted {
+        name: "pvpanic-mmio",
+        required: false,
+    },
     // The power button, and how the agent reads it.
-    Wanted { name: "button", required: false },
-    Wanted { name: "evdev", required: false },
+    Wanted {
+        name: "button",
+        required: false,
+    },
+    Wanted {
+        name: "evdev",
+        required: false,
+    },
 ];
 
 /// What goes into a guest cannot be had.
@@ -64,7 +73,10 @@ fn archive(
             step(format!("packing the root: {} files", progress.entries));
         }
     };
-    let builder = Initramfs::builder().agent().modules(&modules).progress(&packing);
+    let builder = Initramfs::builder()
+        .agent()
+        .modules(&modules)
+        .progress(&packing);
     let archive = match &guest.root {
         Root::Initrd => builder.build(limit),
         Root::Directory(directory) => builder.directory(directory).build(limit),
@@ -83,7 +95,10 @@ fn resolve(guest: &Guest, kernel: &KernelImage) -> Result<Resolved, PrepareError
         None => modules::default_directory(&release),
     };
     if guest.modules_dir.is_none() && !directory.is_dir() {
-        log::info!("no modules in {}: the guest goes without", directory.display());
+        log::info!(
+            "no modules in {}: the guest goes without",
+            directory.display()
+        );
         return Ok(Resolved::default());
     }
     let resolved = modules::resolve(&directory, &release, &MODULES)?;

@@ -39,7 +39,13 @@ impl AgentLink {
     /// For the command of `guest`, on a terminal if `tty`.
     pub fn new(guest: &Guest, tty: bool, port: Arc<AgentPort>) -> Result<Self, RequestError> {
         let client = AgentClient::new(&request(guest, tty))?;
-        Ok(Self { client, port, features: 0, running: false, interrupted: false })
+        Ok(Self {
+            client,
+            port,
+            features: 0,
+            running: false,
+            interrupted: false,
+        })
     }
 
     /// Whether the command runs.
@@ -207,9 +213,21 @@ mod tests {
             ..Guest::default()
         };
         let request = request(&guest, false);
-        let env: Vec<_> = request.env.iter().map(|entry| entry.to_string_lossy()).collect();
-        assert!(env.contains(&"HOME=/x".into()) && env.contains(&"A=2".into()), "{env:?}");
-        assert_eq!(env.iter().filter(|entry| entry.starts_with("HOME=")).count(), 1);
+        let env: Vec<_> = request
+            .env
+            .iter()
+            .map(|entry| entry.to_string_lossy())
+            .collect();
+        assert!(
+            env.contains(&"HOME=/x".into()) && env.contains(&"A=2".into()),
+            "{env:?}"
+        );
+        assert_eq!(
+            env.iter()
+                .filter(|entry| entry.starts_with("HOME="))
+                .count(),
+            1
+        );
         assert!(!env.iter().any(|entry| entry.starts_with("TERM=")));
         assert_eq!(request.argv, ["/bin/sh"]);
         assert_eq!(request.tty, None);

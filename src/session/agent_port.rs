@@ -19,7 +19,10 @@ pub struct AgentPort {
 impl AgentPort {
     /// `event` is written when bytes begin to wait.
     pub fn new(event: EventFd) -> Arc<Self> {
-        Arc::new(Self { waiting: Mutex::new(Vec::new()), event })
+        Arc::new(Self {
+            waiting: Mutex::new(Vec::new()),
+            event,
+        })
     }
 
     /// Takes all that waits.
@@ -37,7 +40,11 @@ struct Writer(Arc<AgentPort>);
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut waiting = self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self
+            .0
+            .waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let first = waiting.is_empty();
         let room = LIMIT - waiting.len();
         waiting.extend(bytes.iter().take(room));

@@ -65,7 +65,10 @@ impl Sink {
             .mode(0o600)
             .open(path)
             .map(Self::File)
-            .map_err(|source| ConsoleFileError { path: path.to_path_buf(), source })
+            .map_err(|source| ConsoleFileError {
+                path: path.to_path_buf(),
+                source,
+            })
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -101,7 +104,11 @@ impl ConsoleTap {
 
     /// The last lines of the console, printable.
     pub fn last_lines(&self) -> Vec<String> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).0.lines(SHOWN)
+        self.lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .lines(SHOWN)
     }
 
     /// Whether the console showed a kernel panic.

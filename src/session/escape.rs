@@ -61,15 +61,23 @@ mod tests {
     fn filter(parts: &[&[u8]]) -> (Vec<u8>, Vec<Request>) {
         let mut escapes = Escapes::default();
         let mut output = Vec::new();
-        let requests =
-            parts.iter().flat_map(|part| escapes.filter(part, &mut output)).collect();
+        let requests = parts
+            .iter()
+            .flat_map(|part| escapes.filter(part, &mut output))
+            .collect();
         (output, requests)
     }
 
     #[test]
     fn escapes_are_found_across_reads() {
-        assert_eq!(filter(&[b"ls\x01", b"x"]), (b"ls".to_vec(), vec![Request::End]));
-        assert_eq!(filter(&[b"\x01\x01b\x01a"]), (b"\x01b\x01".to_vec(), vec![]));
+        assert_eq!(
+            filter(&[b"ls\x01", b"x"]),
+            (b"ls".to_vec(), vec![Request::End])
+        );
+        assert_eq!(
+            filter(&[b"\x01\x01b\x01a"]),
+            (b"\x01b\x01".to_vec(), vec![])
+        );
         assert_eq!(filter(&[b"\x01z\x01h\x01p\x01d"]).1.len(), 3);
         assert_eq!(filter(&[b"x"]), (b"x".to_vec(), vec![]));
     }

@@ -152,7 +152,10 @@ impl<'a> Foreground<'a> {
     pub fn limit(&mut self, limit: Duration, used: Duration) -> io::Result<()> {
         let timer = timer()?;
         // A timer of zero would be none.
-        arm(&timer, limit.saturating_sub(used).max(Duration::from_nanos(1)))?;
+        arm(
+            &timer,
+            limit.saturating_sub(used).max(Duration::from_nanos(1)),
+        )?;
         self.timeout = Some((timer, limit));
         Ok(())
     }
@@ -180,7 +183,9 @@ impl<'a> Foreground<'a> {
     }
 
     fn on_exit(&mut self) {
-        let Some(exit) = self.vm.exit().take() else { return };
+        let Some(exit) = self.vm.exit().take() else {
+            return;
+        };
         // A kernel that panicked resets itself: the panic is the reason.
         self.on_agent_data();
         match Outcome::from(exit) {
@@ -203,7 +208,10 @@ impl<'a> Foreground<'a> {
 
     /// SIGINT and its like: the command's, where one runs; a second one ends the VM.
     fn interrupt(&mut self, signal: Signal) {
-        let forwarded = self.agent.as_mut().is_some_and(|agent| agent.forward_once(signal));
+        let forwarded = self
+            .agent
+            .as_mut()
+            .is_some_and(|agent| agent.forward_once(signal));
         if forwarded {
             self.pump_agent();
         } else {
@@ -269,7 +277,9 @@ impl<'a> Foreground<'a> {
                     None => self.input.waiting.extend_from_slice(bytes),
                     Some(escapes) => {
                         let requests = escapes.filter(bytes, &mut self.input.waiting);
-                        requests.into_iter().for_each(|request| self.request(request));
+                        requests
+                            .into_iter()
+                            .for_each(|request| self.request(request));
                     }
                 }
             }
@@ -432,7 +442,11 @@ fn watch(
 ) -> Result<(), event_manager::Error> {
     if wants != *watched {
         let events = Events::with_data_raw(fd, token as u32, set);
-        if wants { ops.add(events) } else { ops.remove(events) }?;
+        if wants {
+            ops.add(events)
+        } else {
+            ops.remove(events)
+        }?;
         *watched = wants;
     }
     Ok(())

@@ -77,24 +77,33 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
             out: Box::new(ConsoleWriter::new(tap.clone(), sink(&spec)?)),
             drained: clone(&events.console_room)?,
         },
-        agent: SerialEnd { out: port.writer(), drained: clone(&events.agent_room)? },
+        agent: SerialEnd {
+            out: port.writer(),
+            drained: clone(&events.agent_room)?,
+        },
     };
     let signals = Signals::block().map_err(|error| session("signals", error.into()))?;
     let mut vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
     drop(kernel);
 
     let tty = wants_tty(&spec);
-    let agent = spec.guest().map(|guest| AgentLink::new(guest, tty, port)).transpose()?;
-    let raw = if tty || agent.is_none() { enter_raw()? } else { None };
+    let agent = spec
+        .guest()
+        .map(|guest| AgentLink::new(guest, tty, port))
+        .transpose()?;
+    let raw = if tty || agent.is_none() {
+        enter_raw()?
+    } else {
+        None
+    };
     if raw.is_some() {
         eprintln!("bulle: Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
     }
     let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
     let (outcome, outputs) = {
         let parts = (tap.clone(), events);
-        let mut foreground =
-            Foreground::new(&vm, parts, agent, signals, raw.is_some(), progress)
-                .map_err(|error| session("timers", error))?;
+        let mut foreground = Foreground::new(&vm, parts, agent, signals, raw.is_some(), progress)
+            .map_err(|error| session("timers", error))?;
         if let Some(limit) = spec.timeout() {
             foreground
                 .limit(limit, started.elapsed())
@@ -120,7 +129,10 @@ fn run(foreground: Foreground<'_>) -> Result<(Outcome, [Output; 2]), LaunchError
     let id = manager.add_subscriber(foreground);
     loop {
         manager.run().map_err(LaunchError::Loop)?;
-        let outcome = manager.subscriber_mut(id).map_err(LaunchError::Loop)?.outcome();
+        let outcome = manager
+            .subscriber_mut(id)
+            .map_err(LaunchError::Loop)?
+            .outcome();
         if let Some(outcome) = outcome {
             let foreground = manager.remove_subscriber(id).map_err(LaunchError::Loop)?;
             return Ok((outcome, foreground.into_outputs()));
@@ -145,7 +157,9 @@ fn event() -> Result<EventFd, LaunchError> {
 }
 
 fn clone(event: &EventFd) -> Result<EventFd, LaunchError> {
-    event.try_clone().map_err(|error| session("an event descriptor", error))
+    event
+        .try_clone()
+        .map_err(|error| session("an event descriptor", error))
 }
 
 fn guest_events() -> Result<GuestEvents, LaunchError> {
@@ -172,7 +186,8 @@ fn sink(spec: &Spec) -> Result<Sink, ConsoleFileError> {
 fn wants_tty(spec: &Spec) -> bool {
     use std::io::IsTerminal;
     let both = || io::stdin().is_terminal() && io::stdout().is_terminal();
-    spec.guest().is_some_and(|guest| guest.tty.unwrap_or_else(both))
+    spec.guest()
+        .is_some_and(|guest| guest.tty.unwrap_or_else(both))
 }
 
 fn enter_raw() -> Result<Option<RawTerminal>, LaunchError> {

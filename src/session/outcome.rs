@@ -115,7 +115,11 @@ impl fmt::Display for Outcome {
             Self::DebugExit(code) => write!(f, "the guest wrote {code} to the debug-exit port"),
             Self::Failed(failure) => failure.fmt(f),
             Self::Timeout(limit) => {
-                write!(f, "time limit of {} reached", humantime::format_duration(*limit))
+                write!(
+                    f,
+                    "time limit of {} reached",
+                    humantime::format_duration(*limit)
+                )
             }
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),
             Self::Quit => f.write_str("ended by Ctrl-A x before the command ended"),

@@ -24,7 +24,11 @@ pub struct Output {
 impl Output {
     /// Over a descriptor that stays open as long as the process.
     pub fn new(fd: BorrowedFd<'static>) -> Self {
-        Self { fd, waiting: VecDeque::new(), closed: false }
+        Self {
+            fd,
+            waiting: VecDeque::new(),
+            closed: false,
+        }
     }
 
     /// Queues `bytes`; false when nobody reads any more and they are dropped. The agent's window
@@ -51,7 +55,10 @@ impl Output {
     pub fn finish(&mut self, patience: PollTimeout) {
         self.drain(patience);
         if self.is_waiting() {
-            log::warn!("{} bytes of output were not taken and are lost", self.waiting.len());
+            log::warn!(
+                "{} bytes of output were not taken and are lost",
+                self.waiting.len()
+            );
         }
     }
 

@@ -63,7 +63,12 @@ pub fn window_size() -> Option<(u16, u16)> {
     let mut size = MaybeUninit::<libc::winsize>::zeroed();
     // SAFETY: TIOCGWINSZ fills the structure it is given; zeroes are a valid value as well.
     let size = unsafe {
-        if libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr()) != 0 {
+        if libc::ioctl(
+            io::stdout().as_raw_fd(),
+            libc::TIOCGWINSZ,
+            size.as_mut_ptr(),
+        ) != 0
+        {
             return None;
         }
         size.assume_init()

@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Sends log records of at least `level` to stderr. Later calls change nothing.
 pub fn init(level: log::LevelFilter) {
     let mut builder = env_logger::Builder::new();
-    let built = builder.filter_level(level).format_timestamp_micros().try_init();
+    let built = builder
+        .filter_level(level)
+        .format_timestamp_micros()
+        .try_init();
     if built.is_err() {
         log::debug!("logging was set up before");
     }
@@ -21,7 +24,10 @@ pub struct Limited {
 impl Limited {
     /// Lets `limit` events through.
     pub const fn new(limit: u32) -> Self {
-        Self { seen: AtomicU32::new(0), limit }
+        Self {
+            seen: AtomicU32::new(0),
+            limit,
+        }
     }
 
     /// Counts an event; true while it may be logged.

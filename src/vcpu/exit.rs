@@ -74,7 +74,9 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
         Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
             FailureCause::MemoryFault { flags, gpa, size }
         }
-        Ok(other) => FailureCause::Unhandled { exit: format!("{other:?}") },
+        Ok(other) => FailureCause::Unhandled {
+            exit: format!("{other:?}"),
+        },
         Err(error) => match Errno::from_raw(error.errno()) {
             Errno::EINTR | Errno::EAGAIN => return after_interruption(vcpu),
             _ => FailureCause::RunFailed(error),
@@ -123,7 +125,10 @@ fn internal_error(fd: &mut VcpuFd) -> FailureCause {
     let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
     let count = (internal.ndata as usize).min(internal.data.len());
     let data = internal.data.iter().take(count).copied().collect();
-    FailureCause::Internal { suberror: internal.suberror, data }
+    FailureCause::Internal {
+        suberror: internal.suberror,
+        data,
+    }
 }
 
 fn failure(vcpu: &Vcpu, cause: FailureCause) -> Failure {
@@ -131,5 +136,9 @@ fn failure(vcpu: &Vcpu, cause: FailureCause) -> Failure {
         let code = report.instruction_bytes(&vcpu.memory);
         (report, code)
     });
-    Failure { vcpu: vcpu.index, cause, state }
+    Failure {
+        vcpu: vcpu.index,
+        cause,
+        state,
+    }
 }

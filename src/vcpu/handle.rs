@@ -57,7 +57,11 @@ impl VcpuHandle {
         let flag = stop.clone();
         let role = Role::Vcpu(vcpu.index);
         let thread = spawn(role, move || thread::parked(vcpu, &receiver, &flag))?;
-        Ok(Self { commands, stop, thread: Some(thread) })
+        Ok(Self {
+            commands,
+            stop,
+            thread: Some(thread),
+        })
     }
 
     /// Sends a command. A thread that has ended does not listen, which is no error.

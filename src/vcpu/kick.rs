@@ -53,7 +53,10 @@ pub fn install_handler() {
             libc::sigaction(signal_number(), &action, ptr::null_mut())
         };
         if result != 0 {
-            log::error!("no handler for vCPU kicks: {}", std::io::Error::last_os_error());
+            log::error!(
+                "no handler for vCPU kicks: {}",
+                std::io::Error::last_os_error()
+            );
         }
     });
 }

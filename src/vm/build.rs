@@ -131,18 +131,26 @@ pub struct Initrd {
 impl Initrd {
     /// Opens the user's file.
     pub fn open(path: &std::path::Path) -> Result<Self, BuildError> {
-        let error = |source| BuildError::Initrd { path: path.to_path_buf(), source };
+        let error = |source| BuildError::Initrd {
+            path: path.to_path_buf(),
+            source,
+        };
         let file = File::open(path).map_err(error)?;
         let meta = file.metadata().map_err(error)?;
         if meta.is_dir() {
             return Err(error(io::Error::from(io::ErrorKind::IsADirectory)));
         }
-        Ok(Self { file: Some((path.to_path_buf(), file, meta.len())), archive: Vec::new() })
+        Ok(Self {
+            file: Some((path.to_path_buf(), file, meta.len())),
+            archive: Vec::new(),
+        })
     }
 
     /// Bytes of the user's part, padded so that another archive can follow.
     fn file_len(&self) -> u64 {
-        self.file.as_ref().map_or(0, |(_, _, len)| len.next_multiple_of(4))
+        self.file
+            .as_ref()
+            .map_or(0, |(_, _, len)| len.next_multiple_of(4))
     }
 
     fn len(&self) -> u64 {
@@ -156,7 +164,9 @@ impl Initrd {
                 .read_exact_volatile_from(address, file, *len as usize)
                 .map_err(BuildError::CopyInitrd)?;
         }
-        memory.write_slice(&self.archive, after).map_err(BuildError::CopyInitrd)
+        memory
+            .write_slice(&self.archive, after)
+            .map_err(BuildError::CopyInitrd)
     }
 }
 
@@ -189,13 +199,24 @@ impl Host {
                 VcpuTemplate::new(&kvm, &topology, &capabilities, None)
             })?
         };
-        Ok(Self { kvm, capabilities, topology, template })
+        Ok(Self {
+            kvm,
+            capabilities,
+            topology,
+            template,
+        })
     }
 }
 
 fn topology(machine: &MachineConfig) -> Result<Topology, TopologyError> {
     let cores = machine.vcpu_count / machine.dies / machine.threads_per_core;
-    Topology::new(machine.vcpu_count, machine.threads_per_core, cores, machine.dies, 1)
+    Topology::new(
+        machine.vcpu_count,
+        machine.threads_per_core,
+        cores,
+        machine.dies,
+        1,
+    )
 }
 
 fn mode(irqchip: config::Irqchip) -> IrqchipMode {
@@ -229,12 +250,18 @@ impl Vm {
         let board = Board::new(&irqchip, wiring)?;
         let entry = load(spec, &host.topology, kernel, initrd, &memory)?;
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let template = host.template.join().map_err(|_| BuildError::TemplateThread)??;
+        let template = host
+            .template
+            .join()
+            .map_err(|_| BuildError::TemplateThread)??;
         let enter = |sregs: &mut _| boot::apply(&entry, sregs);
         let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
         for index in 0..machine.vcpu_count {
             let fd = create_vcpu(&vm, index, &host.topology)?;
-            let boot = Boot { enter: &enter, irqchip: mode };
+            let boot = Boot {
+                enter: &enter,
+                irqchip: mode,
+            };
             arch::vcpu::configure(&fd, index, &template, (index == 0).then_some(&boot))?;
             vcpus.push(VcpuHandle::spawn(Vcpu {
                 index,
@@ -246,7 +273,12 @@ impl Vm {
                 exit: exit.clone(),
             })?);
         }
-        Ok(Self { vcpus, board, exit, _memory: memory })
+        Ok(Self {
+            vcpus,
+            board,
+            exit,
+            _memory: memory,
+        })
     }
 }
 
@@ -266,7 +298,9 @@ fn load(
     let config = spec.config();
     let user_words = config.boot_source.boot_args.as_deref().unwrap_or_default();
     let kaslr_seed = u64::from_ne_bytes(random().map_err(BuildError::Random)?);
-    let kaslr = !user_words.split_ascii_whitespace().any(|word| word == "nokaslr");
+    let kaslr = !user_words
+        .split_ascii_whitespace()
+        .any(|word| word == "nokaslr");
     let options = LoadOptions {
         entry: match config.boot_source.kernel_entry {
             config::KernelEntry::Auto => KernelEntry::Auto,
@@ -307,5 +341,9 @@ fn random<const N: usize>() -> io::Result<[u8; N]> {
     // SAFETY: the pointer and the length describe `bytes`. Requests of up to 256 bytes are never
     // cut short.
     let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
-    if got == N as isize { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+    if got == N as isize {
+        Ok(bytes)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

@@ -46,7 +46,10 @@ impl ExitLatch {
 
     /// The end, if there was one; the latch is then empty.
     pub fn take(&self) -> Option<VmExit> {
-        self.exit.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.exit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 }
 
@@ -66,6 +69,9 @@ mod tests {
         latch.set(VmExit::Guest(ExitReason::DebugExit(1)));
         latch.set(VmExit::Guest(ExitReason::PowerOff));
         assert_eq!(latch.event.read().unwrap(), 1);
-        assert!(matches!(latch.take(), Some(VmExit::Guest(ExitReason::DebugExit(1)))));
+        assert!(matches!(
+            latch.take(),
+            Some(VmExit::Guest(ExitReason::DebugExit(1)))
+        ));
     }
 }

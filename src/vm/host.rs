@@ -95,9 +95,15 @@ fn is_no_device(path: &Path) -> bool {
 fn missing(cpuinfo: &str) -> KvmOpenError {
     let has = |flag: &str| cpuinfo.split_whitespace().any(|word| word == flag);
     if has("vmx") {
-        KvmOpenError::NoModule { feature: "VT-x", module: "kvm_intel" }
+        KvmOpenError::NoModule {
+            feature: "VT-x",
+            module: "kvm_intel",
+        }
     } else if has("svm") {
-        KvmOpenError::NoModule { feature: "AMD-V", module: "kvm_amd" }
+        KvmOpenError::NoModule {
+            feature: "AMD-V",
+            module: "kvm_amd",
+        }
     } else {
         KvmOpenError::NoVirtualisation
     }
@@ -109,9 +115,24 @@ mod tests {
 
     #[test]
     fn a_missing_device_is_told_apart_by_the_processor() {
-        assert!(matches!(missing("flags : fpu vmx"), KvmOpenError::NoModule { module: "kvm_intel", .. }));
-        assert!(matches!(missing("flags : svm fpu"), KvmOpenError::NoModule { module: "kvm_amd", .. }));
-        assert!(matches!(missing("flags : fpu svm_lock"), KvmOpenError::NoVirtualisation));
+        assert!(matches!(
+            missing("flags : fpu vmx"),
+            KvmOpenError::NoModule {
+                module: "kvm_intel",
+                ..
+            }
+        ));
+        assert!(matches!(
+            missing("flags : svm fpu"),
+            KvmOpenError::NoModule {
+                module: "kvm_amd",
+                ..
+            }
+        ));
+        assert!(matches!(
+            missing("flags : fpu svm_lock"),
+            KvmOpenError::NoVirtualisation
+        ));
     }
 
     #[test]

@@ -38,7 +38,10 @@ impl Irqchip {
     /// The edge-triggered line at `pin`.
     pub fn line(&self, pin: u32) -> Arc<dyn Interrupt> {
         match self {
-            Self::Kernel(vm) => Arc::new(KernelLine { vm: vm.clone(), pin }),
+            Self::Kernel(vm) => Arc::new(KernelLine {
+                vm: vm.clone(),
+                pin,
+            }),
             Self::Split(ioapic) => ioapic.line(pin as usize),
         }
     }

@@ -89,7 +89,8 @@ pub fn map(config: &MachineConfig) -> Result<GuestMemory, MemoryError> {
     for (base, size) in ram_regions(mib << 20) {
         let file = match &file {
             Some(file) => Some(FileOffset::new(
-                file.try_clone().map_err(|source| MemoryError::Memfd { mib, source })?,
+                file.try_clone()
+                    .map_err(|source| MemoryError::Memfd { mib, source })?,
                 offset,
             )),
             None => None,
@@ -114,7 +115,11 @@ fn map_region(
         (None, Some(_)) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | huge_flag(config.huge_pages),
     };
     // Reserved pages are taken now, or the guest would die of SIGBUS later.
-    let reserve = if reserved.is_some() { 0 } else { libc::MAP_NORESERVE };
+    let reserve = if reserved.is_some() {
+        0
+    } else {
+        libc::MAP_NORESERVE
+    };
     let mut builder = MmapRegionBuilder::new(size)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(sharing | reserve)
@@ -134,8 +139,9 @@ fn map_region(
     if config.huge_pages == HugePages::Transparent {
         advise_huge(&region);
     }
-    GuestRegionMmap::new(region, base)
-        .ok_or(MemoryError::Regions(vm_memory::GuestRegionCollectionError::MemoryRegionOverlap))
+    GuestRegionMmap::new(region, base).ok_or(MemoryError::Regions(
+        vm_memory::GuestRegionCollectionError::MemoryRegionOverlap,
+    ))
 }
 
 fn huge_flag(pages: HugePages) -> i32 {
@@ -152,7 +158,10 @@ fn advise_huge(region: &MmapRegion) {
     let result =
         unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
     if result != 0 {
-        log::warn!("no transparent huge pages for guest memory: {}", io::Error::last_os_error());
+        log::warn!(
+            "no transparent huge pages for guest memory: {}",
+            io::Error::last_os_error()
+        );
     }
 }
 
@@ -189,8 +198,11 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
         };
         // SAFETY: the region is mapped for as long as `memory` lives, which the VM's owner keeps
         // longer than the VM, and regions do not overlap.
-        unsafe { vm.set_user_memory_region(slot_config) }.map_err(|source| {
-            MemoryError::Slot { slot, address, size, source }
+        unsafe { vm.set_user_memory_region(slot_config) }.map_err(|source| MemoryError::Slot {
+            slot,
+            address,
+            size,
+            source,
         })?;
     }
     Ok(())
@@ -203,13 +215,20 @@ mod tests {
     use super::*;
 
     fn config(mib: u64) -> MachineConfig {
-        MachineConfig { mem_size_mib: mib, ..MachineConfig::default() }
+        MachineConfig {
+            mem_size_mib: mib,
+            ..MachineConfig::default()
+        }
     }
 
     #[test]
     fn ram_goes_round_the_hole_and_keeps_what_is_written() {
         for memory_backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
-            let memory = map(&MachineConfig { memory_backing, ..config(4096) }).unwrap();
+            let memory = map(&MachineConfig {
+                memory_backing,
+                ..config(4096)
+            })
+            .unwrap();
             assert_eq!(memory.num_regions(), 2);
             let high = GuestAddress(1 << 32);
             memory.write_obj(0x1234_5678u32, high).unwrap();
@@ -220,8 +239,14 @@ mod tests {
 
     #[test]
     fn missing_huge_pages_say_how_many_to_reserve() {
-        let asked = MachineConfig { huge_pages: HugePages::Huge1G, ..config(1 << 20) };
+        let asked = MachineConfig {
+            huge_pages: HugePages::Huge1G,
+            ..config(1 << 20)
+        };
         let error = map(&asked).unwrap_err().to_string();
-        assert!(error.contains("1024 of them") && error.contains("1048576kB"), "{error}");
+        assert!(
+            error.contains("1024 of them") && error.contains("1048576kB"),
+            "{error}"
+        );
     }
 }
