@@ -41,7 +41,8 @@ fn kernel(flavour: &str) -> PathBuf {
 fn linux(flavour: &str) -> Bulle {
     let bulle = Bulle::run()
         .patience(PATIENCE)
-        .args(["--timeout", "140s", "--kernel"]);
+        .timeout("140s")
+        .arg("--kernel");
     bulle.arg(kernel(flavour))
 }
 
@@ -49,7 +50,7 @@ fn linux(flavour: &str) -> Bulle {
 fn shell(flavour: &str, options: &[&str], script: &str) -> Outcome {
     linux(flavour)
         .args(options)
-        .args(["--", "sh", "-c", script])
+        .command(["sh", "-c", script])
         .outcome()
 }
 
@@ -130,22 +131,20 @@ fn cloud_on_four_processors() {
 
 #[test]
 fn exit_code_zero() {
-    let outcome = linux("cloud-amd64").args(["--", "true"]).outcome().exits(0);
+    let outcome = linux("cloud-amd64").command(["true"]).outcome().exits(0);
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
 }
 
 #[test]
 fn a_command_that_is_missing_is_127() {
-    let outcome = linux("cloud-amd64")
-        .args(["--", "no-such-command"])
-        .outcome();
+    let outcome = linux("cloud-amd64").command(["no-such-command"]).outcome();
     outcome.exits(127).complains("no-such-command");
 }
 
 #[test]
 fn a_command_that_cannot_run_is_126() {
     linux("cloud-amd64")
-        .args(["--", "/proc/version"])
+        .command(["/proc/version"])
         .outcome()
         .exits(126)
         .complains("/proc/version");
@@ -176,9 +175,9 @@ fn cloud_panic() {
 
 #[test]
 fn timeout() {
-    let running = linux("cloud-amd64").args(["--timeout", "40s", "--", "sh", "-c"]);
-    let outcome = running
-        .arg("echo started; sleep 1000")
+    let bulle = linux("cloud-amd64").timeout("40s");
+    let outcome = bulle
+        .command(["sh", "-c", "echo started; sleep 1000"])
         .outcome()
         .exits(124)
         .prints("started\n");
@@ -196,17 +195,24 @@ fn poweroff_and_reboot_lose_the_status() {
 }
 
 #[test]
-fn a_signal_reaches_the_command() {
-    let script = "trap 'echo caught; exit 5' TERM; echo ready; while :; do sleep 1; done";
-    let running = linux("cloud-amd64")
-        .args(["--", "sh", "-c", script])
-        .start()
-        .wait_for_output();
+fn an_interrupt_reaches_the_command() {
+    let script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 1; done";
+    let bulle = linux("cloud-amd64")
+        .command(["sh", "-c", script])
+        .input(Input::Open);
+    let running = bulle.start().wait_for_output();
     running
-        .signal(Signal::SIGTERM)
+        .signal(Signal::SIGINT)
         .finish()
         .exits(5)
         .prints("caught\n");
+}
+
+#[test]
+fn sigterm_switches_the_guest_off() {
+    let bulle = linux("cloud-amd64").command(["sh", "-c", "echo ready; sleep 1000"]);
+    let running = bulle.input(Input::Open).start().wait_for_output();
+    running.signal(Signal::SIGTERM).finish().exits(143);
 }
 
 /// Runs a tool of this machine on `input`.
@@ -237,7 +243,7 @@ fn input_and_output_pass_unchanged() {
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
     let script = "tee /tmp/copy | md5sum; wc -c </tmp/copy; seq 1 30000";
-    let bulle = linux("cloud-amd64").args(["--", "sh", "-c", script]);
+    let bulle = linux("cloud-amd64").command(["sh", "-c", script]);
     let outcome = bulle.input(Input::Bytes(bytes.clone())).outcome().exits(0);
     let digest = filter("md5sum", &[], &bytes);
     let numbers: String = (1..=30_000).map(|n| format!("{n}\n")).collect();
@@ -306,14 +312,24 @@ fn an_initrd_of_the_user() {
 }
 
 #[test]
-fn a_reset_without_an_agent_is_0() {
+fn ctrl_alt_del_resets() {
     let dir = tempfile::tempdir().unwrap();
-    let script = "/bin/busybox mount -t proc none /proc
-        /bin/busybox mount -t devtmpfs none /dev
-        /bin/busybox echo b > /proc/sysrq-trigger";
+    let script = "/bin/busybox mount -t devtmpfs none /dev
+        /bin/busybox echo ready for keys > /dev/console
+        /bin/busybox sleep 1000";
     let file = initrd(dir.path(), script);
-    let bulle = linux("amd64").args(["--root", "none", "--append", "console=ttyS0"]);
-    bulle.arg("--initrd").arg(file).outcome().exits(0);
+    let options = ["--root", "none", "--append", "console=ttyS0 loglevel=1"];
+    let bulle = linux("amd64")
+        .args(options)
+        .arg("--initrd")
+        .arg(file)
+        .input(Input::Open);
+    let running = bulle.start().wait_for("ready for keys");
+    running
+        .signal(Signal::SIGUSR2)
+        .finish()
+        .exits(0)
+        .within(Duration::from_secs(90));
 }
 
 /// The ELF file inside a bzImage, unpacked with the tool that fits (boot protocol 2.08 and later).
@@ -357,10 +373,11 @@ fn an_elf_kernel_by_both_entries() {
         // The modules of an ELF file are found by its version, as those of the bzImage are.
         let bulle = Bulle::run()
             .patience(PATIENCE)
-            .args(["--timeout", "140s", "--kernel"]);
+            .timeout("140s")
+            .arg("--kernel");
         let bulle = bulle.arg(&elf).args(["--kernel-entry", entry]);
         bulle
-            .args(["--", "uname", "-s"])
+            .command(["uname", "-s"])
             .outcome()
             .exits(0)
             .prints("Linux\n");
@@ -408,7 +425,7 @@ fn a_directory_becomes_the_root() {
     let bulle = linux("cloud-amd64")
         .arg("--root")
         .arg(root)
-        .args(["--", "/bin/sh", "-c", script]);
+        .command(["/bin/sh", "-c", script]);
     let outcome = bulle
         .outcome()
         .exits(0)

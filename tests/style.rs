@@ -149,23 +149,23 @@ impl<'ast> Visit<'ast> for Walk<'_> {
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
         let names: Vec<String> = path.segments.iter().map(|s| s.ident.to_string()).collect();
-        if names
-            .windows(2)
-            .any(|pair| pair[0] == "thread" && creates_threads(&pair[1]))
-        {
+        let own = names.iter().any(|name| name == "sandbox");
+        let creates = |pair: &[String]| pair[0] == "thread" && creates_threads(&pair[1]);
+        if !own && names.windows(2).any(creates) {
             self.thread(path.span().start().line);
         }
         visit::visit_path(self, path);
     }
 
     fn visit_use_path(&mut self, item: &'ast syn::UsePath) {
+        // `sandbox::thread` is where threads come from; using it is what is wanted.
+        if item.ident == "sandbox" {
+            return;
+        }
         if item.ident == "thread" && use_names(&item.tree).iter().any(|n| creates_threads(n)) {
             self.thread(item.span().start().line);
         }
-        // `sandbox::thread` is where threads come from; using it is what is wanted.
-        if item.ident != "sandbox" {
-            visit::visit_use_path(self, item);
-        }
+        visit::visit_use_path(self, item);
     }
 }
 

@@ -125,21 +125,21 @@ pub struct Running {
     child: Child,
     stdout: Option<JoinHandle<Vec<u8>>>,
     stderr: Option<JoinHandle<Vec<u8>>>,
-    seen: std::sync::mpsc::Receiver<()>,
+    seen: std::sync::mpsc::Receiver<Vec<u8>>,
     started: Instant,
     patience: Duration,
 }
 
 fn collect(
     mut from: impl Read + Send + 'static,
-    seen: Option<std::sync::mpsc::Sender<()>>,
+    seen: Option<std::sync::mpsc::Sender<Vec<u8>>>,
 ) -> Option<JoinHandle<Vec<u8>>> {
     Some(std::thread::spawn(move || {
         let (mut all, mut some) = (Vec::new(), [0; 4096]);
         while let Ok(n @ 1..) = from.read(&mut some) {
             all.extend_from_slice(&some[..n]);
             if let Some(seen) = &seen {
-                let _ = seen.send(());
+                let _ = seen.send(some[..n].to_vec());
             }
         }
         all
@@ -177,10 +177,22 @@ impl Running {
 
     /// Waits until it wrote something to stdout.
     pub fn wait_for_output(self) -> Self {
-        self.seen
-            .recv_timeout(self.patience)
-            .expect("it never wrote anything");
-        self
+        self.wait_for("")
+    }
+
+    /// Waits until `text` is part of what it wrote to stdout.
+    pub fn wait_for(self, text: &str) -> Self {
+        let mut all = Vec::new();
+        loop {
+            let more = self.seen.recv_timeout(self.patience);
+            let so_far = || String::from_utf8_lossy(&all).into_owned();
+            all.extend(
+                more.unwrap_or_else(|_| panic!("it never wrote {text:?}, only {:?}", so_far())),
+            );
+            if String::from_utf8_lossy(&all).contains(text) {
+                return self;
+            }
+        }
     }
 
     /// Sends a signal.
@@ -251,6 +263,8 @@ impl Drop for Running {
 /// A `bulle` command line to come.
 pub struct Bulle {
     command: Command,
+    timeout: String,
+    operands: Vec<std::ffi::OsString>,
     input: Input,
     patience: Duration,
 }
@@ -262,16 +276,29 @@ impl Bulle {
         command.arg("run");
         Bulle {
             command,
+            timeout: "60s".to_owned(),
+            operands: Vec::new(),
             input: Input::Null,
             patience: PATIENCE,
         }
     }
-    /// `bulle run --root none --kernel PAYLOAD`, with a timeout that a hanging guest meets.
+    /// `bulle run --root none --kernel PAYLOAD`.
     pub fn payload(name: &str) -> Self {
         let path = payload(name);
-        Bulle::run()
-            .args(["--timeout", "60s", "--root", "none", "--kernel"])
-            .arg(path)
+        Bulle::run().args(["--root", "none", "--kernel"]).arg(path)
+    }
+    /// What `--timeout` says: no guest may run forever. One minute if this is not called.
+    pub fn timeout(mut self, timeout: &str) -> Self {
+        self.timeout = timeout.to_owned();
+        self
+    }
+    /// The command to run in the guest.
+    pub fn command<S: Into<std::ffi::OsString>>(
+        mut self,
+        words: impl IntoIterator<Item = S>,
+    ) -> Self {
+        self.operands = words.into_iter().map(Into::into).collect();
+        self
     }
     /// One more argument.
     pub fn arg(mut self, arg: impl AsRef<std::ffi::OsStr>) -> Self {
@@ -294,7 +321,11 @@ impl Bulle {
         self
     }
     /// Starts it.
-    pub fn start(self) -> Running {
+    pub fn start(mut self) -> Running {
+        self.command.arg("--timeout").arg(self.timeout);
+        if !self.operands.is_empty() {
+            self.command.arg("--").args(self.operands);
+        }
         Running::start(self.command, self.input, self.patience)
     }
     /// Starts it and waits for its end.

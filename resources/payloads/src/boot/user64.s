@@ -28,6 +28,14 @@ pvh_start:
     mov %eax, %ds
     mov %eax, %es
     mov $stack_top, %rsp
+    movw $104, tss + 102
+    mov $tss, %eax
+    mov %ax, gdt_tss + 2
+    shr $16, %eax
+    mov %al, gdt_tss + 4
+    mov %ah, gdt_tss + 7
+    mov $0x30, %eax
+    ltr %ax
     mov %ebx, %ebp
     mov $boot_cpuid, %edi
 2:  mov (%rdi), %eax
@@ -59,6 +67,9 @@ gdt:
     .quad 0x00cffb000000ffff        // 0x18 user code, 32-bit
     .quad 0x00cff3000000ffff        // 0x20 user data
     .quad 0x00affb000000ffff        // 0x28 user code, 64-bit
+gdt_tss:                            // 0x30 task state with an I/O map; the base is filled in
+    .word 104 + 8192, 0, 0x8900, 0
+    .quad 0
 gdt_end:
 gdt_pointer:
     .word gdt_end - gdt - 1
@@ -90,4 +101,6 @@ pd:                                 // present, writable, user, accessed, dirty,
     .balign 16
     .skip 32768
 stack_top:
+tss:                                // the I/O map of zeros allows every port, since the privilege level
+    .skip 104 + 8192 + 1            // in RFLAGS may not survive on a KVM without hardware support
 .section .text, "ax"
