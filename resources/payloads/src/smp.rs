@@ -12,8 +12,11 @@ const TRAMPOLINE: u64 = 0x3_0000;
 /// Number of processors that came, then their records at `RECORDS`.
 const COUNT: u64 = TRAMPOLINE + 0x1000;
 const RECORDS: u64 = COUNT + 32;
-/// About twenty seconds on a processor of 3 GHz: enough for 64 processors on two busy ones.
-const PATIENCE: u64 = 60_000_000_000;
+/// TSC cycles between INIT and start-up: some ten milliseconds.
+const PAUSE: u64 = 30_000_000;
+/// TSC cycles until processors that did not come are started again: a second or so.
+const ROUND: u64 = 3_000_000_000;
+const ROUNDS: usize = 20;
 
 global_asm!(
     ".section .rodata.trampoline, \"a\"",
@@ -116,8 +119,29 @@ fn send(id: u32, command: u32) {
     while io::read::<u32>(LAPIC + 0x300) & (1 << 12) != 0 {}
 }
 
-/// Starts `ids` (except this processor's) and returns the records of those that came in time.
-pub fn start(ids: impl Iterator<Item = u32> + Clone) -> &'static [Record] {
+/// Waits until `enough` or for about `cycles`.
+fn wait(cycles: u64, enough: impl Fn() -> bool) {
+    // SAFETY: every x86_64 processor has a time stamp counter.
+    let now = || unsafe { _rdtsc() };
+    let begin = now();
+    while !enough() && now().wrapping_sub(begin) < cycles {
+        core::hint::spin_loop();
+    }
+}
+
+/// The records of the processors that came.
+fn records() -> &'static [Record] {
+    let complete = io::read::<u32>(COUNT + 4) as usize;
+    // SAFETY: as many records are complete; the processors that wrote them have halted.
+    unsafe { core::slice::from_raw_parts(RECORDS as *const Record, complete) }
+}
+
+/// Starts `ids` (except this processor's); the records of those that came in time, and how often
+/// some had to be started again.
+///
+/// That happens on a busy machine: a KVM without hardware virtualisation was seen to lose a
+/// processor whose thread finds INIT and start-up pending at once.
+pub fn start(ids: impl Iterator<Item = u32> + Clone) -> (&'static [Record], usize) {
     // SAFETY: both symbols delimit the code above.
     let code = unsafe {
         let start = &raw const trampoline;
@@ -130,23 +154,21 @@ pub fn start(ids: impl Iterator<Item = u32> + Clone) -> &'static [Record] {
     io::write(COUNT, 0u64);
     let this = apic_id();
     let others = ids.filter(|id| *id != this);
-    let expected = others.clone().count() as u32;
-    for id in others.clone() {
-        send(id, 0x4500); // INIT, assert
+    let expected = others.clone().count();
+    for round in 0..ROUNDS {
+        let came = records();
+        let absent = |id: &u32| !came.iter().any(|r| r.leaf1_ebx >> 24 == *id);
+        for id in others.clone().filter(absent) {
+            send(id, 0x4500); // INIT, assert
+        }
+        wait(PAUSE, || false);
+        for id in others.clone().filter(absent) {
+            send(id, 0x4600 | (TRAMPOLINE >> 12) as u32); // start-up
+        }
+        wait(ROUND, || records().len() >= expected);
+        if records().len() >= expected {
+            return (records(), round);
+        }
     }
-    for _ in 0..100 {
-        io::out8(0x80, 0); // the customary pause
-    }
-    for id in others {
-        send(id, 0x4600 | (TRAMPOLINE >> 12) as u32); // start-up
-    }
-    let done = || io::read::<u32>(COUNT + 4);
-    // SAFETY: every x86_64 processor has a time stamp counter.
-    let begin = unsafe { _rdtsc() };
-    // SAFETY: as above.
-    while done() < expected && unsafe { _rdtsc() }.wrapping_sub(begin) < PATIENCE {
-        core::hint::spin_loop();
-    }
-    // SAFETY: as many records are complete; the processors that wrote them have halted.
-    unsafe { core::slice::from_raw_parts(RECORDS as *const Record, done() as usize) }
+    (records(), ROUNDS)
 }

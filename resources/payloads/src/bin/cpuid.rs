@@ -27,8 +27,8 @@ fn main(info: &StartInfo) -> u8 {
     let signature = text([ebx, ecx, edx]);
     let signature = core::str::from_utf8(&signature).unwrap_or("?");
     println!("hypervisor {}", signature.trim_end_matches('\0'));
-    let others = smp::start(acpi::processors(info)).iter().copied();
-    for r in smp::boot_record().into_iter().chain(others) {
+    let (others, _) = smp::start(acpi::processors(info));
+    for r in smp::boot_record().into_iter().chain(others.iter().copied()) {
         println!(
             "processor apic {} x2apic {} threads {} shift {} package {} shift {}",
             r.leaf1_ebx >> 24,
