@@ -17,22 +17,37 @@ const SOURCES: [&str; 6] = [
 ];
 const MAX_SIZE: u64 = 1 << 20;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo:rerun-if-changed=build.rs");
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
     for source in SOURCES {
-        println!("cargo:rerun-if-changed=resources/guest/{source}");
+        println!("cargo::rerun-if-changed=resources/guest/{source}");
     }
+    if let Err(error) = embed_agent() {
+        error
+            .to_string()
+            .lines()
+            .for_each(|line| println!("cargo::error={line}"));
+    }
+}
+
+fn embed_agent() -> Result<(), Box<dyn Error>> {
     let binary = build_agent(Path::new(&env::var("OUT_DIR")?))?;
     let size = std::fs::metadata(&binary)?.len();
     if size > MAX_SIZE {
         return Err(format!("the guest agent has {size} bytes, more than {MAX_SIZE}").into());
     }
-    println!("cargo:rustc-env=BULLE_AGENT={}", binary.display());
+    println!("cargo::rustc-env=BULLE_AGENT={}", binary.display());
     Ok(())
 }
 
 fn build_agent(out: &Path) -> Result<PathBuf, Box<dyn Error>> {
-    let target = env::var("TARGET")?;
+    // The agent uses no libc, so the host's target serves every target of its architecture.
+    let (host, target) = (env::var("HOST")?, env::var("TARGET")?);
+    let target = if host.split('-').next() == target.split('-').next() {
+        host
+    } else {
+        target
+    };
     let directory = out.join("agent");
     let mut cargo = Command::new(env::var("CARGO")?);
     cargo
@@ -75,8 +90,8 @@ fn build_agent(out: &Path) -> Result<PathBuf, Box<dyn Error>> {
         .map_err(|e| format!("cannot run {cargo:?}: {e}"))?;
     if !status.success() {
         return Err(format!(
-            "the guest agent ({AGENT}) does not build: {status}; the reason is above, and\n    \
-             cargo build --release --manifest-path {AGENT}/Cargo.toml\nshows it alone"
+            "the guest agent ({AGENT}) does not build: {status}; the reason is in the output of:\n\
+             cargo build --release --manifest-path {AGENT}/Cargo.toml"
         )
         .into());
     }

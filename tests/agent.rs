@@ -1,5 +1,11 @@
 //! Drives the real agent as an ordinary process, over a pseudo-terminal as its channel.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests are not tests to clippy"
+)]
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -264,8 +270,8 @@ fn a_command_that_reads_nothing_does_not_block_its_end() {
 #[test]
 fn a_terminal_has_its_size_echoes_and_takes_control_characters() {
     let tty = Some(WinSize { rows: 33, cols: 99 });
-    let script = "test -t 0 && test -t 2 && stty size; trap 'stty size' WINCH; \
-                  echo err >&2; read line; echo \"got $line\"; read other; echo never";
+    let script = "test -t 0 && test -t 2 && stty size; echo err >&2; \
+                  read line; echo \"got $line\"; stty size; read other; echo never";
     let mut talk = Talk::start(&StartRequest { tty, ..sh(script) });
     talk.stdout_has("33 99\r\nerr\r\n");
     talk.client.resize(WinSize {
@@ -273,8 +279,7 @@ fn a_terminal_has_its_size_echoes_and_takes_control_characters() {
         cols: 111,
     });
     talk.input = b"typed\r".to_vec();
-    talk.stdout_has("got typed\r\n");
-    talk.stdout_has("44 111\r\n");
+    talk.stdout_has("got typed\r\n44 111\r\n");
     talk.input = vec![3];
     assert_eq!(talk.finish(), AgentEvent::Exited(Exit::Signal(2)));
     let out = String::from_utf8_lossy(&talk.stdout).into_owned();
@@ -290,9 +295,11 @@ fn a_terminal_has_its_size_echoes_and_takes_control_characters() {
 #[test]
 fn a_process_left_behind_does_not_hold_the_end_and_its_last_words_are_kept() {
     let begun = Instant::now();
-    let (end, out, _) = run(&sh("(sleep 0.05; echo late; exec sleep 20) & echo early"));
+    let (end, out, _) = run(&sh("(echo from behind; exec sleep 20) & echo from command"));
     assert_eq!(end, AgentEvent::Exited(Exit::Code(0)));
-    assert_eq!(out, "early\nlate\n");
+    let mut lines: Vec<&str> = out.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["from behind", "from command"]);
     assert!(begun.elapsed() < Duration::from_secs(5));
     let (end, ..) = run(&sh("yes & exit 4"));
     assert_eq!(end, AgentEvent::Exited(Exit::Code(4)));
@@ -327,6 +334,18 @@ fn shutdown_ends_even_what_ignores_it() {
     talk.client.shutdown(Power::Reboot);
     assert_eq!(talk.finish(), AgentEvent::Stopping(Power::Reboot));
     assert!(talk.agent.wait().unwrap().success());
+}
+
+#[test]
+fn what_a_command_says_while_the_guest_goes_down_is_kept() {
+    let mut talk = Talk::start(&sh(
+        "trap 'echo last words; exit' TERM; echo up; while :; do sleep 0.1; done",
+    ));
+    talk.stdout_has("up\n");
+    talk.client.shutdown(Power::Off);
+    talk.stdout_has("last words\n");
+    assert!(talk.agent.wait().unwrap().success());
+    assert_eq!(talk.events.last(), Some(&AgentEvent::Stopping(Power::Off)));
 }
 
 #[test]

@@ -8,6 +8,8 @@ pub fn kernel_words(config: &Config) -> String {
     let mut words = vec![
         // COM1; the kernel's messages, never the command's output.
         "console=ttyS0",
+        // Through the ACPI reset register: Linux expects EFI's on hardware-reduced ACPI.
+        "reboot=acpi",
         // A panic resets at once, so that it never waits for a time limit.
         "panic=-1",
         // No PCI bus to probe.

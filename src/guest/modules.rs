@@ -94,12 +94,12 @@ pub enum ModulesError {
 
 /// The directory of a release's modules: the first of /lib/modules and /usr/lib/modules that has it.
 pub fn default_directory(release: &str) -> PathBuf {
-    let candidate = |root: &&str| Path::new(root).join(release);
-    let found = ROOTS
-        .iter()
-        .map(|root| candidate(&root))
-        .find(|path| path.is_dir());
-    found.unwrap_or_else(|| Path::new(ROOTS[0]).join(release))
+    let [first, second] = ROOTS.map(|root| Path::new(root).join(release));
+    if !first.is_dir() && second.is_dir() {
+        second
+    } else {
+        first
+    }
 }
 
 /// Finds the files for the wanted modules of kernel `release` in `directory`.
@@ -122,7 +122,7 @@ pub fn resolve(
         seen: HashSet::new(),
     };
     for want in wanted {
-        let names = index.names_of(want.name);
+        let names = index.names_of(want.name)?;
         if names.is_empty() && index.is_builtin(want.name) {
             resolved.builtin.push(want.name.to_owned());
         } else if !names.is_empty() {
@@ -153,31 +153,19 @@ pub fn resolve(
 
 /// The index files of a directory, as text. A missing one is empty.
 struct Index {
+    directory: PathBuf,
     dep: String,
     builtin: String,
-    alias: String,
     softdep: String,
 }
 
 impl Index {
     fn read(directory: &Path) -> Result<Self, ModulesError> {
-        let text = |name: &str| {
-            let path = directory.join(name);
-            match read_bounded(&path, MAX_INDEX, fs::File::open(&path)) {
-                Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-                Err(ModulesError::Read { source, .. })
-                    if source.kind() == io::ErrorKind::NotFound =>
-                {
-                    Ok(String::new())
-                }
-                Err(error) => Err(error),
-            }
-        };
         Ok(Self {
-            dep: text("modules.dep")?,
-            builtin: text("modules.builtin")?,
-            alias: text("modules.alias")?,
-            softdep: text("modules.softdep")?,
+            directory: directory.to_owned(),
+            dep: read_index(directory, "modules.dep")?,
+            builtin: read_index(directory, "modules.builtin")?,
+            softdep: read_index(directory, "modules.softdep")?,
         })
     }
 
@@ -194,21 +182,22 @@ impl Index {
     }
 
     /// The modules that a name or alias stands for.
-    fn names_of<'a>(&'a self, wanted: &'a str) -> Vec<&'a str> {
+    fn names_of(&self, wanted: &str) -> Result<Vec<String>, ModulesError> {
         if self.line_of(wanted).is_some() {
-            return vec![wanted];
+            return Ok(vec![wanted.to_owned()]);
         }
         if self.is_builtin(wanted) {
-            return Vec::new();
+            return Ok(Vec::new());
         }
-        // Lines are: alias PATTERN MODULE, where only the name wanted is free of wildcards.
-        let matching = |line: &'a str| {
+        // By far the largest index, and rarely needed. Lines are: alias PATTERN MODULE.
+        let aliases = read_index(&self.directory, "modules.alias")?;
+        let matching = |line: &str| {
             let (pattern, module) = line.strip_prefix("alias ")?.rsplit_once(' ')?;
-            glob_match::glob_match(pattern, wanted).then_some(module)
+            glob_match::glob_match(pattern, wanted).then(|| module.to_owned())
         };
-        let mut names: Vec<&str> = self.alias.lines().filter_map(matching).collect();
+        let mut names: Vec<String> = aliases.lines().filter_map(matching).collect();
         names.dedup();
-        names
+        Ok(names)
     }
 
     /// Modules to load before and after one, if they exist.
@@ -229,6 +218,19 @@ impl Index {
             }
         }
         (pre, post)
+    }
+}
+
+/// An index file; empty if there is none.
+fn read_index(directory: &Path, name: &str) -> Result<String, ModulesError> {
+    let path = directory.join(name);
+    match read_bounded(&path, MAX_INDEX, fs::File::open(&path)) {
+        Ok(bytes) => Ok(String::from_utf8(bytes)
+            .unwrap_or_else(|bad| String::from_utf8_lossy(bad.as_bytes()).into_owned())),
+        Err(ModulesError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(String::new())
+        }
+        Err(error) => Err(error),
     }
 }
 

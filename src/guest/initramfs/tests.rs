@@ -126,6 +126,27 @@ fn a_directory_is_copied_as_it_is() {
 }
 
 #[test]
+fn devices_are_copied_and_other_file_systems_are_not_entered() {
+    let archive = match Initramfs::builder()
+        .directory(Path::new("/dev"))
+        .build(LIMIT)
+    {
+        Ok(archive) => archive,
+        Err(InitramfsError::Read { .. }) if !nix::unistd::geteuid().is_root() => return,
+        Err(error) => panic!("{error}"),
+    };
+    let found = read(&archive);
+    let null = &found["null"].entry;
+    assert_eq!(null.mode() & libc::S_IFMT, libc::S_IFCHR);
+    assert_eq!((null.rdev_major(), null.rdev_minor()), (1, 3));
+    let device = |path: &str| fs::metadata(path).map(|m| m.dev()).ok();
+    if device("/dev/pts").is_some_and(|pts| Some(pts) != device("/dev")) {
+        assert_eq!(found["pts"].entry.mode() & libc::S_IFMT, libc::S_IFDIR);
+        assert!(!found.keys().any(|name| name.starts_with("pts/")));
+    }
+}
+
+#[test]
 fn a_name_need_not_be_utf8() {
     use std::os::unix::ffi::OsStrExt;
     let root = tempfile::tempdir().unwrap();

@@ -59,7 +59,12 @@ fn pipes() -> Result<Files, Errno> {
         (make()?, make()?, make()?);
     rustix::fs::fcntl_setfl(&in_write, OFlags::NONBLOCK)?;
     let child = [in_read, out_write, err_write];
-    Ok(Files { child, stdin: in_write, stdout: out_read, stderr: Some(err_read) })
+    Ok(Files {
+        child,
+        stdin: in_write,
+        stdout: out_read,
+        stderr: Some(err_read),
+    })
 }
 
 fn pty(size: WinSize) -> Result<Files, Errno> {
@@ -71,7 +76,12 @@ fn pty(size: WinSize) -> Result<Files, Errno> {
     let user = rustix::pty::ioctl_tiocgptpeer(&control, flags)?;
     let dup = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 3);
     let child = [dup(&user)?, dup(&user)?, user];
-    Ok(Files { child, stdin: dup(&control)?, stdout: control, stderr: None })
+    Ok(Files {
+        child,
+        stdin: dup(&control)?,
+        stdout: control,
+        stderr: None,
+    })
 }
 
 fn set_size(control: impl AsFd, size: WinSize) -> Result<(), Errno> {
@@ -104,10 +114,16 @@ impl Command {
         // A successful execve closes the other end, so this ends either way.
         if let Ok(3) = rustix::io::retry_on_intr(|| rustix::io::read(&report, &mut told)) {
             let errno = Errno::from_raw_os_error(i32::from(u16::from_le_bytes([told[1], told[2]])));
-            let stage = [Stage::Pipe, Stage::Pty, Stage::Fork, Stage::Cwd, Stage::Interpreter]
-                .into_iter()
-                .find(|s| *s as u8 == told[0])
-                .unwrap_or(Stage::Exec);
+            let stage = [
+                Stage::Pipe,
+                Stage::Pty,
+                Stage::Fork,
+                Stage::Cwd,
+                Stage::Interpreter,
+            ]
+            .into_iter()
+            .find(|s| *s as u8 == told[0])
+            .unwrap_or(Stage::Exec);
             return Err(Failure { stage, errno });
         }
         let output = |file| Output { file, owned: 0 };
@@ -149,7 +165,12 @@ impl Command {
         }
         let now = sys::now_ms();
         self.stdin = None;
-        self.ended = Some(Ended { how, drained_at: now, last_data: now, extra: 0 });
+        self.ended = Some(Ended {
+            how,
+            drained_at: now,
+            last_data: now,
+            extra: 0,
+        });
     }
 
     /// The file of its input, while open.
@@ -164,7 +185,9 @@ impl Command {
 
     /// Reads output; 0 when there is none now. At its end the file is closed.
     pub fn read(&mut self, index: usize, buffer: &mut [u8]) -> usize {
-        let Some(slot) = self.outputs.get_mut(index) else { return 0 };
+        let Some(slot) = self.outputs.get_mut(index) else {
+            return 0;
+        };
         let Some(output) = slot else { return 0 };
         match rustix::io::read(&output.file, buffer) {
             Ok(n @ 1..) => {
@@ -191,7 +214,9 @@ impl Command {
     /// How it ended, once its output is complete. Otherwise when to ask again, in milliseconds;
     /// `None` while it runs. `stalled`: the host does not take output at present.
     pub fn outcome(&mut self, stalled: bool) -> Result<Exit, Option<u64>> {
-        let Some(ended) = &mut self.ended else { return Err(None) };
+        let Some(ended) = &mut self.ended else {
+            return Err(None);
+        };
         let now = sys::now_ms();
         let mut open = self.outputs.iter().flatten().peekable();
         if open.peek().is_none() {
@@ -208,12 +233,18 @@ impl Command {
             return Err(Some(QUIET_MS));
         }
         let until = (ended.last_data + QUIET_MS).min(ended.drained_at + LINGER_MS);
-        if now >= until { Ok(ended.how) } else { Err(Some(until - now)) }
+        if now >= until {
+            Ok(ended.how)
+        } else {
+            Err(Some(until - now))
+        }
     }
 
     /// Writes input; returns how much of it is done with, written or not wanted.
     pub fn write(&mut self, input: &[u8]) -> usize {
-        let Some(file) = &self.stdin else { return input.len() };
+        let Some(file) = &self.stdin else {
+            return input.len();
+        };
         match rustix::io::write(file, input) {
             Ok(n) => n,
             Err(Errno::AGAIN | Errno::INTR) => 0,
@@ -244,12 +275,18 @@ pub struct Input {
 impl Input {
     /// Nothing yet.
     pub const fn new() -> Self {
-        Self { bytes: [0; GUEST_WINDOW as usize], len: 0, eof: false }
+        Self {
+            bytes: [0; GUEST_WINDOW as usize],
+            len: 0,
+            eof: false,
+        }
     }
 
     /// Adds bytes from the host; `false` if it sent more than it may.
     pub fn push(&mut self, bytes: &[u8]) -> bool {
-        let Some(room) = self.bytes.get_mut(self.len..self.len + bytes.len()) else { return false };
+        let Some(room) = self.bytes.get_mut(self.len..self.len + bytes.len()) else {
+            return false;
+        };
         room.copy_from_slice(bytes);
         self.len += bytes.len();
         true

@@ -53,7 +53,12 @@ fn prepare(start: &StartView<'_>, files: &[OwnedFd; 3], tty: bool) -> Result<(),
         rustix::process::ioctl_tiocsctty(&files[0]).map_err(Failure::at(Stage::Pty))?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    let cwd = start.strings().next().map(c_str).filter(|s| !s.is_empty()).unwrap_or(c"/");
+    let cwd = start
+        .strings()
+        .next()
+        .map(c_str)
+        .filter(|s| !s.is_empty())
+        .unwrap_or(c"/");
     rustix::process::chdir(cwd).map_err(Failure::at(Stage::Cwd))
 }
 
@@ -76,7 +81,10 @@ impl Pointers {
             let slot = if i < start.argc { 1 + i } else { 2 + i };
             list[slot] = string.as_ptr().cast();
         }
-        Self { list, argc: start.argc }
+        Self {
+            list,
+            argc: start.argc,
+        }
     }
 
     fn exec(&self, path: &CStr) -> Errno {
@@ -120,13 +128,25 @@ fn execute(start: &StartView<'_>) -> Failure {
     let mut denied = None;
     for directory in search_path(start).split(|&b| b == b':') {
         let mut path = Text::<4096>::new();
-        path.push(if directory.is_empty() { b"." } else { directory });
+        path.push(if directory.is_empty() {
+            b"."
+        } else {
+            directory
+        });
         path.push(b"/");
         path.push(name.to_bytes_with_nul());
-        let Ok(path) = CStr::from_bytes_with_nul(path.as_bytes()) else { continue };
+        let Ok(path) = CStr::from_bytes_with_nul(path.as_bytes()) else {
+            continue;
+        };
         match explain(path, pointers.exec_or_shell(path)) {
-            Failure { stage: Stage::Exec, errno: Errno::NOENT | Errno::NOTDIR } => {}
-            failure @ Failure { errno: Errno::ACCESS, .. } => denied = Some(failure),
+            Failure {
+                stage: Stage::Exec,
+                errno: Errno::NOENT | Errno::NOTDIR,
+            } => {}
+            failure @ Failure {
+                errno: Errno::ACCESS,
+                ..
+            } => denied = Some(failure),
             failure => return failure,
         }
     }
@@ -144,6 +164,10 @@ fn search_path<'a>(start: &StartView<'a>) -> &'a [u8] {
 /// "No such file" for a file that is there means its interpreter.
 fn explain(path: &CStr, errno: Errno) -> Failure {
     let there = rustix::fs::access(path, rustix::fs::Access::EXISTS).is_ok();
-    let stage = if errno == Errno::NOENT && there { Stage::Interpreter } else { Stage::Exec };
+    let stage = if errno == Errno::NOENT && there {
+        Stage::Interpreter
+    } else {
+        Stage::Exec
+    };
     Failure { stage, errno }
 }

@@ -38,7 +38,12 @@ impl Link {
             Err(Errno::NOTTY) => {}
             Err(errno) => return Err(errno),
         }
-        Ok(Self { file, queue: [0; QUEUE], start: 0, end: 0 })
+        Ok(Self {
+            file,
+            queue: [0; QUEUE],
+            start: 0,
+            end: 0,
+        })
     }
 
     /// The file, to wait on.

@@ -54,9 +54,7 @@ fn init() -> ! {
     let mut path = Text::<64>::new();
     let _ = write!(path, "/dev/{}", setup::channel_name().as_str());
     let end = match link::Link::open(path.as_str()) {
-        Ok(link) => {
-            session::Session::new(link, power::Buttons::open(), true).run(notes.as_bytes())
-        }
+        Ok(link) => session::Session::new(link, power::Buttons::open(), true).run(notes.as_bytes()),
         Err(errno) => {
             sys::complain(format_args!(
                 "cannot open the channel to the host, {}: error {}; powering off",
@@ -79,7 +77,10 @@ fn on_a_running_system(tty: &CStr) -> ! {
             sys::exit(0)
         }
         Err(errno) => {
-            sys::complain(format_args!("cannot open {path}: error {}", errno.raw_os_error()));
+            sys::complain(format_args!(
+                "cannot open {path}: error {}",
+                errno.raw_os_error()
+            ));
             sys::exit(125)
         }
     }

@@ -3,6 +3,7 @@
 use agent_protocol::Power;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::system::{RebootCommand, reboot};
 
 use crate::sys;
@@ -47,7 +48,9 @@ impl Buttons {
         let mut buttons = Self::none();
         let mut free = buttons.0.iter_mut();
         for n in 0..MAX_DEVICES {
-            let Some(device) = open_device(n) else { continue };
+            let Some(device) = open_device(n) else {
+                continue;
+            };
             let Some(slot) = free.next() else { break };
             *slot = Some(device);
         }
@@ -64,14 +67,27 @@ impl Buttons {
         &self.0
     }
 
-    /// Reads the events of one button: was it pressed?
-    pub fn was_pressed(&self, index: usize) -> bool {
-        let Some(Some(file)) = self.0.get(index) else { return false };
+    /// Reads the events of one button: was it pressed? A device that is gone is let go.
+    pub fn was_pressed(&mut self, index: usize) -> bool {
+        let Some(slot) = self.0.get_mut(index) else {
+            return false;
+        };
+        let Some(file) = slot else { return false };
         let mut events = [0; 16 * EVENT];
-        let Ok(n) = rustix::io::read(file, &mut events) else { return false };
-        // After the time: type (EV_KEY), code, value (1 is pressed).
-        let pressed = [1, 0, KEY_POWER as u8, 0, 1, 0, 0, 0];
-        events[..n].chunks_exact(EVENT).any(|event| event[16..] == pressed)
+        match rustix::io::read(file, &mut events) {
+            Ok(n) => {
+                // After the time: type (EV_KEY), code, value (1 is pressed).
+                let pressed = [1, 0, KEY_POWER as u8, 0, 1, 0, 0, 0];
+                events[..n]
+                    .chunks_exact(EVENT)
+                    .any(|event| event[16..] == pressed)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            Err(_) => {
+                *slot = None;
+                false
+            }
+        }
     }
 }
 

@@ -21,17 +21,18 @@ use crate::{setup, sys};
 
 const HUP: u32 = 1;
 const INT: u32 = 2;
-const KILL: i32 = 9;
+const KILL: u32 = 9;
 const USR1: u32 = 10;
 const USR2: u32 = 12;
 const TERM: u32 = 15;
-const CONT: i32 = 18;
+const CONT: u32 = 18;
 const PWR: u32 = 30;
 
-/// Between asking processes to end and killing them.
-const GRACE_MS: u64 = 2000;
-/// Between killing processes, or queueing the last words, and not waiting any longer.
-const PATIENCE_MS: u64 = 500;
+/// What processes are sent for the guest to go down, and how long they then have (milliseconds).
+/// An interactive shell ends at SIGHUP only; a stopped process must go on to end.
+const STEPS: [(&[u32], u64); 3] = [(&[TERM, CONT], 200), (&[HUP], 1800), (&[KILL], 500)];
+/// After so long the guest goes down whatever is left.
+const PATIENCE_MS: u64 = 2500;
 /// For the host to end the guest after the command's end; then the guest does it.
 const GOODBYE_MS: u64 = 5000;
 
@@ -61,8 +62,10 @@ pub struct Session {
 
 struct Ending {
     power: Power,
-    kill_at: u64,
-    killed: bool,
+    begun: u64,
+    /// The next of [`STEPS`], and when.
+    step: usize,
+    due: u64,
     /// No process is left.
     alone: bool,
 }
@@ -82,7 +85,11 @@ impl Session {
                     "cannot make a signalfd: error {}; the kernel needs CONFIG_SIGNALFD",
                     errno.raw_os_error()
                 ));
-                if is_init { crate::power::end(Power::Off) } else { sys::exit(125) }
+                if is_init {
+                    crate::power::end(Power::Off)
+                } else {
+                    sys::exit(125)
+                }
             }
         };
         Self {
@@ -157,7 +164,10 @@ impl Session {
             release,
         }));
         for line in notes.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
-            self.link.send(&FromGuest::Log { level: Level::Warn, text: line });
+            self.link.send(&FromGuest::Log {
+                level: Level::Warn,
+                text: line,
+            });
         }
     }
 
@@ -200,17 +210,25 @@ impl Session {
         {
             self.end(Power::Off);
         }
+        // The command is forgotten when its output is complete.
+        let said = self.command.is_none();
         let ending = self.ending.as_mut()?;
-        if !ending.alone && !ending.killed && now >= ending.kill_at {
-            ending.killed = true;
-            match (&self.command, self.is_init) {
-                (_, true) => sys::kill_everyone(KILL),
-                (Some(command), false) => command.signal(KILL as u8),
-                (None, false) => {}
+        while !ending.alone
+            && now >= ending.due
+            && let Some((signals, pause)) = STEPS.get(ending.step)
+        {
+            ending.step += 1;
+            ending.due = now + pause;
+            for signal in *signals {
+                match (&self.command, self.is_init) {
+                    (_, true) => sys::kill_everyone(*signal as i32),
+                    (Some(command), false) => command.signal(*signal as u8),
+                    (None, false) => {}
+                }
             }
         }
-        let late = now >= ending.kill_at + PATIENCE_MS;
-        ((ending.alone && self.link.is_idle()) || late).then_some(ending.power)
+        let late = now >= ending.begun + PATIENCE_MS;
+        ((ending.alone && said && self.link.is_idle()) || late).then_some(ending.power)
     }
 
     /// Output waits for the host.
@@ -222,12 +240,19 @@ impl Session {
     fn timeout(&mut self) -> Option<u64> {
         let now = sys::now_ms();
         let stalled = self.is_stalled();
-        let command = self.command.as_mut().and_then(|c| c.outcome(stalled).err().flatten());
+        let command = self
+            .command
+            .as_mut()
+            .and_then(|c| c.outcome(stalled).err().flatten());
         let ending = self.ending.as_ref().map(|e| {
-            let next = if e.killed || e.alone { e.kill_at + PATIENCE_MS } else { e.kill_at };
+            let over = e.alone || e.step == STEPS.len();
+            let next = if over { e.begun + PATIENCE_MS } else { e.due };
             next.saturating_sub(now)
         });
-        let goodbye = self.done_at.map(|at| (at + GOODBYE_MS).saturating_sub(now));
+        let goodbye = match self.ending {
+            Some(_) => None,
+            None => self.done_at.map(|at| (at + GOODBYE_MS).saturating_sub(now)),
+        };
         [command, ending, goodbye].into_iter().flatten().min()
     }
 
@@ -240,7 +265,9 @@ impl Session {
         let stalled = self.is_stalled();
         let command = self.command.as_ref();
         let output = |index| command.and_then(|c| c.output(index)).filter(|_| !stalled);
-        let stdin = command.and_then(Command::stdin).filter(|_| !self.input.is_empty());
+        let stdin = command
+            .and_then(Command::stdin)
+            .filter(|_| !self.input.is_empty());
         let link = if self.link.is_idle() {
             PollFlags::IN
         } else {
@@ -263,9 +290,9 @@ impl Session {
         let mut ready = [false; FILES];
         if poll(&mut files, timeout.as_ref()).is_ok() {
             for (ready, file) in ready.iter_mut().zip(&files) {
-                *ready = file.revents().intersects(
-                    PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL,
-                );
+                *ready = file
+                    .revents()
+                    .intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
             }
         }
         ready
@@ -312,20 +339,20 @@ impl Session {
     fn end(&mut self, power: Power) {
         let now = sys::now_ms();
         if let Some(ending) = &mut self.ending {
-            ending.kill_at = ending.kill_at.min(now);
+            let last = STEPS.len() - 1;
+            if ending.step <= last {
+                (ending.step, ending.due) = (last, now);
+            }
             return;
         }
         self.link.send(&FromGuest::Stopping(power));
-        let kill_at = now + GRACE_MS;
-        self.ending = Some(Ending { power, kill_at, killed: false, alone: false });
-        // An interactive shell ignores SIGTERM but not SIGHUP; a stopped process must go on to end.
-        for signal in [TERM as i32, HUP as i32, CONT] {
-            match (&self.command, self.is_init) {
-                (_, true) => sys::kill_everyone(signal),
-                (Some(command), false) => command.signal(signal as u8),
-                (None, false) => {}
-            }
-        }
+        self.ending = Some(Ending {
+            power,
+            begun: now,
+            step: 0,
+            due: now,
+            alone: false,
+        });
         self.reap();
     }
 
@@ -337,7 +364,9 @@ impl Session {
         let mut skipped = decoder.skipped();
         while let Some(frame) = decoder.decode(&mut bytes) {
             let first = self.start_len == 0;
-            let intact = FromHost::parse(frame).ok().is_some_and(|message| self.on_message(message));
+            let intact = FromHost::parse(frame)
+                .ok()
+                .is_some_and(|message| self.on_message(message));
             if !intact {
                 self.give_up("the agent received a message that breaks the protocol");
                 return Ok(());
@@ -380,14 +409,18 @@ impl Session {
             return false;
         }
         let end = self.start_len + bytes.len();
-        let Some(room) = self.start.get_mut(self.start_len..end) else { return false };
+        let Some(room) = self.start.get_mut(self.start_len..end) else {
+            return false;
+        };
         room.copy_from_slice(bytes);
         self.start_len = end;
         self.owed += bytes.len() as u32;
         if !last {
             return true;
         }
-        let Ok(start) = StartView::parse(&self.start[..end]) else { return false };
+        let Ok(start) = StartView::parse(&self.start[..end]) else {
+            return false;
+        };
         self.credit += u64::from(start.window);
         if self.ending.is_some() {
             return true;
@@ -418,7 +451,11 @@ impl Session {
 
     /// The host cannot be understood: says so and ends.
     fn give_up(&mut self, text: &str) {
-        let failed = FromGuest::Failed { stage: Stage::Protocol, errno: 0, text: text.as_bytes() };
+        let failed = FromGuest::Failed {
+            stage: Stage::Protocol,
+            errno: 0,
+            text: text.as_bytes(),
+        };
         self.finish(&failed);
         self.end(Power::Off);
     }
@@ -427,15 +464,20 @@ impl Session {
         if self.is_stalled() {
             return;
         }
-        let Some(command) = &mut self.command else { return };
+        let Some(command) = &mut self.command else {
+            return;
+        };
         let mut buffer = [0; MAX_PAYLOAD];
         let room = (self.credit as usize).min(MAX_PAYLOAD);
         let n = command.read(index, &mut buffer[..room]);
         if n > 0 {
             self.credit -= n as u64;
             let bytes = &buffer[..n];
-            let message =
-                if index == 0 { FromGuest::Stdout(bytes) } else { FromGuest::Stderr(bytes) };
+            let message = if index == 0 {
+                FromGuest::Stdout(bytes)
+            } else {
+                FromGuest::Stderr(bytes)
+            };
             self.link.send(&message);
         }
     }
@@ -445,6 +487,9 @@ fn exit_of(status: WaitStatus) -> Option<Exit> {
     let small = |n: i32| u8::try_from(n).ok();
     match status.exit_status() {
         Some(code) => small(code).map(Exit::Code),
-        None => status.terminating_signal().and_then(small).map(Exit::Signal),
+        None => status
+            .terminating_signal()
+            .and_then(small)
+            .map(Exit::Signal),
     }
 }

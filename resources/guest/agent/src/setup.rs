@@ -37,11 +37,18 @@ const fn on(
     flags: MountFlags,
     data: &'static CStr,
 ) -> Mount {
-    Mount { kind, target, flags, data, only_if_empty: false }
+    Mount {
+        kind,
+        target,
+        flags,
+        data,
+        only_if_empty: false,
+    }
 }
 
-const NOTHING_SPECIAL: MountFlags =
-    MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+const NOTHING_SPECIAL: MountFlags = MountFlags::NOSUID
+    .union(MountFlags::NODEV)
+    .union(MountFlags::NOEXEC);
 const SCRATCH: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 const MOUNTS: [Mount; 8] = [
@@ -55,8 +62,14 @@ const MOUNTS: [Mount; 8] = [
         c"gid=5,mode=620,ptmxmode=666",
     ),
     on("tmpfs", "/dev/shm", SCRATCH, c"mode=1777"),
-    Mount { only_if_empty: true, ..on("tmpfs", "/run", SCRATCH, c"mode=0755") },
-    Mount { only_if_empty: true, ..on("tmpfs", "/tmp", SCRATCH, c"mode=1777") },
+    Mount {
+        only_if_empty: true,
+        ..on("tmpfs", "/run", SCRATCH, c"mode=0755")
+    },
+    Mount {
+        only_if_empty: true,
+        ..on("tmpfs", "/tmp", SCRATCH, c"mode=1777")
+    },
     on("cgroup2", "/sys/fs/cgroup", NOTHING_SPECIAL, c"nsdelegate"),
 ];
 
@@ -92,7 +105,10 @@ pub fn mount_all(notes: &mut Notes) {
             Ok(()) | Err(Errno::BUSY) => {}
             Err(errno) => {
                 let errno = errno.raw_os_error();
-                note(notes, format_args!("cannot mount {} on {}: error {errno}", m.kind, m.target));
+                note(
+                    notes,
+                    format_args!("cannot mount {} on {}: error {errno}", m.kind, m.target),
+                );
             }
         }
     }
@@ -111,7 +127,10 @@ pub fn load_modules(notes: &mut Notes) {
         if let Err(errno) = load_module(line) {
             let path = core::str::from_utf8(line).unwrap_or("?");
             let errno = errno.raw_os_error();
-            note(notes, format_args!("cannot load module {path}: error {errno}"));
+            note(
+                notes,
+                format_args!("cannot load module {path}: error {errno}"),
+            );
         }
     }
 }
@@ -129,7 +148,13 @@ pub fn bring_up_loopback(notes: &mut Notes) {
     use rustix::net::{AddressFamily, SocketType, socket};
     let result = socket(AddressFamily::INET, SocketType::DGRAM, None).and_then(sys::loopback_up);
     if let Err(errno) = result {
-        note(notes, format_args!("cannot set up the lo interface: error {}", errno.raw_os_error()));
+        note(
+            notes,
+            format_args!(
+                "cannot set up the lo interface: error {}",
+                errno.raw_os_error()
+            ),
+        );
     }
 }
 
@@ -138,17 +163,22 @@ pub fn channel_name() -> Text<32> {
     let mut buffer = [0; MAX_LIST];
     let mut name = Text::new();
     let words = read_file("/proc/cmdline", &mut buffer).split(|b| b.is_ascii_whitespace());
-    let named = words.filter_map(|word| word.strip_prefix(b"bulle.agent=")).next_back();
+    let named = words
+        .filter_map(|word| word.strip_prefix(b"bulle.agent="))
+        .next_back();
     name.push(named.unwrap_or(b"ttyS1"));
     name
 }
 
 /// A pvpanic device is bound to a driver.
 pub fn has_pvpanic() -> bool {
-    ["/sys/bus/platform/drivers/pvpanic-mmio", "/sys/bus/pci/drivers/pvpanic-pci"]
-        .into_iter()
-        // Only the names of devices have a colon: QEMU0001:00, 0000:00:05.0.
-        .any(|driver| any_entry(driver, |name| name.contains(&b':')))
+    [
+        "/sys/bus/platform/drivers/pvpanic-mmio",
+        "/sys/bus/pci/drivers/pvpanic-pci",
+    ]
+    .into_iter()
+    // Only the names of devices have a colon: QEMU0001:00, 0000:00:05.0.
+    .any(|driver| any_entry(driver, |name| name.contains(&b':')))
 }
 
 /// Pseudo-terminals can be made.

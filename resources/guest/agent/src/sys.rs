@@ -82,7 +82,13 @@ pub fn kill_everyone(signal: i32) {
 pub fn block_signals(mask: u64) {
     // SAFETY: the kernel's signal set is 64 bits; no old set is wanted.
     let _ = unsafe {
-        syscall!(Sysno::rt_sigprocmask, SIG_SETMASK, &raw const mask, 0, size_of::<u64>())
+        syscall!(
+            Sysno::rt_sigprocmask,
+            SIG_SETMASK,
+            &raw const mask,
+            0,
+            size_of::<u64>()
+        )
     };
 }
 
@@ -90,7 +96,13 @@ pub fn block_signals(mask: u64) {
 pub fn signal_file(mask: u64) -> Result<OwnedFd, Errno> {
     // SAFETY: -1 asks for a new file; the mask is 64 bits.
     let fd = unsafe {
-        syscall!(Sysno::signalfd4, -1isize, &raw const mask, size_of::<u64>(), SFD_FLAGS)
+        syscall!(
+            Sysno::signalfd4,
+            -1isize,
+            &raw const mask,
+            size_of::<u64>(),
+            SFD_FLAGS
+        )
     }
     .map_err(errno)?;
     // SAFETY: the kernel has just returned this descriptor to us alone.
@@ -108,7 +120,11 @@ pub fn loopback_up(socket: impl AsFd) -> Result<(), Errno> {
     }
     let mut name = [0; 16];
     name[..2].copy_from_slice(b"lo");
-    let request = IfReq { name, flags: IFF_UP_RUNNING, rest: [0; 22] };
+    let request = IfReq {
+        name,
+        flags: IFF_UP_RUNNING,
+        rest: [0; 22],
+    };
     // SAFETY: SIOCSIFFLAGS reads one struct ifreq.
     unsafe { ioctl::ioctl(socket, ioctl::Setter::<SIOCSIFFLAGS, IfReq>::new(request)) }
 }

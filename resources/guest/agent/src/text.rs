@@ -11,7 +11,10 @@ pub struct Text<const N: usize> {
 impl<const N: usize> Text<N> {
     /// Empty text.
     pub const fn new() -> Self {
-        Self { bytes: [0; N], len: 0 }
+        Self {
+            bytes: [0; N],
+            len: 0,
+        }
     }
 
     /// Appends as much of `bytes` as fits.
