@@ -271,13 +271,18 @@ fn input_reaches_the_guest() {
 #[test]
 fn the_end_of_input_does_not_end_the_guest_nor_spin() {
     for input in [Input::Null, Input::Bytes(Vec::new())] {
-        let bulle = Bulle::payload("hlt_forever")
-            .args(["--timeout", "1s"])
-            .input(input);
-        let running = bulle.start().wait_for_output();
+        let running = Bulle::payload("hlt_forever")
+            .input(input)
+            .start()
+            .wait_for_output();
         std::thread::sleep(Duration::from_millis(700));
         let used = running.cpu_time();
-        running.finish().exits(124).prints("halted\n");
+        // It is still there to be interrupted.
+        running
+            .signal(Signal::SIGINT)
+            .finish()
+            .exits(130)
+            .prints("halted\n");
         assert!(
             used < Duration::from_millis(300),
             "{used:?} of processor time"
