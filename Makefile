@@ -1,0 +1,39 @@
+# `make help` lists the goals.
+
+TARGET := x86_64-unknown-linux-gnu
+BULLE := target/$(TARGET)/release/bulle
+PREFIX ?= /usr/local
+COMMAND ?= uname -a
+
+# Statically linked: a dynamic loader takes longer than bulle takes to enter a guest.
+STATIC := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
+
+.PHONY: help run build test lint bench install setup
+
+help: ## This list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: ## Boot Debian's kernel in a microVM and run COMMAND (uname -a) in it
+	@tests/setup run
+	@$(MAKE) --no-print-directory build
+	@tests/run-guest $(BULLE) $(COMMAND)
+
+build: ## The release binary
+	@$(STATIC) cargo build --release --locked --quiet --target $(TARGET)
+
+test: ## Everything: style, units, bare-metal guests, Linux guests
+	@tests/setup test
+	@tests/suite
+
+lint: ## Formatting, clippy, licences and sources of dependencies
+	@tests/setup lint
+	@tests/lint
+
+bench: build ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths)
+	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start
+
+install: build ## Install the binary below PREFIX (/usr/local)
+	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle
+
+setup: ## Install what is missing for all of these
+	@tests/setup all

@@ -1,0 +1,46 @@
+//! The memory functions that the compiler calls and a C library would have.
+
+use core::arch::global_asm;
+
+global_asm!(
+    ".section .text.mem, \"ax\"",
+    ".global memcpy, memmove, memset, memcmp, bcmp",
+    "memmove:",
+    "mov %rdi, %rcx",
+    "sub %rsi, %rcx",
+    "cmp %rdx, %rcx",
+    "jb 1f", // the destination starts within the source: copy downwards
+    "memcpy:",
+    "mov %rdi, %rax",
+    "mov %rdx, %rcx",
+    "rep movsb",
+    "ret",
+    "1: mov %rdi, %rax",
+    "mov %rdx, %rcx",
+    "lea -1(%rdi, %rdx), %rdi",
+    "lea -1(%rsi, %rdx), %rsi",
+    "std",
+    "rep movsb",
+    "cld",
+    "ret",
+    "memset:",
+    "mov %rdi, %r8",
+    "mov %esi, %eax",
+    "mov %rdx, %rcx",
+    "rep stosb",
+    "mov %r8, %rax",
+    "ret",
+    "memcmp:",
+    "bcmp:",
+    "xor %eax, %eax",
+    "mov %rdx, %rcx",
+    "test %rcx, %rcx",
+    "repe cmpsb",
+    "je 2f",
+    "movzbl -1(%rdi), %eax",
+    "movzbl -1(%rsi), %ecx",
+    "sub %ecx, %eax",
+    "2: ret",
+    ".section .text",
+    options(att_syntax)
+);

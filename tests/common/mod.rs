@@ -1,0 +1,335 @@
+//! What the integration tests and the benchmark share: payloads built once, `bulle` run under a deadline.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Nothing that a test starts may take longer, unless it says so.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The repository.
+pub fn tree() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The ELF file of a payload. All are built on first use; a file lock keeps test processes apart.
+pub fn payload(name: &str) -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let dir = BUILT.get_or_init(build_payloads);
+    let path = dir.join(name);
+    assert!(path.is_file(), "no payload {name} in {}", dir.display());
+    path
+}
+
+fn build_payloads() -> PathBuf {
+    let target = tree().join("target/payloads");
+    fs::create_dir_all(&target).unwrap();
+    let lock = File::create(target.join("lock")).unwrap();
+    let _held = Flock::lock(lock, FlockArg::LockExclusive).expect("lock of target/payloads");
+    let mut cargo = Command::new(env!("CARGO"));
+    // What cargo or a coverage tool set for this build is not meant for a free-standing one.
+    for (name, _) in
+        std::env::vars().filter(|(n, _)| n.contains("RUSTFLAGS") || n == "CARGO_TARGET_DIR")
+    {
+        cargo.env_remove(name);
+    }
+    let output = cargo
+        .args(["build", "--release", "--locked", "--quiet", "--target-dir"])
+        .arg(&target)
+        .arg("--manifest-path")
+        .arg(tree().join("resources/payloads/Cargo.toml"))
+        .output()
+        .expect("cargo runs");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "the payloads do not build:\n{errors}"
+    );
+    target.join("release")
+}
+
+/// How a process ended and what it wrote.
+#[derive(Debug)]
+pub struct Outcome {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+    pub elapsed: Duration,
+}
+
+impl Outcome {
+    /// Fails the test unless the exit code is `code`; shows everything.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "{self:#?}");
+        self
+    }
+    /// Fails the test unless stdout contains `text`.
+    #[track_caller]
+    pub fn prints(self, text: &str) -> Self {
+        assert!(
+            self.stdout.contains(text),
+            "no {text:?} in the output of {self:#?}"
+        );
+        self
+    }
+    /// Fails the test unless stderr contains `text`.
+    #[track_caller]
+    pub fn complains(self, text: &str) -> Self {
+        assert!(
+            self.stderr.contains(text),
+            "no {text:?} in the errors of {self:#?}"
+        );
+        self
+    }
+    /// Fails the test unless the process ended within `limit`.
+    #[track_caller]
+    pub fn within(self, limit: Duration) -> Self {
+        assert!(self.elapsed <= limit, "took more than {limit:?}: {self:#?}");
+        self
+    }
+    /// The value of the first output line that starts with `key` and a space.
+    #[track_caller]
+    pub fn value(&self, key: &str) -> &str {
+        let line = self
+            .stdout
+            .lines()
+            .find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no line {key:?} in {self:#?}"))
+            .trim()
+    }
+}
+
+/// What a started process gets as its standard input.
+pub enum Input {
+    /// /dev/null.
+    Null,
+    /// A pipe that stays open, with nothing in it.
+    Open,
+    /// These bytes, then the end of the file.
+    Bytes(Vec<u8>),
+}
+
+/// A running `bulle`, killed when dropped.
+pub struct Running {
+    child: Child,
+    stdout: Option<JoinHandle<Vec<u8>>>,
+    stderr: Option<JoinHandle<Vec<u8>>>,
+    seen: std::sync::mpsc::Receiver<Vec<u8>>,
+    started: Instant,
+    patience: Duration,
+}
+
+fn collect(
+    mut from: impl Read + Send + 'static,
+    seen: Option<std::sync::mpsc::Sender<Vec<u8>>>,
+) -> Option<JoinHandle<Vec<u8>>> {
+    Some(std::thread::spawn(move || {
+        let (mut all, mut some) = (Vec::new(), [0; 4096]);
+        while let Ok(n @ 1..) = from.read(&mut some) {
+            all.extend_from_slice(&some[..n]);
+            if let Some(seen) = &seen {
+                let _ = seen.send(some[..n].to_vec());
+            }
+        }
+        all
+    }))
+}
+
+impl Running {
+    /// Starts `command` with its outputs collected.
+    pub fn start(mut command: Command, input: Input, patience: Duration) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(match input {
+            Input::Null => Stdio::null(),
+            _ => Stdio::piped(),
+        });
+        let started = Instant::now();
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        if let Input::Bytes(bytes) = input {
+            let mut stdin = child.stdin.take().unwrap();
+            std::thread::spawn(move || stdin.write_all(&bytes)); // may block on the guest
+        }
+        let (sender, seen) = std::sync::mpsc::channel();
+        let stdout = collect(child.stdout.take().unwrap(), Some(sender));
+        let stderr = collect(child.stderr.take().unwrap(), None);
+        Running {
+            child,
+            stdout,
+            stderr,
+            seen,
+            started,
+            patience,
+        }
+    }
+
+    /// Waits until it wrote something to stdout.
+    pub fn wait_for_output(self) -> Self {
+        self.wait_for("")
+    }
+
+    /// Waits until `text` is part of what it wrote to stdout.
+    pub fn wait_for(self, text: &str) -> Self {
+        let mut all = Vec::new();
+        loop {
+            let more = self.seen.recv_timeout(self.patience);
+            let so_far = || String::from_utf8_lossy(&all).into_owned();
+            all.extend(
+                more.unwrap_or_else(|_| panic!("it never wrote {text:?}, only {:?}", so_far())),
+            );
+            if String::from_utf8_lossy(&all).contains(text) {
+                return self;
+            }
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(self, signal: Signal) -> Self {
+        kill(self.pid(), signal).unwrap();
+        self
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// Processor time it used so far, to the hundredth of a second.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let (_, after_name) = stat.rsplit_once(')').unwrap();
+        let ticks = after_name.split_ascii_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.map(|t| t.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 10) // USER_HZ is 100 everywhere
+    }
+
+    /// Waits for its end. A death by signal N counts as exit code 128 + N, as in a shell.
+    pub fn finish(mut self) -> Outcome {
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if self.started.elapsed() > self.patience {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                let (stdout, stderr) = self.outputs();
+                panic!(
+                    "still running after {:?}\n{stdout}\n{stderr}",
+                    self.patience
+                );
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let elapsed = self.started.elapsed();
+        let (stdout, stderr) = self.outputs();
+        let code = status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+        Outcome {
+            code,
+            stdout,
+            stderr,
+            elapsed,
+        }
+    }
+
+    fn outputs(&mut self) -> (String, String) {
+        let text = |from: Option<JoinHandle<Vec<u8>>>| {
+            String::from_utf8_lossy(&from.unwrap().join().unwrap()).into_owned()
+        };
+        (text(self.stdout.take()), text(self.stderr.take()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A `bulle` command line to come.
+pub struct Bulle {
+    command: Command,
+    timeout: String,
+    operands: Vec<std::ffi::OsString>,
+    input: Input,
+    patience: Duration,
+}
+
+impl Bulle {
+    /// `bulle run`, nothing else yet.
+    pub fn run() -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+        command.arg("run");
+        Bulle {
+            command,
+            timeout: "60s".to_owned(),
+            operands: Vec::new(),
+            input: Input::Null,
+            patience: PATIENCE,
+        }
+    }
+    /// `bulle run --root none --kernel PAYLOAD`.
+    pub fn payload(name: &str) -> Self {
+        let path = payload(name);
+        Bulle::run().args(["--root", "none", "--kernel"]).arg(path)
+    }
+    /// What `--timeout` says: no guest may run forever. One minute if this is not called.
+    pub fn timeout(mut self, timeout: &str) -> Self {
+        self.timeout = timeout.to_owned();
+        self
+    }
+    /// The command to run in the guest.
+    pub fn command<S: Into<std::ffi::OsString>>(
+        mut self,
+        words: impl IntoIterator<Item = S>,
+    ) -> Self {
+        self.operands = words.into_iter().map(Into::into).collect();
+        self
+    }
+    /// One more argument.
+    pub fn arg(mut self, arg: impl AsRef<std::ffi::OsStr>) -> Self {
+        self.command.arg(arg);
+        self
+    }
+    /// More arguments.
+    pub fn args<S: AsRef<std::ffi::OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.command.args(args);
+        self
+    }
+    /// Standard input.
+    pub fn input(mut self, input: Input) -> Self {
+        self.input = input;
+        self
+    }
+    /// How long it may take before the test fails.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+    /// Starts it.
+    pub fn start(mut self) -> Running {
+        self.command.arg("--timeout").arg(self.timeout);
+        if !self.operands.is_empty() {
+            self.command.arg("--").args(self.operands);
+        }
+        Running::start(self.command, self.input, self.patience)
+    }
+    /// Starts it and waits for its end.
+    pub fn outcome(self) -> Outcome {
+        self.start().finish()
+    }
+}
