@@ -22,7 +22,7 @@ use arch::vm::{IrqchipMode, VmError};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::host::{KvmOpenError, open_kvm};
+use super::host::{KVM_PATH, KvmOpenError, open_kvm};
 use super::irq::Irqchip;
 use super::memory::{self, MemoryError};
 use super::{ExitLatch, Vm};
@@ -105,6 +105,9 @@ pub enum BuildError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM_GET_TSC_KHZ failed.
+    #[error("KVM does not tell the frequency of the time-stamp counter")]
+    TscFrequency(#[source] kvm_ioctls::Error),
     /// vCPU set-up.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -182,6 +185,7 @@ impl Host {
     /// Opens KVM, checks it against `machine`, and starts asking for processor features.
     pub fn open(machine: &MachineConfig) -> Result<Self, BuildError> {
         let kvm = Arc::new(open_kvm()?);
+        log::debug!("{KVM_PATH} is open");
         let capabilities = arch::capabilities::check(&kvm)?;
         let topology = topology(machine)?;
         if u32::from(machine.vcpu_count) > capabilities.max_vcpus {
@@ -239,6 +243,7 @@ impl Vm {
         let machine = spec.machine();
         let mode = mode(machine.irqchip);
         let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
+        log::debug!("virtual machine created");
         arch::vm::before_memory(&vm)?;
         let memory = memory::map(machine)?;
         memory::register(&vm, &memory)?;
@@ -246,18 +251,25 @@ impl Vm {
         if mode == IrqchipMode::Kernel {
             arch::vm::create_pit(&vm)?;
         }
+        log::debug!("memory and interrupt controller in place");
         let irqchip = Irqchip::new(machine.irqchip, &vm);
         let board = Board::new(&irqchip, wiring)?;
         let entry = load(spec, &host.topology, kernel, initrd, &memory)?;
+        log::debug!("devices in place, guest memory filled");
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let template = host
+        let mut template = host
             .template
             .join()
             .map_err(|_| BuildError::TemplateThread)??;
+        log::debug!("processor features known");
         let enter = |sregs: &mut _| boot::apply(&entry, sregs);
         let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
         for index in 0..machine.vcpu_count {
             let fd = create_vcpu(&vm, index, &host.topology)?;
+            if index == 0 && host.capabilities.get_tsc_khz {
+                let khz = fd.get_tsc_khz().map_err(BuildError::TscFrequency)?;
+                template.cpuid.set_tsc_khz(khz);
+            }
             let boot = Boot {
                 enter: &enter,
                 irqchip: mode,
@@ -273,6 +285,7 @@ impl Vm {
                 exit: exit.clone(),
             })?);
         }
+        log::debug!("{} vCPUs ready", vcpus.len());
         Ok(Self {
             vcpus,
             board,
