@@ -216,7 +216,7 @@ fn an_interrupt_reaches_the_command() {
 fn sigterm_switches_the_guest_off() {
     let bulle = linux("cloud-amd64").command(["sh", "-c", "echo ready; sleep 1000"]);
     let running = bulle.input(Input::Open).start().wait_for_output();
-    running.signal(Signal::SIGTERM).finish().exits(0);
+    running.signal(Signal::SIGTERM).finish().exits(143);
 }
 
 /// Runs a tool of this machine on `input`.
@@ -243,15 +243,15 @@ fn filter(tool: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
 #[test]
 fn input_and_output_pass_unchanged() {
     // Every byte value, and more than any FIFO on the way holds. Each byte is an exit, so not more.
-    let bytes: Vec<u8> = (0..20_000u32)
+    let bytes: Vec<u8> = (0..8_000u32)
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
-    let script = "tee /tmp/copy | md5sum; wc -c </tmp/copy; seq 1 4000";
+    let script = "tee /tmp/copy | md5sum; wc -c </tmp/copy; seq 1 2000";
     let bulle = linux("cloud-amd64").command(["sh", "-c", script]);
     let outcome = bulle.input(Input::Bytes(bytes.clone())).outcome().exits(0);
     let digest = filter("md5sum", &[], &bytes);
-    let numbers: String = (1..=4000).map(|n| format!("{n}\n")).collect();
-    let wanted = format!("{}20000\n{numbers}", String::from_utf8(digest).unwrap());
+    let numbers: String = (1..=2000).map(|n| format!("{n}\n")).collect();
+    let wanted = format!("{}8000\n{numbers}", String::from_utf8(digest).unwrap());
     assert!(
         outcome.stdout == wanted,
         "{} bytes: {:.300}",
