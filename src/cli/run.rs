@@ -1,6 +1,7 @@
 //! `bulle run`: from arguments to a configuration, and from that to a session.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -129,7 +130,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let (verbose, print) = (args.verbose, args.print_config);
     let config = args.into_config()?;
     if print {
-        println!("{}", serde_json::to_string_pretty(&config)?);
+        let text = serde_json::to_string_pretty(&config)?;
+        writeln!(io::stdout(), "{text}").context("Cannot print the configuration to stdout")?;
         config.validate()?;
         return Ok(0);
     }
