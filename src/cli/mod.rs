@@ -1,11 +1,14 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
 mod kernel;
+mod memory;
 mod run;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+pub use memory::Allocator;
 
 use crate::session::CODE_FAILURE;
 use crate::telemetry::tell;

@@ -24,6 +24,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::host::{KvmOpenError, open_kvm};
 use super::irq::Irqchip;
+use super::limits::{self, LimitError};
 use super::memory::{self, MemoryError};
 use super::{ExitLatch, Vm};
 use crate::board::{self, Board, BoardError, Wiring};
@@ -40,17 +41,9 @@ pub enum BuildError {
     /// KVM lacks something.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// More vCPUs than this host runs.
-    #[error("{asked} vCPUs cannot be had: KVM on this host runs at most {most} in one VM")]
-    TooManyVcpus {
-        /// As asked.
-        asked: u16,
-        /// As KVM says.
-        most: u32,
-    },
-    /// The split interrupt controller is not to be had.
-    #[error("KVM on this host has no split interrupt controller: use --irqchip kernel")]
-    NoSplitIrqchip,
+    /// Something of the host is not enough.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// Topology.
     #[error(transparent)]
     Topology(#[from] TopologyError),
@@ -181,18 +174,11 @@ pub struct Host {
 impl Host {
     /// Opens KVM, checks it against `machine`, and starts asking for processor features.
     pub fn open(machine: &MachineConfig) -> Result<Self, BuildError> {
+        limits::allow_open_files(machine)?;
         let kvm = Arc::new(open_kvm()?);
         let capabilities = arch::capabilities::check(&kvm)?;
         let topology = topology(machine)?;
-        if u32::from(machine.vcpu_count) > capabilities.max_vcpus {
-            return Err(BuildError::TooManyVcpus {
-                asked: machine.vcpu_count,
-                most: capabilities.max_vcpus,
-            });
-        }
-        if machine.irqchip == config::Irqchip::Split && !capabilities.split_irqchip {
-            return Err(BuildError::NoSplitIrqchip);
-        }
+        limits::check(machine, &capabilities)?;
         let template = {
             let (kvm, capabilities) = (kvm.clone(), capabilities.clone());
             spawn(Role::Template, move || {
