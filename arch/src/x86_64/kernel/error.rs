@@ -37,6 +37,9 @@ pub enum KernelFault {
     /// A file without a byte in it.
     #[error("the file is empty")]
     Empty,
+    /// The host does not let this user read it.
+    #[error("this user may not read it; name a readable copy")]
+    Permission(#[source] io::Error),
     /// The host refused to open it.
     #[error("it cannot be opened")]
     Open(#[source] io::Error),
