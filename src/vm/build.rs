@@ -69,13 +69,25 @@ pub enum BuildError {
     #[error(transparent)]
     Boot(#[from] BootError),
     /// The initial RAM disk cannot be read.
-    #[error("Cannot read the initial RAM disk {}", path.display())]
+    #[error("Cannot use the initial RAM disk {}: name a file that this user can read", path.display())]
     Initrd {
         /// The user's file.
         path: std::path::PathBuf,
         /// What went wrong.
         #[source]
         source: io::Error,
+    },
+    /// A directory, a pipe or a device, of which no length is known.
+    #[error("The initial RAM disk {} is not a regular file: name one, or leave out --initrd", path.display())]
+    InitrdKind {
+        /// The user's file.
+        path: std::path::PathBuf,
+    },
+    /// No byte in it.
+    #[error("The initial RAM disk {} is empty: name another, or leave out --initrd", path.display())]
+    InitrdEmpty {
+        /// The user's file.
+        path: std::path::PathBuf,
     },
     /// The initial RAM disk cannot be copied into the guest.
     #[error("Cannot copy the initial RAM disk into guest memory")]
@@ -125,16 +137,21 @@ impl Initrd {
     /// Opens the user's file.
     pub fn open(path: &std::path::Path) -> Result<Self, BuildError> {
         let error = |source| BuildError::Initrd {
-            path: path.to_path_buf(),
+            path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(error)?;
-        let meta = file.metadata().map_err(error)?;
-        if meta.is_dir() {
-            return Err(error(io::Error::from(io::ErrorKind::IsADirectory)));
+        // Looked at before it is opened, because opening a pipe would wait for its writer.
+        let meta = std::fs::metadata(path).map_err(error)?;
+        let path = path.to_path_buf();
+        if !meta.is_file() {
+            return Err(BuildError::InitrdKind { path });
         }
+        if meta.len() == 0 {
+            return Err(BuildError::InitrdEmpty { path });
+        }
+        let file = File::open(&path).map_err(error)?;
         Ok(Self {
-            file: Some((path.to_path_buf(), file, meta.len())),
+            file: Some((path, file, meta.len())),
             archive: Vec::new(),
         })
     }
