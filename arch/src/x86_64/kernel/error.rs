@@ -202,6 +202,18 @@ pub enum KernelFault {
         #[source]
         source: io::Error,
     },
+    /// The decompressor got no memory.
+    #[error(
+        "the host has too little memory for unpacking its {compression} payload: raise the limit \
+         (ulimit -v, the container's memory limit)"
+    )]
+    UnpackMemory {
+        /// How the payload is compressed.
+        compression: Compression,
+        /// What the decompressor said.
+        #[source]
+        source: io::Error,
+    },
     /// Fewer or more bytes than announced.
     #[error("its {compression} payload is corrupt: it holds {got} bytes instead of {announced}")]
     PayloadLength {
