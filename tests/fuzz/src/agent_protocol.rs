@@ -82,7 +82,11 @@ struct Host {
 impl Host {
     fn new(data: &[u8]) -> Self {
         // A Start of two pieces for some inputs.
-        let long = if data.len().is_multiple_of(2) { 1 } else { 1500 };
+        let long = if data.len().is_multiple_of(2) {
+            1
+        } else {
+            1500
+        };
         let request = StartRequest {
             argv: vec!["x".repeat(long).into(), "-c".into()],
             env: vec!["A=1".into()],
