@@ -37,6 +37,9 @@ pub struct RunArgs {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "HOW")]
     kernel_entry: Option<KernelEntry>,
+    /// Unpack a compressed kernel at every start, and keep nothing in ~/.cache/bulle/kernels
+    #[arg(long)]
+    no_kernel_cache: bool,
     /// Initial RAM disk; with a COMMAND, bulle's agent is added to it
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -154,6 +157,7 @@ impl RunArgs {
                     initrd_path: None,
                     boot_args: None,
                     kernel_entry: KernelEntry::default(),
+                    kernel_cache: true,
                 },
                 machine_config: MachineConfig::default(),
                 guest: None,
@@ -183,6 +187,9 @@ impl RunArgs {
         }
         if let Some(entry) = self.kernel_entry {
             boot.kernel_entry = entry;
+        }
+        if self.no_kernel_cache {
+            boot.kernel_cache = false;
         }
         if self.initrd.is_some() {
             boot.initrd_path.clone_from(&self.initrd);
@@ -328,6 +335,8 @@ mod tests {
         };
         assert_eq!(again(&[]), first);
         assert_eq!(again(&["--memory", "2G"]).machine_config.mem_size_mib, 2048);
+        assert!(first.boot_source.kernel_cache);
+        assert!(!again(&["--no-kernel-cache"]).boot_source.kernel_cache);
         assert_eq!(again(&["--", "y"]).guest.unwrap().command, ["y"]);
     }
 

@@ -59,6 +59,9 @@ pub struct BootSource {
     /// How the kernel is entered.
     #[serde(default)]
     pub kernel_entry: KernelEntry,
+    /// Whether the kernel unpacked from a bzImage is kept in the user's cache directory.
+    #[serde(default = "yes")]
+    pub kernel_cache: bool,
 }
 
 /// How a kernel is entered.
@@ -102,6 +105,10 @@ pub struct MachineConfig {
     /// Who emulates the interrupt controllers.
     #[serde(default)]
     pub irqchip: Irqchip,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn one() -> u16 {

@@ -9,12 +9,13 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arch::acpi::AcpiError;
 use arch::boot::{self, BootError, BootParameters, EntryState};
 use arch::capabilities::{Capabilities, HostError};
 use arch::cmdline::{self, CmdlineError};
-use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions};
+use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions, LoadedKernel};
 use arch::memory::GuestMemory;
 use arch::topology::{Topology, TopologyError};
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
@@ -26,7 +27,7 @@ use super::host::{KVM_PATH, KvmOpenError, open_kvm};
 use super::irq::Irqchip;
 use super::limits::{self, LimitError};
 use super::memory::{self, MemoryError};
-use super::{ExitLatch, Vm};
+use super::{ExitLatch, Vm, kernel_cache};
 use crate::board::{self, Board, BoardError, Wiring};
 use crate::config::{self, MachineConfig, Spec};
 use crate::sandbox::thread::ThreadError;
@@ -313,7 +314,7 @@ fn load(
         kaslr_seed: kaslr.then_some(kaslr_seed),
         initrd_size: initrd.len(),
     };
-    let loaded = kernel.load(memory, &options)?;
+    let loaded = load_kernel(spec, kernel, memory, &options)?;
     let line = cmdline::build(&board::kernel_words(config), user_words, loaded.cmdline_max)?;
     let ram_size = spec.ram_size();
     let initrd_range = match initrd.len() {
@@ -335,6 +336,20 @@ fn load(
         rng_seed: random().map_err(BuildError::Random)?,
     };
     Ok(boot::configure(memory, &parameters)?)
+}
+
+fn load_kernel(
+    spec: &Spec,
+    kernel: &KernelImage,
+    memory: &GuestMemory,
+    options: &LoadOptions,
+) -> Result<LoadedKernel, KernelError> {
+    let cache = spec.config().boot_source.kernel_cache;
+    let unpacked = kernel_cache::unpack(kernel, options.entry, spec.ram_size(), cache)?;
+    let started = Instant::now();
+    let loaded = kernel.load_unpacked(unpacked.as_deref(), memory, options)?;
+    log::debug!("kernel loaded in {:.1?}", started.elapsed());
+    Ok(loaded)
 }
 
 /// Random bytes from the host, at most 256.
