@@ -1,4 +1,6 @@
 //! `bulle run` with a compressed kernel made here: later starts take it from the cache.
+//!
+//! Needs KVM, so not part of a plain `cargo test`: `cargo test --test kernel_cache`.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,20 +19,6 @@ use tempfile::TempDir;
 
 const TEXT: u64 = 16 << 20;
 const IMAGE_SIZE: usize = 8192;
-
-/// False on a machine without KVM, which CI must not be.
-fn has_kvm() -> bool {
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("CI").is_some() => {
-            panic!("CI needs /dev/kvm and cannot open it: {error}")
-        }
-        Err(error) => {
-            eprintln!("not tested: /dev/kvm cannot be opened: {error}");
-            false
-        }
-    }
-}
 
 /// A 64-bit ELF kernel that writes `letter` to COM1 and ends by a triple fault.
 fn elf(letter: u8) -> Vec<u8> {
@@ -148,9 +136,6 @@ fn flip(path: &Path, at: usize) {
 
 #[test]
 fn later_starts_use_the_cache_and_a_changed_image_does_not() {
-    if !has_kvm() {
-        return;
-    }
     let ground = Ground {
         home: tempfile::tempdir().unwrap(),
     };
