@@ -133,7 +133,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         (None, false) => log::LevelFilter::Warn,
     };
     telemetry::init(level);
-    let (verbose, print) = (args.verbose, args.print_config);
+    let print = args.print_config;
     let config = args.into_config()?;
     if print {
         let text = serde_json::to_string_pretty(&config)?;
@@ -141,7 +141,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         config.validate()?;
         return Ok(0);
     }
-    session::launch(config.validate()?, verbose).map_err(anyhow::Error::from)
+    session::launch(config.validate()?).map_err(anyhow::Error::from)
 }
 
 impl RunArgs {
