@@ -49,6 +49,7 @@ fn init() -> ! {
     setup::mount_all(&mut notes);
     setup::open_standard_files();
     setup::load_modules(&mut notes);
+    setup::set_host_name(&mut notes);
     setup::bring_up_loopback(&mut notes);
     power::take_ctrl_alt_del();
     let mut path = Text::<64>::new();
