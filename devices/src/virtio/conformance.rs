@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::block::tests::temporary_disk;
+use super::block::{BlockOptions, EngineKind};
 use super::core::{DRIVER_OK, Half, NEEDS_RESET, Reg, Ring, VirtioState};
 use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, write_desc};
@@ -13,10 +15,25 @@ type Make = Box<dyn Fn(&DeviceState) -> Box<dyn VirtioDevice>>;
 
 /// Every device of the registry.
 fn devices() -> Vec<(&'static str, Make)> {
-    let make = |config: fn() -> DeviceConfig| -> Make {
-        Box::new(move |state| build(config(), state).unwrap())
+    fn make(config: impl Fn() -> DeviceConfig + 'static) -> Make {
+        Box::new(move |state| build(config(), state).unwrap().0)
+    }
+    let block = |engine, queues, read_only| {
+        make(move || {
+            let options = BlockOptions {
+                engine,
+                queues,
+                ..BlockOptions::default()
+            };
+            DeviceConfig::Block(temporary_disk(1 << 20, read_only), options)
+        })
     };
-    vec![("entropy", make(|| DeviceConfig::Entropy))]
+    vec![
+        ("entropy", make(|| DeviceConfig::Entropy)),
+        ("block, io_uring", block(EngineKind::IoUring, 2, false)),
+        ("block, read-only", block(EngineKind::Auto, 1, true)),
+        ("block, sync", block(EngineKind::Sync, 1, false)),
+    ]
 }
 
 fn for_all(test: impl Fn(&str, Transport, &Make)) {
@@ -168,6 +185,8 @@ struct Desc {
 fn address() -> impl Strategy<Value = u64> {
     prop_oneof![
         4 => 0x8000..RAM_LEN,
+        // Requests, where `attack` puts them.
+        4 => (0..256_u64).prop_map(|i| 0x8000 + 16 * i),
         1 => RAM_LEN - 64..RAM_LEN + 64,
         1 => RAM[1]..RAM[1] + RAM_LEN + 64,
         1 => any::<u64>(),

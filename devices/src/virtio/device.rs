@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
+use super::block::BlockState;
 use super::entropy::EntropyState;
 use super::io::Io;
 
@@ -134,6 +135,8 @@ pub enum DeviceState {
     Reset,
     /// Entropy source.
     Entropy(EntropyState),
+    /// Block device.
+    Block(BlockState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

@@ -6,6 +6,7 @@
 //! descriptors, and no more chains are in flight than the queue has room for. Addresses are
 //! checked at each access.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -305,7 +306,7 @@ fn collect(
 /// What a running device may do: take chains, give them back used, and look at guest RAM.
 #[derive(Debug)]
 pub struct Io<'a> {
-    pub(super) ram: &'a GuestRam,
+    pub(super) ram: &'a Arc<GuestRam>,
     pub(super) features: u64,
     pub(super) queues: &'a mut [Option<ActiveQueue>],
     pub(super) config_changed: &'a mut bool,
@@ -316,6 +317,11 @@ impl<'a> Io<'a> {
     /// Guest RAM.
     pub fn ram(&self) -> &'a GuestRam {
         self.ram
+    }
+
+    /// Guest RAM, to be kept as long as the host works on it.
+    pub fn share_ram(&self) -> Arc<GuestRam> {
+        Arc::clone(self.ram)
     }
 
     /// Whether feature bit `bit` was negotiated.
@@ -352,7 +358,7 @@ impl<'a> Io<'a> {
 
     /// Gives a chain back to the driver with `len` bytes written to it.
     pub fn complete(&mut self, chain: Chain, len: u32) -> Result<(), DeviceError> {
-        let (ram, index) = (self.ram, chain.queue);
+        let (ram, index) = (self.ram(), chain.queue);
         let Some(queue) = self.queue(index) else {
             return Ok(());
         };

@@ -6,10 +6,12 @@
 //! back when it stops. Device code sees [`device::VirtioDevice`] and [`io::Io`], nothing else.
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.2".
 
+pub mod block;
 pub mod core;
 pub mod device;
 pub mod entropy;
 pub mod io;
+pub mod limiter;
 pub mod notifier;
 pub mod registry;
 pub mod transport;

@@ -158,7 +158,7 @@ impl Worker {
         if self.failed && !matches!(turn, Turn::Drain) {
             return;
         }
-        let memory = self.start.memory.memory();
+        let memory = self.start.memory.memory().into_inner();
         let mut config_changed = false;
         let result = self.work(turn, &memory, &mut config_changed);
         if config_changed {
@@ -173,7 +173,7 @@ impl Worker {
     fn work(
         &mut self,
         turn: Turn,
-        ram: &GuestRam,
+        ram: &Arc<GuestRam>,
         config_changed: &mut bool,
     ) -> Result<(), DeviceError> {
         for (index, queue) in self.queues.iter_mut().enumerate() {
@@ -212,7 +212,7 @@ impl Worker {
     /// Interrupts for what was used, and goes on with queues that have got more meanwhile.
     fn settle(
         &mut self,
-        ram: &GuestRam,
+        ram: &Arc<GuestRam>,
         config_changed: &mut bool,
         turns: u32,
     ) -> Result<(), DeviceError> {

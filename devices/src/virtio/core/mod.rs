@@ -109,7 +109,7 @@ impl VirtioCore {
         let needs_reset = state.status & NEEDS_RESET != 0;
         Ok(Self {
             notifier: Arc::new(Notifier::new(interrupt, state.isr, needs_reset)),
-            base_generation: state.generation.wrapping_sub(config.generation()),
+            base_generation: state.generation,
             traits,
             features,
             config,

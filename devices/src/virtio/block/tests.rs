@@ -1,0 +1,666 @@
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::time::Duration;
+
+use virtio_bindings::virtio_blk::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::super::core::{CORE_FEATURES, Reg, VirtioState};
+use super::super::device::DeviceState;
+use super::super::driver::{RAM, RAM_LEN, Rig, Transport, Vq, ram};
+use super::super::limiter::{BucketConfig, LimiterConfig};
+use super::*;
+
+/// Guest addresses of headers and of data.
+const HEADER: u64 = 0x1_0000;
+const DATA: u64 = 0x2_0000;
+const ENGINES: [EngineKind; 2] = [EngineKind::IoUring, EngineKind::Sync];
+
+/// A disk that goes away by itself.
+pub fn temporary_disk(len: u64, read_only: bool) -> Disk {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(len).unwrap();
+    let options = DiskOptions {
+        path: "temporary".into(),
+        read_only,
+        ..DiskOptions::default()
+    };
+    if !read_only {
+        return Disk::from_file(file, &options).unwrap();
+    }
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    Disk::from_file(fs::File::open(path).unwrap(), &options).unwrap()
+}
+
+struct Bench {
+    rig: Rig,
+    vqs: Vec<Vq>,
+    handle: BlockHandle,
+    _dir: tempfile::TempDir,
+    path: std::path::PathBuf,
+}
+
+impl Bench {
+    fn new(disk: DiskOptions, options: BlockOptions, features: Option<u64>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let mut content = vec![0_u8; 1 << 20];
+        for (i, sector) in content.chunks_mut(512).enumerate() {
+            sector.fill(i as u8);
+        }
+        fs::write(&path, content).unwrap();
+        let disk = DiskOptions {
+            path: path.clone(),
+            ..disk
+        };
+        let disk = Disk::open(&disk).unwrap();
+        let (block, handle) = Block::new(disk, options, BlockState::default()).unwrap();
+        let rig = Rig::new(Transport::Mmio, Box::new(block));
+        let vqs = rig.start(features);
+        Self {
+            rig,
+            vqs,
+            handle,
+            _dir: dir,
+            path,
+        }
+    }
+
+    fn simple(engine: EngineKind) -> Self {
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        Self::new(DiskOptions::default(), options, None)
+    }
+
+    fn header(&self, at: u64, kind: u32, sector: u64) {
+        let words = [u64::from(kind), sector];
+        self.rig.ram.write_obj(words, GuestAddress(at)).unwrap();
+    }
+
+    fn byte(&self, at: u64) -> u8 {
+        self.rig.ram.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// Adds a request on queue 0 with its header and status in slot `slot`; returns its head.
+    fn add(&mut self, slot: u64, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> u16 {
+        let header = HEADER + 32 * slot;
+        self.header(header, kind, sector);
+        self.rig
+            .ram
+            .write_obj(0xee_u8, GuestAddress(header + 16))
+            .unwrap();
+        let mut bufs = vec![(header, 16, false)];
+        bufs.extend_from_slice(data);
+        bufs.push((header + 16, 1, true));
+        self.vqs[0].add(&bufs)
+    }
+
+    fn status(&self, slot: u64) -> u8 {
+        self.byte(HEADER + 32 * slot + 16)
+    }
+
+    /// Waits until `n` chains are used.
+    fn wait(&mut self, n: usize) -> std::collections::BTreeMap<u32, u32> {
+        self.rig.kick(&self.vqs[0]);
+        let mut used = std::collections::BTreeMap::new();
+        for _ in 0..500 {
+            self.rig.run(10);
+            used.extend(self.vqs[0].used());
+            if used.len() >= n {
+                return used;
+            }
+        }
+        panic!("{} of {n} requests done", used.len());
+    }
+
+    /// One request; its status and the bytes written by the device.
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u32, u32) {
+        let head = self.add(0, kind, sector, data);
+        let used = self.wait(1);
+        (self.status(0).into(), used[&head.into()])
+    }
+
+    fn disk_bytes(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let file = fs::File::open(&self.path).unwrap();
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    }
+
+    fn fill(&self, addr: u64, len: usize, byte: u8) {
+        let bytes = vec![byte; len];
+        self.rig
+            .ram
+            .write_slice(&bytes, GuestAddress(addr))
+            .unwrap();
+    }
+}
+
+#[test]
+fn reads_and_writes() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        // Over two buffers, neither of a sector's size.
+        let data = [(DATA, 700, true), (DATA + 0x1000, 324, true)];
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, 5, &data),
+            (VIRTIO_BLK_S_OK, 1025)
+        );
+        assert_eq!([bench.byte(DATA), bench.byte(DATA + 699)], [5, 6]);
+        assert_eq!(bench.byte(DATA + 0x1000 + 323), 6);
+        bench.fill(DATA, 1024, 0xab);
+        let data = [(DATA, 100, false), (DATA + 100, 924, false)];
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_OUT, 7, &data),
+            (VIRTIO_BLK_S_OK, 1)
+        );
+        let bytes = bench.disk_bytes(6 * 512, 2048);
+        assert!(bytes[..512].iter().all(|b| *b == 6));
+        assert!(bytes[512..1536].iter().all(|b| *b == 0xab));
+        assert!(bytes[1536..].iter().all(|b| *b == 9));
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_FLUSH, 0, &[]),
+            (VIRTIO_BLK_S_OK, 1)
+        );
+        assert_eq!(bench.request(VIRTIO_BLK_T_IN, 0, &[]), (VIRTIO_BLK_S_OK, 1));
+    }
+}
+
+#[test]
+fn many_requests_are_one_batch() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        for slot in 0..5 {
+            bench.add(
+                slot,
+                VIRTIO_BLK_T_IN,
+                slot * 3,
+                &[(DATA + slot * 512, 512, true)],
+            );
+        }
+        bench.wait(5);
+        for slot in 0..5 {
+            assert_eq!(u32::from(bench.status(slot)), VIRTIO_BLK_S_OK);
+            assert_eq!(u64::from(bench.byte(DATA + slot * 512)), slot * 3);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        let io_error = VIRTIO_BLK_S_IOERR;
+        let sectors = 2048;
+        let one = [(DATA, 512, true)];
+        let out = [(DATA, 512, false)];
+        assert_eq!(bench.request(VIRTIO_BLK_T_IN, sectors, &one).0, io_error);
+        assert_eq!(bench.request(VIRTIO_BLK_T_OUT, sectors, &out).0, io_error);
+        assert_eq!(bench.request(VIRTIO_BLK_T_OUT, u64::MAX, &out).0, io_error);
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, u64::MAX / 512, &one).0,
+            io_error
+        );
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, 0, &[(DATA, 511, true)]).0,
+            io_error
+        );
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, sectors - 1, &one).0,
+            VIRTIO_BLK_S_OK
+        );
+        assert_eq!(bench.request(3, 0, &one).0, VIRTIO_BLK_S_UNSUPP);
+        assert_eq!(fs::metadata(&bench.path).unwrap().len(), 1 << 20);
+        // No room for a status: the driver is broken.
+        bench.vqs[0].add(&[(HEADER, 16, false)]);
+        bench.rig.kick(&bench.vqs[0]);
+        bench.rig.run(10);
+        assert_ne!(bench.rig.port.get(Reg::Status) & 0x40, 0);
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    for engine in ENGINES {
+        let disk = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        let mut bench = Bench::new(disk, options, None);
+        assert_ne!(bench.rig.core.traits().features & 1 << VIRTIO_BLK_F_RO, 0);
+        bench.fill(DATA, 512, 0xab);
+        let out = [(DATA, 512, false)];
+        for kind in [
+            VIRTIO_BLK_T_OUT,
+            VIRTIO_BLK_T_DISCARD,
+            VIRTIO_BLK_T_WRITE_ZEROES,
+        ] {
+            assert_eq!(bench.request(kind, 0, &out).0, VIRTIO_BLK_S_IOERR);
+        }
+        assert_eq!(bench.disk_bytes(0, 512), [0; 512]);
+    }
+}
+
+#[test]
+fn the_serial_is_told() {
+    let options = BlockOptions {
+        serial: "a-serial-longer-than-it-may-be".into(),
+        ..BlockOptions::default()
+    };
+    let mut bench = Bench::new(DiskOptions::default(), options, None);
+    let id = [(DATA, 20, true)];
+    assert_eq!(
+        bench.request(VIRTIO_BLK_T_GET_ID, 0, &id),
+        (VIRTIO_BLK_S_OK, 21)
+    );
+    let mut bytes = [0; 21];
+    bench
+        .rig
+        .ram
+        .read_slice(&mut bytes, GuestAddress(DATA))
+        .unwrap();
+    assert_eq!(&bytes, b"a-serial-longer-than\0");
+    // A shorter buffer gets what fits, and the status its own byte.
+    bench.fill(DATA, 21, 0);
+    assert_eq!(
+        bench.request(VIRTIO_BLK_T_GET_ID, 0, &[(DATA, 3, true)]),
+        (VIRTIO_BLK_S_OK, 4)
+    );
+    bench
+        .rig
+        .ram
+        .read_slice(&mut bytes, GuestAddress(DATA))
+        .unwrap();
+    assert_eq!(&bytes[..5], b"a-s\0\0");
+}
+
+/// Writes ranges of (sector, sectors, flags) to `DATA`.
+fn put_ranges(bench: &Bench, ranges: &[(u64, u32, u32)]) -> (u64, u32, bool) {
+    for (i, (sector, sectors, flags)) in ranges.iter().enumerate() {
+        let words = [*sector, u64::from(*sectors) | u64::from(*flags) << 32];
+        let at = GuestAddress(DATA + 16 * i as u64);
+        bench.rig.ram.write_obj(words, at).unwrap();
+    }
+    (DATA, 16 * ranges.len() as u32, false)
+}
+
+#[test]
+fn discard_and_write_zeroes_free_blocks() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        let blocks = |bench: &Bench| fs::metadata(&bench.path).unwrap().blocks();
+        let before = blocks(&bench);
+        let two = put_ranges(&bench, &[(8, 512, 0), (1024, 512, 0)]);
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_DISCARD, 0, &[two]).0,
+            VIRTIO_BLK_S_OK
+        );
+        let freed = before - blocks(&bench);
+        assert!(freed >= 2 * 504, "{freed} sectors freed");
+        assert_eq!(bench.disk_bytes(7 * 512, 1024)[..512], [7; 512]);
+        assert_eq!(bench.disk_bytes(1024 * 512, 512), [0; 512]);
+        // Unaligned to the host's blocks, and kept or freed.
+        for (sector, unmap) in [(601, 0), (701, 1)] {
+            let range = put_ranges(&bench, &[(sector, 3, unmap)]);
+            let result = bench.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[range]);
+            assert_eq!(result, (VIRTIO_BLK_S_OK, 1));
+            let bytes = bench.disk_bytes((sector - 1) * 512, 5 * 512);
+            assert!(bytes[512..4 * 512].iter().all(|b| *b == 0));
+            assert_eq!(
+                [bytes[511], bytes[4 * 512]],
+                [(sector - 1) as u8, (sector + 3) as u8]
+            );
+        }
+        let empty = put_ranges(&bench, &[(5, 0, 0)]);
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_DISCARD, 0, &[empty]).0,
+            VIRTIO_BLK_S_OK
+        );
+        type Ranges = &'static [(u64, u32, u32)];
+        let bad: [(u32, Ranges, u32); 6] = [
+            (VIRTIO_BLK_T_DISCARD, &[(0, 8, 1)], VIRTIO_BLK_S_UNSUPP),
+            (VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 8, 2)], VIRTIO_BLK_S_UNSUPP),
+            (
+                VIRTIO_BLK_T_WRITE_ZEROES,
+                &[(0, 8, 0); 2],
+                VIRTIO_BLK_S_IOERR,
+            ),
+            (VIRTIO_BLK_T_DISCARD, &[(2047, 2, 0)], VIRTIO_BLK_S_IOERR),
+            (
+                VIRTIO_BLK_T_DISCARD,
+                &[(u64::MAX, 1, 0)],
+                VIRTIO_BLK_S_IOERR,
+            ),
+            (VIRTIO_BLK_T_DISCARD, &[(0, 1, 0); 33], VIRTIO_BLK_S_IOERR),
+        ];
+        for (kind, ranges, expected) in bad {
+            let buffer = put_ranges(&bench, ranges);
+            assert_eq!(bench.request(kind, 0, &[buffer]).0, expected, "{ranges:?}");
+        }
+        assert_eq!(fs::metadata(&bench.path).unwrap().len(), 1 << 20);
+    }
+}
+
+#[test]
+fn direct_io_takes_any_buffer() {
+    for engine in ENGINES {
+        let disk = DiskOptions {
+            cache: Cache::None,
+            ..DiskOptions::default()
+        };
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let probe = dir.path().join("probe");
+        fs::write(&probe, [0; 4096]).unwrap();
+        let probe = DiskOptions {
+            path: probe,
+            ..disk.clone()
+        };
+        if let Err(DiskError::Open { source, .. }) = Disk::open(&probe) {
+            assert_eq!(source.raw_os_error(), Some(libc::EINVAL));
+            eprintln!("no O_DIRECT on the filesystem of the temporary directory: not tested");
+            return;
+        }
+        let mut bench = Bench::new(disk, options, None);
+        let block = bench.rig.core.traits().clone();
+        assert_ne!(block.features & 1 << VIRTIO_BLK_F_BLK_SIZE, 0);
+        for shift in [0, 1] {
+            let data = [(DATA + shift, 4096, true)];
+            assert_eq!(bench.request(VIRTIO_BLK_T_IN, 8, &data).0, VIRTIO_BLK_S_OK);
+            assert_eq!(
+                [bench.byte(DATA + shift), bench.byte(DATA + shift + 4095)],
+                [8, 15]
+            );
+            bench.fill(DATA + shift, 8192, 0x77 + shift as u8);
+            let data = [
+                (DATA + shift, 4000, false),
+                (DATA + shift + 4000, 4192, false),
+            ];
+            assert_eq!(
+                bench.request(VIRTIO_BLK_T_OUT, 16, &data).0,
+                VIRTIO_BLK_S_OK
+            );
+            let bytes = bench.disk_bytes(16 * 512, 8192);
+            assert!(bytes.iter().all(|b| *b == 0x77 + shift as u8));
+        }
+        assert_eq!(bench.disk_bytes(32 * 512, 1), [32]);
+    }
+}
+
+#[test]
+fn writes_are_synchronous_unless_the_driver_flushes() {
+    let flush = 1_u64 << VIRTIO_BLK_F_FLUSH;
+    let choice = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+    let cases = [
+        (Cache::Writeback, 0, true, true),
+        (Cache::None, choice, true, true),
+        (Cache::Writeback, flush, false, false),
+        (Cache::None, flush | choice, true, false),
+        (Cache::Writeback, flush | choice, false, true),
+        (Cache::Unsafe, 0, false, false),
+    ];
+    for (cache, features, writeback, expected) in cases {
+        let sync = writes_through(cache, |bit| features >> bit & 1 != 0, writeback);
+        assert_eq!(sync, expected, "{cache:?} {features:#x} {writeback}");
+    }
+    // And synchronous writes work: the driver does not know flushes.
+    for engine in ENGINES {
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        let features = Some(CORE_FEATURES);
+        let mut bench = Bench::new(DiskOptions::default(), options, features);
+        bench.fill(DATA, 512, 0x99);
+        let out = [(DATA, 512, false)];
+        assert_eq!(bench.request(VIRTIO_BLK_T_OUT, 3, &out).0, VIRTIO_BLK_S_OK);
+        assert_eq!(bench.disk_bytes(3 * 512, 512), [0x99; 512]);
+    }
+}
+
+#[test]
+fn the_cache_is_the_drivers_choice() {
+    let bench = Bench::simple(EngineKind::Auto);
+    let writeback = || match bench.rig.core.save().device {
+        DeviceState::Block(state) => state.writeback,
+        other => panic!("{other:?}"),
+    };
+    let register = || {
+        let mut value = [0xff];
+        bench.rig.port.read_config(32, &mut value);
+        value
+    };
+    assert_eq!((register(), writeback()), ([1], true));
+    bench.rig.port.write_config(32, &[0]);
+    assert_eq!((register(), writeback()), ([0], false));
+    // Nothing else can be written, and the choice goes with its driver.
+    bench.rig.port.write_config(0, &[0xff]);
+    let mut capacity = [0; 8];
+    bench.rig.port.read_config(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 2048);
+    bench.rig.port.set(Reg::Status, 0);
+    assert!(writeback());
+}
+
+#[test]
+fn a_disk_grows_under_its_guest() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        let capacity = |bench: &Bench| {
+            let mut data = [0; 8];
+            bench.rig.port.read_config(0, &mut data);
+            u64::from_le_bytes(data)
+        };
+        assert_eq!(capacity(&bench), 2048);
+        let generation = bench.rig.port.get(Reg::ConfigGeneration);
+        let file = fs::File::options().append(true).open(&bench.path).unwrap();
+        (&file).write_all(&[0x42; 4096]).unwrap();
+        assert_eq!(bench.handle.resize().unwrap(), 2056);
+        bench.rig.run(10);
+        assert_eq!(capacity(&bench), 2056);
+        assert_ne!(bench.rig.port.get(Reg::ConfigGeneration), generation);
+        assert_eq!(bench.rig.port.get(Reg::InterruptStatus) & 2, 2);
+        let data = [(DATA, 512, true)];
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, 2055, &data).0,
+            VIRTIO_BLK_S_OK
+        );
+        assert_eq!(bench.byte(DATA + 511), 0x42);
+        // Shrunk behind our back: an I/O error, and the device lives.
+        file.set_len(512).unwrap();
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, 100, &data).0,
+            VIRTIO_BLK_S_IOERR
+        );
+        let two = [(DATA, 1024, true)];
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_IN, 0, &two).0,
+            VIRTIO_BLK_S_IOERR
+        );
+        assert_eq!(bench.request(VIRTIO_BLK_T_IN, 0, &data).0, VIRTIO_BLK_S_OK);
+    }
+}
+
+#[test]
+fn limits_are_kept_and_can_be_lifted() {
+    for engine in ENGINES {
+        let limiter = Arc::new(Limiter::new(LimiterConfig {
+            bandwidth: None,
+            ops: Some(BucketConfig {
+                size: 2,
+                refill_time: 100,
+                one_time_burst: 0,
+            }),
+        }));
+        let options = BlockOptions {
+            engine,
+            limiter: Some(Arc::clone(&limiter)),
+            ..BlockOptions::default()
+        };
+        let mut bench = Bench::new(DiskOptions::default(), options, None);
+        let start = Instant::now();
+        for slot in 0..5 {
+            bench.add(
+                slot,
+                VIRTIO_BLK_T_IN,
+                slot,
+                &[(DATA + 512 * slot, 512, true)],
+            );
+        }
+        bench.rig.kick(&bench.vqs[0]);
+        bench.rig.run(0);
+        assert!(bench.vqs[0].used().len() <= 3);
+        let queue = bench.rig.core.save().queues[0];
+        assert_eq!(
+            queue.next_avail, queue.next_used,
+            "held requests stay with the driver"
+        );
+        while bench.vqs[0].used_index() < 5 {
+            bench.rig.run(5);
+        }
+        // Two at once and one each 50 ms.
+        let took = start.elapsed();
+        assert!(took >= Duration::from_millis(140), "{took:?}");
+        // A limit that would take an hour, lifted.
+        limiter.set(LimiterConfig {
+            bandwidth: Some(BucketConfig {
+                size: 512,
+                refill_time: 3_600_000,
+                one_time_burst: 0,
+            }),
+            ops: None,
+        });
+        bench.vqs[0].used();
+        for slot in 0..2 {
+            bench.add(
+                slot,
+                VIRTIO_BLK_T_IN,
+                slot,
+                &[(DATA + 512 * slot, 512, true)],
+            );
+        }
+        bench.rig.kick(&bench.vqs[0]);
+        bench.rig.run(20);
+        assert_eq!(bench.vqs[0].used_index(), 6);
+        limiter.set(LimiterConfig::default());
+        bench.handle.limits_changed().unwrap();
+        bench.wait(2);
+    }
+}
+
+#[test]
+fn requests_in_flight_finish_before_the_queues_leave() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        for slot in 0..5 {
+            bench.add(
+                slot,
+                VIRTIO_BLK_T_IN,
+                slot,
+                &[(DATA + 0x8000 * slot, 0x8000, true)],
+            );
+        }
+        // Takes and starts them all; how many are complete is up to the host.
+        bench.rig.kick(&bench.vqs[0]);
+        let state = bench.rig.core.save();
+        let queue = state.queues[0];
+        assert_eq!(queue.next_avail, queue.next_used);
+        bench.rig.core.pause();
+        bench.rig.core.resume();
+        bench.rig.core.pause();
+        assert_eq!(bench.vqs[0].used().len(), 5);
+        for slot in 0..5 {
+            assert_eq!(u32::from(bench.status(slot)), VIRTIO_BLK_S_OK);
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<Disk, DiskError> {
+    Disk::open(&DiskOptions {
+        path: path.into(),
+        ..DiskOptions::default()
+    })
+}
+
+#[test]
+fn bad_disks_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    assert!(matches!(open(&path), Err(DiskError::Open { .. })));
+    assert!(matches!(open(dir.path()), Err(DiskError::Kind { .. })));
+    assert!(matches!(
+        open(Path::new("/dev/null")),
+        Err(DiskError::Kind { .. })
+    ));
+    fs::write(&path, [0; 1000]).unwrap();
+    let error = open(&path).unwrap_err();
+    assert!(matches!(error, DiskError::Size { size: 1000, .. }));
+    assert!(error.to_string().contains("truncate"), "{error}");
+    fs::write(&path, [0; 1024]).unwrap();
+    let first = open(&path).unwrap();
+    let error = open(&path).unwrap_err();
+    let pid = format!("process {} ", std::process::id());
+    assert!(error.to_string().contains(&pid), "{error}");
+    drop(first);
+    for (logical, physical) in [(256, 512), (512, 256), (1000, 4096), (8192, 8192)] {
+        let options = DiskOptions {
+            path: path.clone(),
+            logical_block_size: Some(logical),
+            physical_block_size: Some(physical),
+            ..DiskOptions::default()
+        };
+        assert!(matches!(
+            Disk::open(&options),
+            Err(DiskError::BlockSize { .. })
+        ));
+    }
+    let options = BlockOptions {
+        queues: 0,
+        ..BlockOptions::default()
+    };
+    let disk = open(&path).unwrap();
+    let made = Block::new(disk, options, BlockState::default());
+    assert!(matches!(made, Err(BlockError::Queues { .. })));
+}
+
+#[test]
+fn a_larger_disk_is_told_after_a_restore() {
+    let make = |state: &DeviceState, len| {
+        let state = match state {
+            DeviceState::Block(state) => *state,
+            _ => BlockState::default(),
+        };
+        let disk = temporary_disk(len, false);
+        Block::new(disk, BlockOptions::default(), state).unwrap().0
+    };
+    let block = make(&DeviceState::Reset, 1 << 20);
+    let rig = Rig::with(
+        Transport::Mmio,
+        Box::new(block),
+        ram(),
+        VirtioState::default(),
+    );
+    rig.start(None);
+    let state = rig.core.save();
+    let again = make(&state.device, 1 << 21);
+    let again = Rig::with(Transport::Mmio, Box::new(again), ram(), state);
+    again.core.resume();
+    again.run(10);
+    assert_eq!(again.port.get(Reg::InterruptStatus) & 2, 2);
+    let mut data = [0; 8];
+    again.port.read_config(0, &mut data);
+    assert_eq!(u64::from_le_bytes(data), 4096);
+    // RAM has a second piece behind a hole: buffers there work as well.
+    assert!(RAM[1] > RAM_LEN);
+}
