@@ -9,12 +9,17 @@ use super::core::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Half, Parts, Reg, Ring, VirtioCore, VirtioState,
 };
 use super::device::VirtioDevice;
+use super::notifier::Vector;
 use super::transport::mmio::{self, Mmio, MmioInterrupt};
+use super::transport::pci::{self, PciInterrupt, PciState, VirtioPci};
 use super::worker::{IoLoop, LoopBackend};
 use super::{GuestRam, Memory};
-use crate::bus::BusDevice;
+use crate::bus::{BusDevice, Effect};
+use crate::ioapic::MsiSink;
+use crate::irq::Interrupt;
 use crate::irq::mock::Counter;
 use crate::lock;
+use crate::pci::{BarOffset, Ecam, PciBus, PciFunction, PciWindow};
 
 /// Where the two pieces of RAM are, and how long each is.
 pub const RAM: [u64; 2] = [0, 0x1000_0000];
@@ -53,6 +58,10 @@ pub trait Port {
     fn set(&self, reg: Reg, value: u32);
     fn read_config(&self, offset: u64, data: &mut [u8]);
     fn write_config(&self, offset: u64, data: &[u8]);
+    /// Gives `vector` an interrupt of its own, where the transport has such.
+    fn bind(&self, vector: Vector) {
+        let _ = vector;
+    }
 }
 
 impl Port for Mmio {
@@ -79,13 +88,148 @@ impl Port for Mmio {
     }
 }
 
+/// A virtio device in slot 1 of a PCI bus, its BAR in front and its configuration space behind.
+pub struct PciPort {
+    pub device: Arc<VirtioPci>,
+    window: PciWindow,
+    pub ecam: Ecam,
+}
+
+/// Where the BAR is, and where the configuration space in the bus.
+pub const BAR: u64 = 0xe000_0000;
+const SLOT: u64 = 1 << 15;
+
+impl PciPort {
+    pub fn new(device: Arc<VirtioPci>) -> Self {
+        let mut bus = PciBus::new();
+        assert_eq!(bus.add(Arc::clone(&device) as _), Ok(1));
+        let bus = Arc::new(bus);
+        let port = Self {
+            device,
+            window: PciWindow::new(Arc::clone(&bus), BAR),
+            ecam: Ecam(bus),
+        };
+        port.write_space(0x04, &6_u16.to_le_bytes());
+        for vector in 0..=port.device.core().traits().queues.len() as u64 {
+            let words = [0xfee0_0000, 0, vector as u32, 0];
+            for (i, word) in (0_u64..).zip(words) {
+                let at = 0x8000 + 16 * vector + 4 * i;
+                let _ = port.window.write(at, &word.to_le_bytes());
+            }
+        }
+        let msix = port.capability(0x11, None).unwrap();
+        port.write_space(msix + 2, &0x8000_u16.to_le_bytes());
+        port.bind(Vector::Config);
+        port
+    }
+
+    pub fn read_space(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.ecam.read(SLOT + offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    pub fn write_space(&self, offset: u64, data: &[u8]) {
+        let _ = self.ecam.write(SLOT + offset, data);
+    }
+
+    /// Walks the list as a driver does: a capability by its ID and virtio's kind.
+    pub fn capability(&self, id: u8, kind: Option<u8>) -> Option<u64> {
+        let mut at = u64::from(self.read_space(0x34) as u8);
+        for _ in 0..48 {
+            let [this, next, _, this_kind] = self.read_space(at).to_le_bytes();
+            if at == 0 {
+                return None;
+            }
+            if this == id && kind.is_none_or(|kind| kind == this_kind) {
+                return Some(at);
+            }
+            at = next.into();
+        }
+        panic!("the capabilities do not end");
+    }
+
+    fn bar(offset: u64) -> BarOffset {
+        BarOffset { bar: 0, offset }
+    }
+}
+
+impl BusDevice for PciPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match offset.checked_sub(pci::BAR_LEN) {
+            Some(offset) => self.ecam.read(SLOT + offset, data),
+            None => self.window.read(offset, data),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Effect {
+        match offset.checked_sub(pci::BAR_LEN) {
+            Some(offset) => self.ecam.write(SLOT + offset, data),
+            None => self.window.write(offset, data),
+        }
+    }
+}
+
+/// Goes by the BAR itself, wherever a hostile test left it.
+impl Port for PciPort {
+    fn bus(&self) -> (&dyn BusDevice, u64) {
+        (self, pci::BAR_LEN + 0x1000)
+    }
+
+    fn get(&self, reg: Reg) -> u32 {
+        if reg == Reg::InterruptStatus {
+            return self.device.core().take_isr();
+        }
+        let (at, len) = pci::place(reg).unwrap();
+        let mut data = [0; 4];
+        self.device.read_bar(Self::bar(at), &mut data[..len]);
+        u32::from_le_bytes(data)
+    }
+
+    fn set(&self, reg: Reg, value: u32) {
+        let data = value.to_le_bytes();
+        let (at, len) = match reg {
+            // A queue that is not there has no place; the last place there is takes it.
+            Reg::QueueNotify => (0x4000 + 4 * u64::from(value.min(0x7ff)), 2),
+            _ => pci::place(reg).unwrap(),
+        };
+        let _ = self.device.write_bar(Self::bar(at), &data[..len]);
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_bar(Self::bar(0x2000 + offset), data);
+    }
+
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        let _ = self.device.write_bar(Self::bar(0x2000 + offset), data);
+    }
+
+    fn bind(&self, vector: Vector) {
+        let (at, vector) = match vector {
+            Vector::Config => (0x10, 0),
+            Vector::Queue(queue) => (0x1a, queue + 1),
+        };
+        let _ = self.device.write_bar(Self::bar(at), &vector.to_le_bytes());
+    }
+}
+
+/// Counts messages.
+struct Sink(Arc<Counter>);
+
+impl MsiSink for Sink {
+    fn send(&self, _: u64, _: u32) {
+        self.0.signal();
+    }
+}
+
 /// Which transport a rig has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     Mmio,
+    Pci,
 }
 
-pub const TRANSPORTS: [Transport; 1] = [Transport::Mmio];
+pub const TRANSPORTS: [Transport; 2] = [Transport::Mmio, Transport::Pci];
 
 /// A device in a machine of its own.
 pub struct Rig {
@@ -109,16 +253,29 @@ impl Rig {
     ) -> Self {
         let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
         let irq = Arc::new(Counter::default());
-        let Transport::Mmio = transport;
-        let parts = Parts {
-            traits: device.traits(),
+        let traits = device.traits();
+        let mut parts = Parts {
+            traits: traits.clone(),
             config: device.config(),
             backend: Box::new(LoopBackend::inline(device, Arc::clone(&host))),
             interrupt: Arc::new(MmioInterrupt::new(Arc::clone(&irq) as _)),
             memory: Memory::new(ram.clone()),
         };
-        let core = Arc::new(VirtioCore::new(parts, state).unwrap());
-        let port = Box::new(Mmio::new(Arc::clone(&core)));
+        let (core, port): (_, Box<dyn Port>) = match transport {
+            Transport::Mmio => {
+                let core = Arc::new(VirtioCore::new(parts, state).unwrap());
+                (Arc::clone(&core), Box::new(Mmio::new(core)))
+            }
+            Transport::Pci => {
+                let sink = Arc::new(Sink(Arc::clone(&irq)));
+                let reset = PciState::default();
+                let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &reset));
+                parts.interrupt = Arc::clone(&interrupt) as _;
+                let core = Arc::new(VirtioCore::new(parts, state).unwrap());
+                let device = VirtioPci::new(Arc::clone(&core), interrupt, BAR, &reset);
+                (core, Box::new(PciPort::new(Arc::new(device))))
+            }
+        };
         Self {
             ram,
             core,
@@ -138,11 +295,17 @@ impl Rig {
         panic!("the device is busy without end");
     }
 
+    /// Handles what is there now, once.
+    pub fn turn(&self) {
+        lock(&self.host).run_with_timeout(0).unwrap();
+    }
+
     /// Negotiates `features`, or all that are offered.
     pub fn negotiate(&self, features: Option<u64>) -> u64 {
         let port = &self.port;
         port.set(Reg::Status, 0);
         assert_eq!(port.get(Reg::Status), 0);
+        port.bind(Vector::Config);
         port.set(Reg::Status, ACKNOWLEDGE.into());
         port.set(Reg::Status, (ACKNOWLEDGE | DRIVER).into());
         let mut offered = 0;
@@ -168,6 +331,7 @@ impl Rig {
                 port.set(Reg::QueueAddr(ring, half), half.of(addr));
             }
         }
+        port.bind(Vector::Queue(queue));
         port.set(Reg::QueueReady, 1);
     }
 

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::lock::{Holder, LockError, lock};
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes of a sector, the unit of all virtio block requests.
 pub const SECTOR: u64 = 512;
 /// Bytes written at once where zeros must be written out.

@@ -1,6 +1,6 @@
 //! Block device (section 5.2) over a raw image file or a host block device.
 //!
-//! The device is owned by its I/O thread. Requests are checked in [`request`], carried out by
+//! The device is owned by its I/O thread. Requests are checked in `request`, carried out by
 //! io_uring or by system calls that wait, and completed in any order. What was acknowledged to a
 //! driver that flushes is on the disk; a driver that does not know flushes gets every write
 //! synchronously (section 5.2.6.2). All requests under way are finished before queues leave.

@@ -91,6 +91,62 @@ fn a_guest_that_never_stops_does_not_keep_the_thread() {
     assert!(backend.stop().is_empty(), "idempotent");
 }
 
+/// Takes chains and keeps them.
+struct Hoarder(Vec<crate::virtio::io::Chain>);
+
+impl VirtioDevice for Hoarder {
+    fn traits(&self) -> Traits {
+        Traits {
+            id: 4,
+            features: 0,
+            queues: vec![16],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(NoConfig)
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        while let Some(chain) = io.pop(queue)? {
+            self.0.push(chain);
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.0.drain(..).try_for_each(|chain| io.complete(chain, 0))
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
+#[test]
+fn chains_in_flight_are_bounded_by_the_queue() {
+    let ram = ram();
+    let mut vq = Vq::new(ram.clone(), 0, 16);
+    let irq = Arc::new(MmioInterrupt::new(Arc::new(Counter::default())));
+    let start = start(&ram, &vq, irq);
+    let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
+    let mut backend = LoopBackend::inline(Box::new(Hoarder(Vec::new())), Arc::clone(&host));
+    for _ in 0..16 {
+        vq.add(&[(BUF, 1, true)]);
+    }
+    backend.start(start.clone()).unwrap();
+    host.lock().unwrap().run_with_timeout(0).unwrap();
+    assert_eq!(start.notifier.failures(), 0);
+    // All descriptors are with the device; a driver that makes one available again is broken.
+    vq.add(&[(BUF, 1, true)]);
+    start.kicks[0].write(1).unwrap();
+    host.lock().unwrap().run_with_timeout(0).unwrap();
+    assert_eq!(start.notifier.failures(), 1);
+    assert_eq!(backend.stop()[0].unwrap().next_used, 16);
+    assert_eq!(vq.used().len(), 16, "given back as the queues leave");
+}
+
 struct Edge(EventFd);
 
 impl VirtioInterrupt for Edge {
