@@ -130,6 +130,25 @@ fn queue_registers_freeze_at_driver_ok() {
     });
 }
 
+#[test]
+fn a_queue_is_not_made_ready_after_driver_ok() {
+    for_all(|name, transport, make| {
+        let rig = new(transport, make);
+        rig.negotiate(None);
+        rig.driver_ok();
+        let before = rig.core.save();
+        for queue in 0..u16::try_from(before.queues.len()).unwrap() {
+            let vq = Vq::new(rig.ram.clone(), queue, 4);
+            rig.set_queue(queue, 4, vq.rings());
+            assert_eq!(rig.port.get(Reg::QueueReady), 0);
+            rig.kick(&vq);
+        }
+        rig.run(0);
+        let after = rig.core.save();
+        assert_eq!(after.queues, before.queues, "{name} {transport:?}");
+    });
+}
+
 /// One step of a hostile guest.
 #[derive(Clone, Debug)]
 enum Step {

@@ -11,7 +11,7 @@ use super::task::{Op, Step, Task};
 use crate::virtio::io::{read_at, write_at};
 
 /// Bytes copied at once where the guest's buffers are not aligned for O_DIRECT.
-const BOUNCE: u64 = 1 << 20;
+const BOUNCE: u64 = 1 << 16;
 
 /// Carries out `task` to its end.
 pub(super) fn run(disk: &Disk, task: &mut Task) -> (Status, Option<io::Error>) {

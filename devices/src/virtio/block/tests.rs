@@ -247,6 +247,37 @@ fn a_read_only_disk_is_not_written() {
 }
 
 #[test]
+fn a_read_only_disk_is_not_written_by_a_writable_file_either() {
+    for engine in ENGINES {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let disk = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        let kept = file.try_clone().unwrap();
+        let disk = Disk::from_file(file, &disk).unwrap();
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        let mut bench = Bench::simple(EngineKind::Sync);
+        let (block, _) = Block::new(disk, options, BlockState::default()).unwrap();
+        bench.rig = Rig::new(Transport::Pci, Box::new(block));
+        bench.vqs = bench.rig.start(None);
+        bench.fill(DATA, 512, 0xab);
+        let out = [(DATA, 512, false)];
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_OUT, 0, &out).0,
+            VIRTIO_BLK_S_IOERR
+        );
+        let mut sector = [0xff; 512];
+        kept.read_exact_at(&mut sector, 0).unwrap();
+        assert_eq!(sector, [0; 512]);
+    }
+}
+
+#[test]
 fn the_serial_is_told() {
     let options = BlockOptions {
         serial: "a-serial-longer-than-it-may-be".into(),
@@ -392,6 +423,23 @@ fn direct_io_takes_any_buffer() {
             assert!(bytes.iter().all(|b| *b == 0x77 + shift as u8));
         }
         assert_eq!(bench.disk_bytes(32 * 512, 1), [32]);
+        // More than is copied at once, and each byte in its place.
+        let pattern: Vec<u8> = (0..0x3_0000_u32).map(|i| (i / 512 + i) as u8).collect();
+        let at = GuestAddress(DATA + 3);
+        bench.rig.ram.write_slice(&pattern, at).unwrap();
+        let data = [(DATA + 3, 0x3_0000, false)];
+        assert_eq!(
+            bench.request(VIRTIO_BLK_T_OUT, 64, &data).0,
+            VIRTIO_BLK_S_OK
+        );
+        assert_eq!(bench.disk_bytes(64 * 512, 0x3_0000), pattern);
+        bench.fill(DATA, 0x3_0100, 0);
+        let data = [(DATA + 5, 0x3_0000, true)];
+        assert_eq!(bench.request(VIRTIO_BLK_T_IN, 64, &data).0, VIRTIO_BLK_S_OK);
+        let mut read = vec![0; 0x3_0000];
+        let at = GuestAddress(DATA + 5);
+        bench.rig.ram.read_slice(&mut read, at).unwrap();
+        assert_eq!(read, pattern);
     }
 }
 
