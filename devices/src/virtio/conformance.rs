@@ -7,7 +7,7 @@ use super::block::tests::temporary_disk;
 use super::block::{BlockOptions, EngineKind};
 use super::core::{DRIVER_OK, Half, NEEDS_RESET, Reg, Ring, VirtioState};
 use super::device::{DeviceState, VirtioDevice};
-use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, write_desc};
+use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
 use super::registry::{DeviceConfig, build};
 
 /// Makes one device again and again, on the same host resources.
@@ -45,7 +45,8 @@ fn for_all(test: impl Fn(&str, Transport, &Make)) {
 }
 
 fn new(transport: Transport, make: &Make) -> Rig {
-    Rig::new(transport, make(&DeviceState::Reset))
+    let state = VirtioState::default();
+    Rig::with(transport, make(&DeviceState::Reset), reused_ram(), state)
 }
 
 #[test]

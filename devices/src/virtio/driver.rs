@@ -50,6 +50,17 @@ pub fn ram() -> GuestRam {
     GuestMemoryMmap::from_regions(RAM.map(guarded).into()).unwrap()
 }
 
+/// The same RAM for all calls of a thread, zeroed: guarded RAM is never unmapped.
+pub fn reused_ram() -> GuestRam {
+    thread_local!(static REUSED: GuestRam = ram());
+    let ram = REUSED.with(Clone::clone);
+    for base in RAM {
+        let zeros = vec![0; RAM_LEN as usize];
+        ram.write_slice(&zeros, GuestAddress(base)).unwrap();
+    }
+    ram
+}
+
 /// A transport seen by its driver.
 pub trait Port {
     /// The range on the bus.

@@ -8,7 +8,7 @@ use crate::bus::BusDevice;
 use crate::virtio::Memory;
 use crate::virtio::core::{Parts, VirtioState};
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::driver::{BAR, PciPort, Port, ram};
+use crate::virtio::driver::{BAR, PciPort, Port, reused_ram};
 use crate::virtio::entropy::Entropy;
 use crate::virtio::worker::{IoLoop, LoopBackend};
 
@@ -131,7 +131,7 @@ fn device(host: &Arc<Host>, state: &PciState) -> Arc<VirtioPci> {
         traits,
         backend: Box::new(LoopBackend::inline(entropy, io_loop)),
         interrupt: Arc::clone(&interrupt) as _,
-        memory: Memory::new(ram()),
+        memory: Memory::new(reused_ram()),
     };
     let core = Arc::new(VirtioCore::new(parts, VirtioState::default()).unwrap());
     Arc::new(VirtioPci::new(core, interrupt, BAR, state))
