@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::tests::temporary_disk;
 use super::block::{BlockOptions, EngineKind};
+use super::console::tests::options as console_options;
 use super::core::{DRIVER_OK, Half, NEEDS_RESET, Reg, Ring, VirtioState};
 use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
@@ -30,6 +31,7 @@ fn devices() -> Vec<(&'static str, Make)> {
     };
     vec![
         ("entropy", make(|| DeviceConfig::Entropy)),
+        ("console", make(|| DeviceConfig::Console(console_options()))),
         ("block, io_uring", block(EngineKind::IoUring, 2, false)),
         ("block, read-only", block(EngineKind::Auto, 1, true)),
         ("block, sync", block(EngineKind::Sync, 1, false)),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
 use super::block::BlockState;
+use super::console::ConsoleState;
 use super::entropy::EntropyState;
 use super::io::Io;
 
@@ -137,6 +138,8 @@ pub enum DeviceState {
     Entropy(EntropyState),
     /// Block device.
     Block(BlockState),
+    /// Console device.
+    Console(ConsoleState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

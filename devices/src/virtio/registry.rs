@@ -3,6 +3,7 @@
 //! A new device is its module, an arm of [`DeviceConfig`] and one of [`DeviceState`].
 
 use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
+use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
 
@@ -13,6 +14,8 @@ pub enum DeviceConfig {
     Entropy,
     /// Block device.
     Block(Disk, BlockOptions),
+    /// Console device.
+    Console(ConsoleOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -22,6 +25,8 @@ pub enum DeviceHandle {
     Entropy,
     /// Resizing and limits.
     Block(BlockHandle),
+    /// Sizes and ports.
+    Console(ConsoleHandle),
 }
 
 /// A device could not be made.
@@ -36,6 +41,9 @@ pub enum BuildError {
     /// A block device.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A console device.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -60,6 +68,15 @@ pub fn build(
             };
             let (block, handle) = Block::new(disk, options, state)?;
             Ok((Box::new(block), DeviceHandle::Block(handle)))
+        }
+        DeviceConfig::Console(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Console(state) => state.clone(),
+                _ => return Err(BuildError::State { device: "console" }),
+            };
+            let (console, handle) = Console::new(options, state)?;
+            Ok((Box::new(console), DeviceHandle::Console(handle)))
         }
     }
 }
