@@ -14,6 +14,7 @@ use super::block::BlockState;
 use super::console::ConsoleState;
 use super::entropy::EntropyState;
 use super::io::Io;
+use super::vsock::VsockState;
 
 /// What the core must know of a device before a driver appears.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,6 +141,8 @@ pub enum DeviceState {
     Block(BlockState),
     /// Console device.
     Console(ConsoleState),
+    /// Socket device.
+    Vsock(VsockState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

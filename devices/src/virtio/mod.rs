@@ -18,6 +18,7 @@ pub mod notifier;
 mod poll;
 pub mod registry;
 pub mod transport;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
 use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
+use super::vsock::{Vsock, VsockError, VsockOptions};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub enum DeviceConfig {
     Block(Disk, BlockOptions),
     /// Console device.
     Console(ConsoleOptions),
+    /// Socket device.
+    Vsock(VsockOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -27,6 +30,8 @@ pub enum DeviceHandle {
     Block(BlockHandle),
     /// Sizes and ports.
     Console(ConsoleHandle),
+    /// Socket devices take no commands.
+    Vsock,
 }
 
 /// A device could not be made.
@@ -44,6 +49,9 @@ pub enum BuildError {
     /// A console device.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// A socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -77,6 +85,15 @@ pub fn build(
             };
             let (console, handle) = Console::new(options, state)?;
             Ok((Box::new(console), DeviceHandle::Console(handle)))
+        }
+        DeviceConfig::Vsock(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Vsock(state) => *state,
+                _ => return Err(BuildError::State { device: "vsock" }),
+            };
+            let vsock = Vsock::new(options, state)?;
+            Ok((Box::new(vsock), DeviceHandle::Vsock))
         }
     }
 }
