@@ -30,14 +30,38 @@ const MAX_RESETS: usize = 1024;
 const FIRST_PORT: u32 = 1 << 30;
 const PORTS: u32 = 1 << 30;
 
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
-/// As long as the guest's own connects take before they fail.
-const DIAL_TIME: Duration = Duration::from_secs(2);
-const DIAL_AGAIN: Duration = Duration::from_millis(10);
-const REQUEST_TIME: Duration = Duration::from_secs(5);
-const CLOSE_TIME: Duration = Duration::from_secs(8);
-const DRAIN_TIME: Duration = Duration::from_secs(60);
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// How long what may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// A client until it has said what it wants.
+    pub handshake: Duration,
+    /// A listener of the host that has too many waiting, as long as the guest's own connects.
+    pub dial: Duration,
+    /// Between attempts at that.
+    pub dial_again: Duration,
+    /// The guest until it answers a request.
+    pub request: Duration,
+    /// The guest until it agrees to the end of a connection.
+    pub close: Duration,
+    /// The host until it has read what a guest left behind.
+    pub drain: Duration,
+    /// Until clients are accepted again that could not be.
+    pub accept_again: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            dial: Duration::from_secs(2),
+            dial_again: Duration::from_millis(10),
+            request: Duration::from_secs(5),
+            close: Duration::from_secs(8),
+            drain: Duration::from_secs(60),
+            accept_again: Duration::from_millis(100),
+        }
+    }
+}
 
 /// A port of the host, in the upper half, and one of the guest: names a connection, its events and
 /// its deadline. No connection has the highest port, which names the rest.
@@ -63,6 +87,7 @@ pub struct Mux {
     cid: u64,
     path: PathBuf,
     max: usize,
+    pub times: Times,
     pub poller: Poller,
     listeners: Vec<Listener>,
     conns: HashMap<Key, Conn>,
@@ -89,6 +114,7 @@ impl Mux {
             cid,
             path,
             max,
+            times: Times::default(),
             poller,
             listeners,
             conns: HashMap::new(),
@@ -180,7 +206,7 @@ impl Mux {
         if self.is_full() {
             return self.refuse(header);
         }
-        let until = Instant::now() + DIAL_TIME;
+        let until = Instant::now() + self.times.dial;
         let ports = (header.dst_port, header.src_port);
         let key = self.insert(kind, ports, State::Dialing { until });
         if let Some(conn) = self.conns.get_mut(&key) {
@@ -224,7 +250,7 @@ impl Mux {
                 self.attach(key, socket);
             }
             Err(error) if would_block(&error) && Instant::now() < until => {
-                self.set_deadline(key, Some(DIAL_AGAIN));
+                self.set_deadline(key, Some(self.times.dial_again));
             }
             Err(_) => self.settle(key, Verdict::Reset),
         }
@@ -240,7 +266,7 @@ impl Mux {
         }
         let added = self.poller.add(&socket, key);
         conn.socket = Some(socket);
-        let time = (conn.state == State::Requested).then_some(REQUEST_TIME);
+        let time = (conn.state == State::Requested).then_some(self.times.request);
         self.set_deadline(key, time);
         let verdict = match added {
             Ok(()) => Verdict::Keep,
@@ -274,7 +300,7 @@ impl Mux {
                     }
                 }
                 if closing {
-                    self.set_deadline(key, Some(CLOSE_TIME));
+                    self.set_deadline(key, Some(self.times.close));
                 } else if conn.state == State::Open && conn.deadline.is_some() {
                     self.set_deadline(key, None);
                 }
@@ -284,7 +310,7 @@ impl Mux {
                 conn.state = State::Draining;
                 conn.forget();
                 self.reset(reset);
-                self.set_deadline(key, Some(DRAIN_TIME));
+                self.set_deadline(key, Some(self.times.drain));
             }
             Verdict::Reset | Verdict::Remove => {
                 let reset = (verdict == Verdict::Reset).then(|| conn.reset());
@@ -359,7 +385,7 @@ impl Mux {
                     Err(error) if would_block(&error) => blocked += 1,
                     // No file descriptors, say: a client that left meanwhile is no matter.
                     Err(_) => {
-                        let again = Instant::now() + ACCEPT_AGAIN;
+                        let again = Instant::now() + self.times.accept_again;
                         self.deadlines.insert((again, ACCEPT));
                         self.waiting = false;
                     }
@@ -374,7 +400,7 @@ impl Mux {
                 if self.poller.add(&socket, token).is_err() {
                     continue;
                 }
-                let deadline = Instant::now() + HANDSHAKE_TIME;
+                let deadline = Instant::now() + self.times.handshake;
                 self.deadlines.insert((deadline, token));
                 let handshake = Handshake {
                     socket,

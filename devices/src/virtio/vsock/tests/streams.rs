@@ -56,11 +56,27 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| ((i * 7 + seed) % 253) as u8).collect()
 }
 
+const LEN: usize = 40_000;
+
+/// The host's side; every seventh reads little at a time.
+fn echo(i: usize, mut stream: UnixStream) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; if i % 7 == 0 { 333 } else { 20_000 }];
+        let mut total = 0;
+        while total < LEN {
+            let count = stream.read(&mut buffer).unwrap();
+            assert_ne!(count, 0, "connection {i} ended after {total} bytes");
+            stream.write_all(&buffer[..count]).unwrap();
+            total += count;
+        }
+        assert_eq!(stream.read(&mut buffer).unwrap(), 0);
+    })
+}
+
 /// Hundreds of echoing connections at once, half made by each side, some of them slow.
 #[test]
 fn hundreds_of_streams_keep_their_bytes() {
     const COUNT: u32 = 300;
-    const LEN: usize = 40_000;
     let mut guest = Guest::new(options());
     let listener = guest.listen(80);
     let mut sockets: BTreeMap<(u32, u32), Socket> = BTreeMap::new();
@@ -80,22 +96,9 @@ fn hundreds_of_streams_keep_their_bytes() {
         socket.seed = i;
         socket.output = pattern(LEN, i);
     }
-    // The host's side echoes; every seventh reads little at a time.
-    let echo = |(i, (mut stream, _)): (usize, (UnixStream, _))| {
-        std::thread::spawn(move || {
-            let mut buffer = vec![0; if i % 7 == 0 { 333 } else { 20_000 }];
-            let mut total = 0;
-            while total < LEN {
-                let count = stream.read(&mut buffer).unwrap();
-                assert_ne!(count, 0, "connection {i} ended after {total} bytes");
-                stream.write_all(&buffer[..count]).unwrap();
-                total += count;
-            }
-            assert_eq!(stream.read(&mut buffer).unwrap(), 0);
-        })
-    };
     let mut order: Vec<_> = clients.iter().map(|(_, ports)| *ports).collect();
-    let threads: Vec<_> = clients.into_iter().enumerate().map(echo).collect();
+    let threads = clients.into_iter().enumerate();
+    let threads: Vec<_> = threads.map(|(i, (stream, _))| echo(i, stream)).collect();
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut resets = 0;
     while !order.is_empty() {
@@ -297,7 +300,7 @@ fn any_header() -> impl Strategy<Value = Header> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
 
     /// Whatever a guest sends while hosts talk: it stays alive, within limits, and still works.
     #[test]
