@@ -28,6 +28,8 @@ struct HostFd {
     socket: bool,
     /// Nothing says yet that it would block.
     ready: bool,
+    /// A socket whose other side is gone.
+    hung_up: bool,
 }
 
 /// Where a port's bytes come from.
@@ -129,9 +131,10 @@ impl PortEnd {
     }
 
     /// The input's event came.
-    pub(super) fn input_ready(&mut self) {
+    pub(super) fn input_ready(&mut self, hung_up: bool) {
         if let Input::Fd(fd) = &mut self.input {
             fd.ready = true;
+            fd.hung_up = hung_up && fd.socket;
         }
     }
 
@@ -181,8 +184,9 @@ impl PortEnd {
             _ => Got::Wait,
         };
         if got == Got::End {
-            self.input = Input::None;
-            if self.pipe.is_some() {
+            let input = std::mem::replace(&mut self.input, Input::None);
+            let gone = matches!(input, Input::Fd(HostFd { hung_up: true, .. }));
+            if gone || self.pipe.is_some() {
                 self.output = Output::None;
             }
         }
@@ -257,6 +261,7 @@ impl HostFd {
             fd,
             socket,
             ready: true,
+            hung_up: false,
         })
     }
 

@@ -32,7 +32,7 @@ use super::device::{
     ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice, read_config,
 };
 use super::io::{Io, read_at, write_at};
-use super::poll::Poller;
+use super::poll::{Poller, Ready};
 use crate::lock;
 
 /// Most ports of a device.
@@ -405,8 +405,8 @@ impl Console {
         Ok(())
     }
 
-    fn on_event(&mut self, token: u64, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        match token {
+    fn on_event(&mut self, event: Ready, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        match event.token {
             WAKE => {
                 self.on_wake(io)?;
                 (0..self.ports.len()).try_for_each(|index| self.serve(index, io))
@@ -416,7 +416,7 @@ impl Console {
                 let index = (token / 2) as usize;
                 if let Some(port) = self.ports.get_mut(index) {
                     match token % 2 {
-                        0 => port.end.input_ready(),
+                        0 => port.end.input_ready(event.hung_up),
                         _ => port.output_ready(),
                     }
                 }
@@ -491,7 +491,7 @@ impl VirtioDevice for Console {
     fn on_source(&mut self, _: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let ready = self.poller.take().map_err(host_error("look at ports"))?;
         for event in ready {
-            self.on_event(event.token, io)?;
+            self.on_event(event, io)?;
         }
         self.send_messages(io)?;
         self.set_timer()

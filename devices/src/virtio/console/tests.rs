@@ -342,6 +342,16 @@ fn closed_ends_are_told_and_ports_come_and_go() {
     assert_eq!(bench.messages(), [open(1)]);
     bench.write(0, b"again");
     peer.read_exact(&mut [0; 5]).unwrap();
+    // A socket's other side goes: once all is read, the port is closed.
+    peer.write_all(b"last").unwrap();
+    drop(peer);
+    bench.offer(0, 10);
+    assert_eq!(bench.input(0).unwrap(), b"last");
+    bench.offer(0, 10);
+    assert_eq!(bench.messages(), [open(0)]);
+    let (mut peer, end) = socket();
+    bench.handle.connect(0, end).unwrap();
+    assert_eq!(bench.messages(), [open(1)]);
     bench.handle.remove(0).unwrap();
     assert_eq!(bench.messages(), [vec![0, 0, 0, 0, 2, 0, 1, 0]]);
     assert_eq!(peer.read(&mut [0]).unwrap(), 0);

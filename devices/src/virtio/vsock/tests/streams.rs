@@ -61,7 +61,7 @@ const LEN: usize = 40_000;
 /// The host's side; every seventh reads little at a time.
 fn echo(i: usize, mut stream: UnixStream) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
-        let mut buffer = vec![0; if i % 7 == 0 { 333 } else { 20_000 }];
+        let mut buffer = vec![0; if i.is_multiple_of(7) { 333 } else { 20_000 }];
         let mut total = 0;
         while total < LEN {
             let count = stream.read(&mut buffer).unwrap();
