@@ -14,6 +14,8 @@ pub mod console;
 pub mod ioapic;
 pub mod irq;
 pub mod legacy;
+pub mod pci;
+pub mod virtio;
 
 #[cfg(test)]
 mod conformance;

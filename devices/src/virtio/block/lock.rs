@@ -1,0 +1,108 @@
+//! Open file description locks, so that a disk is opened for writing once.
+//!
+//! They are advisory, cover the whole file, go with the open file, and are seen by QEMU, which
+//! locks images in the same way.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+/// Who holds a lock, as far as this user may see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder(Option<(u32, String)>);
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some((pid, name)) => write!(f, "process {pid} ({name})"),
+            None => f.write_str("a process of another user or on another host"),
+        }
+    }
+}
+
+/// Why a file could not be locked.
+#[derive(Debug)]
+pub(super) enum LockError {
+    Held(Holder),
+    Io(io::Error),
+}
+
+/// Locks `file` for one writer, or for readers only, until it is closed.
+pub(super) fn lock(file: &File, write: bool) -> Result<(), LockError> {
+    let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open and `range` is a valid flock to read.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Err(LockError::Held(Holder(holder(file)))),
+        _ => Err(LockError::Io(error)),
+    }
+}
+
+/// Looks through the open files of all processes that may be looked at: the kernel names no
+/// process for these locks, but says with each open file which locks it holds.
+fn holder(file: &File) -> Option<(u32, String)> {
+    let inode = format!(":{} ", file.metadata().ok()?.ino());
+    let holds = |info: &str| {
+        let mut locks = info.lines().filter(|line| line.starts_with("lock:"));
+        locks.any(|line| line.contains(&inode))
+    };
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let Ok(infos) = fs::read_dir(process.path().join("fdinfo")) else {
+            continue;
+        };
+        for info in infos.flatten() {
+            if fs::read_to_string(info.path()).is_ok_and(|info| holds(&info)) {
+                let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                return Some((pid, name.trim_end().to_owned()));
+            }
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, [0; 512]).unwrap();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        let writer = open();
+        lock(&writer, true).unwrap();
+        let other = open();
+        for write in [true, false] {
+            let Err(LockError::Held(holder)) = lock(&other, write) else {
+                panic!("locked twice");
+            };
+            let (pid, name) = holder.0.clone().unwrap();
+            assert_eq!(pid, std::process::id());
+            assert!(!name.is_empty());
+            assert!(holder.to_string().contains(&pid.to_string()));
+        }
+        drop(writer);
+        let reader = open();
+        lock(&reader, false).unwrap();
+        lock(&other, false).unwrap();
+        assert!(matches!(lock(&other, true), Err(LockError::Held(_))));
+        drop(reader);
+        lock(&other, true).unwrap();
+    }
+}

@@ -1,0 +1,539 @@
+//! Block device (section 5.2) over a raw image file or a host block device.
+//!
+//! The device is owned by its I/O thread. Requests are checked in `request`, carried out by
+//! io_uring or by system calls that wait, and completed in any order. What was acknowledged to a
+//! driver that flushes is on the disk; a driver that does not know flushes gets every write
+//! synchronously (section 5.2.6.2). All requests under way are finished before queues leave.
+
+mod disk;
+mod lock;
+mod request;
+mod space;
+mod sync;
+mod task;
+mod uring;
+
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+pub use self::disk::{Cache, Disk, DiskError, DiskOptions, Format, SECTOR};
+pub use self::lock::Holder;
+use self::request::{Geometry, ID_LEN, Request, Status};
+use self::space::{Fixed, Space};
+use self::task::{Op, Task};
+use self::uring::{Finished, Ring};
+use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
+use super::io::{Chain, Io, total, write_at};
+use super::limiter::Limiter;
+
+/// Most queues of a block device.
+pub const MAX_QUEUES: u16 = 256;
+/// The timer's source; those of rings have their queue's index.
+const TIMER: u32 = 1 << 16;
+/// The source that says that size or limits changed.
+const WAKE: u32 = TIMER + 1;
+/// Errors of the host's disk that are logged; a guest can repeat them at will.
+const MAX_LOGGED: u32 = 16;
+
+/// How requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineKind {
+    /// io_uring where the host has it, else system calls that wait.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// System calls that wait.
+    Sync,
+}
+
+/// What a block device is besides its disk.
+#[derive(Clone, Debug)]
+pub struct BlockOptions {
+    /// How requests are carried out.
+    pub engine: EngineKind,
+    /// Number of queues, 1 to [`MAX_QUEUES`]; as many as vCPUs is best.
+    pub queues: u16,
+    /// Size of each queue, a power of two from 2 to 32768.
+    pub queue_size: u16,
+    /// Device ID, of which the guest sees 20 bytes.
+    pub serial: String,
+    /// Limits, shared with all devices that have the same limiter.
+    pub limiter: Option<Arc<Limiter>>,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self {
+            engine: EngineKind::default(),
+            queues: 1,
+            queue_size: 256,
+            serial: String::new(),
+            limiter: None,
+        }
+    }
+}
+
+/// A block device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// A number of queues that cannot be.
+    #[error(
+        "{queues} queues of size {size}: want 1 to 256 queues of a power of two from 2 to 32768"
+    )]
+    Queues {
+        /// Wanted number.
+        queues: u16,
+        /// Wanted size.
+        size: u16,
+    },
+    /// No io_uring on this host, or not allowed.
+    #[error("io_uring is not available; use the engine `sync`, or `auto`")]
+    IoUring(#[source] io::Error),
+    /// The disk, a timer or an eventfd of the host failed.
+    #[error("cannot {what} for a block device")]
+    Host {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is saved of a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// The driver wants the write cache.
+    pub writeback: bool,
+    /// Sectors that the driver was told of; `None` before there was a driver.
+    pub capacity: Option<u64>,
+}
+
+impl Default for BlockState {
+    fn default() -> Self {
+        Self {
+            writeback: true,
+            capacity: None,
+        }
+    }
+}
+
+enum Engine {
+    Sync,
+    Uring(Vec<Ring>),
+}
+
+/// A request that waits for its tokens. It is the last popped of its queue.
+struct Held {
+    chain: Chain,
+    request: Request,
+    at: Instant,
+}
+
+/// The block device.
+pub struct Block {
+    disk: Arc<Disk>,
+    space: Arc<Space>,
+    engine: Engine,
+    queue_size: u16,
+    serial: [u8; ID_LEN],
+    limiter: Option<Arc<Limiter>>,
+    held: Vec<Option<Held>>,
+    timer: TimerFd,
+    wake: Arc<EventFd>,
+    errors: u32,
+}
+
+/// The side of a block device that the VMM keeps.
+#[derive(Clone, Debug)]
+pub struct BlockHandle {
+    disk: Arc<Disk>,
+    space: Arc<Space>,
+    limiter: Option<Arc<Limiter>>,
+    wake: Arc<EventFd>,
+}
+
+impl BlockHandle {
+    /// Looks at the disk's size again, and tells the driver of a new one. Returns it in sectors.
+    pub fn resize(&self) -> io::Result<u64> {
+        let sectors = self.disk.sectors()?;
+        if self.space.resize(sectors) {
+            self.wake.write(1)?;
+        }
+        Ok(sectors)
+    }
+
+    /// The limiter; after [`Limiter::set`] call [`limits_changed`](Self::limits_changed).
+    pub fn limiter(&self) -> Option<&Arc<Limiter>> {
+        self.limiter.as_ref()
+    }
+
+    /// Lets requests go on that wait for old limits.
+    pub fn limits_changed(&self) -> io::Result<()> {
+        self.wake.write(1)
+    }
+}
+
+impl Block {
+    /// Makes the device and its handle.
+    pub fn new(
+        disk: Disk,
+        options: BlockOptions,
+        state: BlockState,
+    ) -> Result<(Self, BlockHandle), BlockError> {
+        let BlockOptions {
+            engine,
+            queues,
+            queue_size,
+            serial,
+            limiter,
+        } = options;
+        let sized = queue_size.is_power_of_two() && (2..=1 << 15).contains(&queue_size);
+        if !(1..=MAX_QUEUES).contains(&queues) || !sized {
+            let size = queue_size;
+            return Err(BlockError::Queues { queues, size });
+        }
+        let host = |what| move |source| BlockError::Host { what, source };
+        let timer = TimerFd::new().map_err(io::Error::from);
+        let timer = timer.map_err(host("create a timer"))?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let sectors = disk.sectors().map_err(host("find the size of the disk"))?;
+        let disk = Arc::new(disk);
+        let engine = match engine {
+            EngineKind::Sync => Engine::Sync,
+            EngineKind::IoUring => rings(&disk, queues, queue_size).map_err(BlockError::IoUring)?,
+            EngineKind::Auto => rings(&disk, queues, queue_size).unwrap_or(Engine::Sync),
+        };
+        let mut id = [0; ID_LEN];
+        for (to, from) in id.iter_mut().zip(serial.bytes()) {
+            *to = from;
+        }
+        let space = Arc::new(Space {
+            fixed: Fixed {
+                seg_max: u32::from(queue_size).saturating_sub(2).max(1),
+                logical: disk.logical_block_size(),
+                physical: disk.physical_block_size(),
+                queues,
+                writable: !disk.read_only(),
+            },
+            capacity: AtomicU64::new(state.capacity.unwrap_or(sectors)),
+            writeback: AtomicBool::new(state.writeback),
+            generation: AtomicU32::new(0),
+        });
+        let handle = BlockHandle {
+            disk: Arc::clone(&disk),
+            space: Arc::clone(&space),
+            limiter: limiter.clone(),
+            wake: Arc::new(wake),
+        };
+        // The disk may have another size than the saved driver knows.
+        handle.resize().map_err(host("find the size of the disk"))?;
+        let block = Self {
+            disk,
+            space,
+            engine,
+            queue_size,
+            serial: id,
+            limiter,
+            held: (0..queues).map(|_| None).collect(),
+            timer,
+            wake: Arc::clone(&handle.wake),
+            errors: 0,
+        };
+        Ok((block, handle))
+    }
+
+    /// Whether requests go through io_uring.
+    pub fn uses_io_uring(&self) -> bool {
+        matches!(self.engine, Engine::Uring(_))
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            capacity: self.space.capacity.load(Ordering::SeqCst),
+            block: self.disk.logical_block_size().into(),
+            writable: !self.disk.read_only(),
+        }
+    }
+
+    /// Takes requests from a queue until it is empty or has to wait for tokens, and gives them to
+    /// the host as one batch.
+    fn process(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let taken = self.take(queue, io);
+        self.collect(queue, io, |ring| {
+            ring.submit()?;
+            ring.finished()
+        })?;
+        taken
+    }
+
+    fn take(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let geometry = self.geometry();
+        loop {
+            let held = self.held.get_mut(queue).and_then(Option::take);
+            let (chain, request) = match held {
+                Some(held) if held.at > Instant::now() => return self.hold(queue, held),
+                Some(held) => (held.chain, held.request),
+                None => {
+                    let Some(chain) = io.pop(queue)? else {
+                        return Ok(());
+                    };
+                    let request = Request::parse(io.ram(), &chain, geometry)?;
+                    let limiter = self.limiter.as_ref();
+                    let at = limiter.and_then(|l| l.charge(Instant::now(), request.bytes()));
+                    if let Some(at) = at {
+                        let held = Held { chain, request, at };
+                        return self.hold(queue, held);
+                    }
+                    (chain, request)
+                }
+            };
+            self.begin(queue, chain, request, io)?;
+        }
+    }
+
+    /// Keeps a request until its time, for which the timer is set.
+    fn hold(&mut self, queue: usize, held: Held) -> Result<(), DeviceError> {
+        if let Some(slot) = self.held.get_mut(queue) {
+            *slot = Some(held);
+        }
+        let Some(at) = self.held.iter().flatten().map(|h| h.at).min() else {
+            return Ok(());
+        };
+        // Zero would disarm it.
+        let wait = at.saturating_duration_since(Instant::now());
+        let wait = wait.max(std::time::Duration::from_nanos(1));
+        let set = self.timer.reset(wait, None);
+        set.map_err(|error| host_error("set a timer", error.into()))
+    }
+
+    /// Starts a request, or answers it at once.
+    fn begin(
+        &mut self,
+        queue: usize,
+        chain: Chain,
+        request: Request,
+        io: &mut Io<'_>,
+    ) -> Result<(), DeviceError> {
+        let ram = io.share_ram();
+        let task = match request {
+            Request::Refused(status) => return answer(io, chain, status, 0),
+            Request::Id => {
+                // The status comes last, whatever room there is.
+                let room = total(chain.writable()) - 1;
+                let id = self.serial.get(..room.min(ID_LEN as u64) as usize);
+                let written = write_at(&ram, chain.writable(), 0, id.unwrap_or_default())?;
+                return answer(io, chain, Status::Ok, written as u64);
+            }
+            Request::Flush if self.disk.cache() == Cache::Unsafe => {
+                return answer(io, chain, Status::Ok, 0);
+            }
+            Request::Flush => Task::control(chain, Op::Flush, ram),
+            Request::Read { len: 0, .. } | Request::Write { len: 0, .. } => {
+                return answer(io, chain, Status::Ok, 0);
+            }
+            Request::Read { offset, len } => Task::transfer(chain, Op::Read, offset, len, ram)?,
+            Request::Write { offset, len } => {
+                let writeback = self.space.writeback.load(Ordering::SeqCst);
+                let sync = writes_through(self.disk.cache(), |bit| io.has(bit), writeback);
+                Task::transfer(chain, Op::Write { sync }, offset, len, ram)?
+            }
+            Request::Discard(ranges) | Request::Zero(ranges) if ranges.is_empty() => {
+                return answer(io, chain, Status::Ok, 0);
+            }
+            Request::Discard(ranges) => Task::control(chain, Op::Discard(ranges), ram),
+            Request::Zero(ranges) => Task::control(chain, Op::Zero(ranges), ram),
+        };
+        let mut task = Box::new(task);
+        match &mut self.engine {
+            Engine::Sync => {
+                let (status, error) = sync::run(&self.disk, &mut task);
+                self.end((task, status, error), io)
+            }
+            Engine::Uring(rings) => match rings.get_mut(queue) {
+                Some(ring) => ring.push(task).map_err(|e| host_error("use io_uring", e)),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Ends what `how` says of the tasks on a queue's ring.
+    fn collect(
+        &mut self,
+        queue: usize,
+        io: &mut Io<'_>,
+        how: impl FnOnce(&mut Ring) -> io::Result<Vec<Finished>>,
+    ) -> Result<(), DeviceError> {
+        let Engine::Uring(rings) = &mut self.engine else {
+            return Ok(());
+        };
+        let Some(ring) = rings.get_mut(queue) else {
+            return Ok(());
+        };
+        let finished = how(ring).map_err(|error| host_error("use io_uring", error))?;
+        let mut result = Ok(());
+        for finished in finished {
+            // All of them, also behind one that fails.
+            let ended = self.end(finished, io);
+            result = result.and(ended);
+        }
+        result
+    }
+
+    fn end(&mut self, (task, status, error): Finished, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if let Some(error) = error {
+            self.errors = self.errors.saturating_add(1);
+            if self.errors <= MAX_LOGGED {
+                let path = self.disk.path();
+                log::warn!("disk {path:?}: {error}; the guest gets an I/O error");
+            }
+        }
+        let produced = match status {
+            Status::Ok => task.produced,
+            Status::IoError | Status::Unsupported => 0,
+        };
+        answer(io, task.chain, status, produced)
+    }
+}
+
+/// Whether writes must be on the disk before they are acknowledged (section 5.2.6.2).
+fn writes_through(cache: Cache, has: impl Fn(u32) -> bool, writeback: bool) -> bool {
+    let chooses = has(VIRTIO_BLK_F_CONFIG_WCE);
+    let cached = has(VIRTIO_BLK_F_FLUSH) && (!chooses || writeback);
+    cache != Cache::Unsafe && !cached
+}
+
+fn rings(disk: &Arc<Disk>, queues: u16, size: u16) -> io::Result<Engine> {
+    let ring = |_| Ring::new(Arc::clone(disk), size);
+    Ok(Engine::Uring(
+        (0..queues).map(ring).collect::<io::Result<_>>()?,
+    ))
+}
+
+fn host_error(what: &'static str, source: io::Error) -> DeviceError {
+    DeviceError::Host { what, source }
+}
+
+/// Writes the status, which is the chain's last byte, and gives the chain back.
+fn answer(io: &mut Io<'_>, chain: Chain, status: Status, produced: u64) -> Result<(), DeviceError> {
+    let at = total(chain.writable()) - 1;
+    write_at(io.ram(), chain.writable(), at, &[status.byte()])?;
+    let len = u32::try_from(produced + 1).unwrap_or(u32::MAX);
+    io.complete(chain, len)
+}
+
+impl VirtioDevice for Block {
+    fn traits(&self) -> Traits {
+        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+        features |= match self.disk.read_only() {
+            true => 1 << VIRTIO_BLK_F_RO,
+            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        };
+        if self.held.len() > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
+        }
+        Traits {
+            id: VIRTIO_ID_BLOCK,
+            features,
+            queues: vec![self.queue_size; self.held.len()],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.space) as _
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let source = |token, fd| Source {
+            token,
+            fd,
+            writable: false,
+        };
+        let mut sources = vec![
+            source(TIMER, self.timer.as_raw_fd()),
+            source(WAKE, self.wake.as_raw_fd()),
+        ];
+        if let Engine::Uring(rings) = &self.engine {
+            let rings = rings.iter().enumerate();
+            sources.extend(rings.map(|(queue, ring)| source(queue as u32, ring.fd())));
+        }
+        sources
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.process(queue, io)
+    }
+
+    fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        match token {
+            TIMER | WAKE => {
+                if token == WAKE {
+                    // Readable, or another event took it.
+                    let _ = self.wake.read();
+                    for held in self.held.iter_mut().flatten() {
+                        held.at = Instant::now();
+                    }
+                    io.config_changed();
+                } else {
+                    let cleared = self.timer.clear();
+                    cleared.map_err(|error| host_error("clear a timer", error.into()))?;
+                }
+                for queue in 0..self.held.len() {
+                    self.process(queue, io)?;
+                }
+                Ok(())
+            }
+            // Completions, and what came meanwhile: that saves kicks.
+            queue => {
+                self.collect(queue as usize, io, Ring::finished)?;
+                self.process(queue as usize, io)
+            }
+        }
+    }
+
+    fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let mut result = Ok(());
+        for queue in 0..self.held.len() {
+            if let Some(held) = self.held.get_mut(queue).and_then(Option::take) {
+                io.unpop(held.chain);
+            }
+            let drained = self.collect(queue, io, Ring::drain);
+            result = result.and(drained);
+        }
+        result
+    }
+
+    fn reset(&mut self) {
+        self.space.writeback.store(true, Ordering::SeqCst);
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(BlockState {
+            writeback: self.space.writeback.load(Ordering::SeqCst),
+            capacity: Some(self.space.capacity.load(Ordering::SeqCst)),
+        })
+    }
+}

@@ -1,0 +1,392 @@
+//! A running device's view of its queues and of guest RAM.
+//!
+//! All rules of the split queue (section 2.7) are kept here once for all devices: indirect
+//! descriptors, EVENT_IDX, notification suppression, and that nothing the driver wrote is trusted.
+//! A chain is checked as a whole when it is popped: it ends, it has a bounded number of
+//! descriptors, and no more chains are in flight than the queue has room for. Addresses are
+//! checked at each access.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::bitmap::BS;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
+
+use super::GuestRam;
+use super::device::{ChainFault, DeviceError};
+
+/// Most descriptors of a chain, where the queue itself is smaller; indirect tables may be longer
+/// than the queue in practice. The same as the host's limit on vectored I/O.
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// One buffer of a chain: an address chosen by the guest and a length in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest physical address, unchecked.
+    pub addr: GuestAddress,
+    /// Bytes, unchecked.
+    pub len: u32,
+}
+
+/// A descriptor chain taken from a queue, to be given back by [`Io::complete`] or [`Io::unpop`].
+#[derive(Debug)]
+#[must_use = "a chain that is dropped is lost to the driver"]
+pub struct Chain {
+    queue: usize,
+    head: u16,
+    segments: Vec<Segment>,
+    readable: usize,
+}
+
+impl Chain {
+    /// Index of the queue it came from.
+    pub fn queue(&self) -> usize {
+        self.queue
+    }
+
+    /// Buffers the driver filled.
+    pub fn readable(&self) -> &[Segment] {
+        self.segments.get(..self.readable).unwrap_or_default()
+    }
+
+    /// Buffers the device fills.
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+
+    /// The error for a chain that has not the buffers it should have.
+    pub fn layout_error(&self) -> DeviceError {
+        DeviceError::Chain {
+            queue: self.queue,
+            head: self.head,
+            fault: ChainFault::Layout,
+        }
+    }
+}
+
+/// Bytes in `segments`.
+pub fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|s| u64::from(s.len)).sum()
+}
+
+/// Calls `f` on the slices of guest RAM behind `len` bytes of `segments` from `offset` on. Says how
+/// many bytes that were: fewer than `len` where the segments end.
+pub fn for_slices<'m>(
+    ram: &'m GuestRam,
+    segments: &[Segment],
+    mut offset: u64,
+    mut len: u64,
+    mut f: impl FnMut(VolatileSlice<'m, BS<'m, ()>>) -> Result<(), DeviceError>,
+) -> Result<u64, DeviceError> {
+    let mut done = 0;
+    for segment in segments {
+        let size = u64::from(segment.len);
+        if offset >= size {
+            offset -= size;
+            continue;
+        }
+        let count = (size - offset).min(len);
+        if count == 0 {
+            break;
+        }
+        let error = || DeviceError::memory(segment.addr, size);
+        let addr = segment.addr.0.checked_add(offset).ok_or_else(error)?;
+        for slice in GuestMemoryBackend::get_slices(ram, GuestAddress(addr), count as usize) {
+            f(slice.map_err(|_| error())?)?;
+        }
+        (offset, len, done) = (0, len - count, done + count);
+    }
+    Ok(done)
+}
+
+/// Reads from `segments` at `offset` into `data`; says how many bytes there were.
+pub fn read_at(
+    ram: &GuestRam,
+    segments: &[Segment],
+    offset: u64,
+    data: &mut [u8],
+) -> Result<usize, DeviceError> {
+    let mut rest = &mut *data;
+    let len = rest.len() as u64;
+    let done = for_slices(ram, segments, offset, len, |slice| {
+        let n = slice.copy_to(rest);
+        rest = std::mem::take(&mut rest).get_mut(n..).unwrap_or_default();
+        Ok(())
+    })?;
+    Ok(done as usize)
+}
+
+/// Writes `data` to `segments` at `offset`; says how many bytes had room.
+pub fn write_at(
+    ram: &GuestRam,
+    segments: &[Segment],
+    offset: u64,
+    data: &[u8],
+) -> Result<usize, DeviceError> {
+    let mut rest = data;
+    let done = for_slices(ram, segments, offset, data.len() as u64, |slice| {
+        slice.copy_from(rest);
+        rest = rest.get(slice.len()..).unwrap_or_default();
+        Ok(())
+    })?;
+    Ok(done as usize)
+}
+
+/// A queue in the hands of a running device.
+#[derive(Debug)]
+pub(super) struct ActiveQueue {
+    queue: Queue,
+    /// Chains popped and not completed.
+    in_flight: u16,
+    /// Chains that may still be popped in this turn.
+    budget: u16,
+    /// The device saw the end of the available ring.
+    drained: bool,
+    /// The device was stopped by the budget.
+    starved: bool,
+    /// Used buffers were added since the driver was last told.
+    added: bool,
+    /// Empty vectors for the next chains.
+    spare: Vec<Vec<Segment>>,
+}
+
+/// What comes after a device's turn on one queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Wait for a notification, or for the device itself where it holds chains back.
+    Wait,
+    /// More came in the meantime.
+    Again,
+    /// The turn was used up: let others run, then go on.
+    Later,
+}
+
+impl ActiveQueue {
+    pub(super) fn new(queue: Queue) -> Self {
+        Self {
+            queue,
+            in_flight: 0,
+            budget: 0,
+            drained: false,
+            starved: false,
+            added: false,
+            spare: Vec::new(),
+        }
+    }
+
+    /// Where the driver and the device are: next available and next used index.
+    pub(super) fn position(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// Starts a turn of the device on this queue.
+    pub(super) fn begin(&mut self) {
+        self.budget = self.queue.size();
+        self.drained = false;
+        self.starved = false;
+    }
+
+    /// Tells the driver not to notify while the device works anyway.
+    pub(super) fn suppress(&mut self, ram: &GuestRam) -> Result<(), virtio_queue::Error> {
+        self.queue.disable_notification(ram)
+    }
+
+    /// Ends the turn: whether to interrupt, and what comes next.
+    pub(super) fn end(&mut self, ram: &GuestRam) -> Result<(bool, Next), virtio_queue::Error> {
+        let interrupt = std::mem::take(&mut self.added) && self.wants_interrupt(ram)?;
+        let next = if self.starved {
+            Next::Later
+        } else if self.drained && self.queue.enable_notification(ram)? {
+            Next::Again
+        } else {
+            Next::Wait
+        };
+        Ok((interrupt, next))
+    }
+
+    fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, virtio_queue::Error> {
+        if !self.queue.needs_notification(ram)? {
+            return Ok(false);
+        }
+        if self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // Section 2.7.7: without EVENT_IDX the flag decides.
+        let flags: u16 = ram
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    fn pop(&mut self, index: usize, ram: &GuestRam) -> Result<Option<Chain>, DeviceError> {
+        if self.budget == 0 {
+            self.starved = true;
+            return Ok(None);
+        }
+        let next = self
+            .queue
+            .iter(ram)
+            .map_err(|source| DeviceError::Queue {
+                queue: index,
+                source,
+            })?
+            .next();
+        let Some(chain) = next else {
+            self.drained = true;
+            return Ok(None);
+        };
+        let head = chain.head_index();
+        let fault = |fault| DeviceError::Chain {
+            queue: index,
+            head,
+            fault,
+        };
+        if self.in_flight >= self.queue.size() {
+            return Err(fault(ChainFault::TooMany));
+        }
+        let limit = usize::from(self.queue.size()).max(MAX_SEGMENTS);
+        let mut segments = self.spare.pop().unwrap_or_default();
+        let readable = collect(chain, limit, &mut segments).map_err(fault)?;
+        self.in_flight += 1;
+        self.budget -= 1;
+        Ok(Some(Chain {
+            queue: index,
+            head,
+            segments,
+            readable,
+        }))
+    }
+
+    fn recycle(&mut self, chain: Chain) -> u16 {
+        let mut segments = chain.segments;
+        segments.clear();
+        self.spare.push(segments);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        chain.head
+    }
+}
+
+/// Reads a whole chain; says how many of its segments are readable.
+fn collect(
+    chain: DescriptorChain<&GuestRam>,
+    limit: usize,
+    segments: &mut Vec<Segment>,
+) -> Result<usize, ChainFault> {
+    let mut readable = 0;
+    let mut writing = false;
+    let mut ends = Err(ChainFault::Empty);
+    for (count, descriptor) in chain.enumerate() {
+        if count >= limit {
+            return Err(ChainFault::TooLong);
+        }
+        if writing && !descriptor.is_write_only() {
+            return Err(ChainFault::Order);
+        }
+        writing = descriptor.is_write_only();
+        // The iterator stops without a word where a chain is broken: then the last descriptor it
+        // gave says that there is a next one.
+        ends = if descriptor.has_next() {
+            Err(ChainFault::Endless)
+        } else {
+            Ok(())
+        };
+        if descriptor.len() > 0 {
+            readable += usize::from(!writing);
+            segments.push(Segment {
+                addr: descriptor.addr(),
+                len: descriptor.len(),
+            });
+        }
+    }
+    ends.map(|()| readable)
+}
+
+/// What a running device may do: take chains, give them back used, and look at guest RAM.
+#[derive(Debug)]
+pub struct Io<'a> {
+    pub(super) ram: &'a Arc<GuestRam>,
+    pub(super) features: u64,
+    pub(super) queues: &'a mut [Option<ActiveQueue>],
+    pub(super) config_changed: &'a mut bool,
+    pub(super) armed: &'a mut Vec<(u32, bool)>,
+}
+
+impl<'a> Io<'a> {
+    /// Guest RAM.
+    pub fn ram(&self) -> &'a GuestRam {
+        self.ram
+    }
+
+    /// Guest RAM, to be kept as long as the host works on it.
+    pub fn share_ram(&self) -> Arc<GuestRam> {
+        Arc::clone(self.ram)
+    }
+
+    /// Whether feature bit `bit` was negotiated.
+    pub fn has(&self, bit: u32) -> bool {
+        self.features >> bit & 1 != 0
+    }
+
+    /// Whether the driver set up queue `index`.
+    pub fn ready(&self, index: usize) -> bool {
+        self.queues.get(index).is_some_and(Option::is_some)
+    }
+
+    fn queue(&mut self, index: usize) -> Option<&mut ActiveQueue> {
+        self.queues.get_mut(index)?.as_mut()
+    }
+
+    /// Takes the next available chain of queue `index`; `None` where there is none for now.
+    pub fn pop(&mut self, index: usize) -> Result<Option<Chain>, DeviceError> {
+        let ram = self.ram;
+        match self.queue(index) {
+            Some(queue) => queue.pop(index, ram),
+            None => Ok(None),
+        }
+    }
+
+    /// Puts back the chain that was popped last, unused: the next [`pop`](Self::pop) gives it
+    /// again.
+    pub fn unpop(&mut self, chain: Chain) {
+        if let Some(queue) = self.queue(chain.queue) {
+            queue.recycle(chain);
+            queue.queue.go_to_previous_position();
+        }
+    }
+
+    /// Gives a chain back to the driver with `len` bytes written to it.
+    pub fn complete(&mut self, chain: Chain, len: u32) -> Result<(), DeviceError> {
+        let (ram, index) = (self.ram(), chain.queue);
+        let Some(queue) = self.queue(index) else {
+            return Ok(());
+        };
+        let head = queue.recycle(chain);
+        queue.added = true;
+        queue
+            .queue
+            .add_used(ram, head, len)
+            .map_err(|source| DeviceError::Queue {
+                queue: index,
+                source,
+            })
+    }
+
+    /// Tells the driver that the configuration space changed.
+    pub fn config_changed(&mut self) {
+        *self.config_changed = true;
+    }
+
+    /// Waits for source `token` from now on, or no more.
+    pub fn arm(&mut self, token: u32, on: bool) {
+        self.armed.push((token, on));
+    }
+}
+
+/// Whether `len` bytes at `addr` are all in RAM.
+pub(super) fn in_ram(ram: &GuestRam, addr: u64, len: u64) -> bool {
+    usize::try_from(len).is_ok_and(|len| {
+        GuestMemory::check_range(ram, GuestAddress(addr), len, Permissions::ReadWrite)
+    })
+}

@@ -1,0 +1,99 @@
+//! From a device to its driver: interrupts, ISR status and the need for a reset.
+//!
+//! Shared by the core (vCPU threads) and the worker (I/O thread), so all of it is atomic and no
+//! call waits.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// What an interrupt is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Vector {
+    /// The configuration changed, or the device needs a reset.
+    Config,
+    /// Buffers of this queue were used.
+    Queue(u16),
+}
+
+/// The interrupts of one virtio device; each transport implements it.
+pub trait VirtioInterrupt: Send + Sync {
+    /// Interrupts the driver. Never blocks and never fails towards the device.
+    fn signal(&self, vector: Vector);
+}
+
+/// ISR status: buffers were used (section 4.1.4.5, 4.2.2).
+pub const ISR_QUEUE: u32 = 1;
+/// ISR status: the configuration changed.
+pub const ISR_CONFIG: u32 = 2;
+
+/// Failures of one device that are logged; a guest can repeat them at will.
+const MAX_LOGGED: u32 = 8;
+
+/// The device's side of notifications to the driver.
+pub struct Notifier {
+    interrupt: Arc<dyn VirtioInterrupt>,
+    isr: AtomicU32,
+    needs_reset: AtomicBool,
+    failures: AtomicU32,
+}
+
+impl Notifier {
+    pub(super) fn new(interrupt: Arc<dyn VirtioInterrupt>, isr: u32, needs_reset: bool) -> Self {
+        Self {
+            interrupt,
+            isr: AtomicU32::new(isr),
+            needs_reset: AtomicBool::new(needs_reset),
+            failures: AtomicU32::new(0),
+        }
+    }
+
+    /// Buffers of `queue` were used.
+    pub fn used(&self, queue: u16) {
+        self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
+        self.interrupt.signal(Vector::Queue(queue));
+    }
+
+    /// The configuration space changed.
+    pub fn config_changed(&self) {
+        self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        self.interrupt.signal(Vector::Config);
+    }
+
+    /// The device cannot go on until the driver resets it (section 2.1.2).
+    pub fn fail(&self, error: &dyn Error) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        if self.failures.fetch_add(1, Ordering::Relaxed) < MAX_LOGGED {
+            let source = error.source().map(|s| format!(": {s}"));
+            log::warn!(
+                "virtio device needs a reset: {error}{}",
+                source.unwrap_or_default()
+            );
+        }
+        self.config_changed();
+    }
+
+    /// How often the device failed since it was made.
+    pub fn failures(&self) -> u32 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
+    /// ISR status.
+    pub fn isr(&self) -> u32 {
+        self.isr.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// Clears `bits` of the ISR status and returns what it was.
+    pub(super) fn acknowledge(&self, bits: u32) -> u32 {
+        self.isr.fetch_and(!bits, Ordering::SeqCst)
+    }
+
+    pub(super) fn reset(&self) {
+        self.isr.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+    }
+}

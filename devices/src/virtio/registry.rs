@@ -1,0 +1,65 @@
+//! The only list of virtio devices: from a configuration and a saved state to a device.
+//!
+//! A new device is its module, an arm of [`DeviceConfig`] and one of [`DeviceState`].
+
+use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
+use super::device::{DeviceState, VirtioDevice};
+use super::entropy::{Entropy, EntropyState};
+
+/// What a device is made of, one arm per device type.
+#[derive(Debug)]
+pub enum DeviceConfig {
+    /// Entropy source.
+    Entropy,
+    /// Block device.
+    Block(Disk, BlockOptions),
+}
+
+/// What the VMM keeps of a device to command it, one arm per device type.
+#[derive(Clone, Debug)]
+pub enum DeviceHandle {
+    /// Entropy sources take no commands.
+    Entropy,
+    /// Resizing and limits.
+    Block(BlockHandle),
+}
+
+/// A device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The saved state is of another type of device.
+    #[error("the saved state of a virtio device is not that of {device}")]
+    State {
+        /// What is to be made.
+        device: &'static str,
+    },
+    /// A block device.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+}
+
+/// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
+pub fn build(
+    config: DeviceConfig,
+    state: &DeviceState,
+) -> Result<(Box<dyn VirtioDevice>, DeviceHandle), BuildError> {
+    match config {
+        DeviceConfig::Entropy => {
+            let state = match state {
+                DeviceState::Reset => EntropyState::default(),
+                DeviceState::Entropy(state) => *state,
+                _ => return Err(BuildError::State { device: "entropy" }),
+            };
+            Ok((Box::new(Entropy::new(state)), DeviceHandle::Entropy))
+        }
+        DeviceConfig::Block(disk, options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Block(state) => *state,
+                _ => return Err(BuildError::State { device: "block" }),
+            };
+            let (block, handle) = Block::new(disk, options, state)?;
+            Ok((Box::new(block), DeviceHandle::Block(handle)))
+        }
+    }
+}

@@ -1,0 +1,199 @@
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::thread;
+
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+use super::*;
+use crate::irq::mock::Counter;
+use crate::virtio::device::{ConfigSpace, NoConfig, Traits};
+use crate::virtio::driver::{Vq, ram};
+use crate::virtio::notifier::{Vector, VirtioInterrupt};
+use crate::virtio::transport::mmio::MmioInterrupt;
+
+const BUF: u64 = 0x8_0000;
+
+/// Uses every chain at once, and the driver gives it back at once.
+struct Feeder {
+    vq: Vq,
+    served: Arc<AtomicU16>,
+}
+
+impl VirtioDevice for Feeder {
+    fn traits(&self) -> Traits {
+        Traits {
+            id: 4,
+            features: 0,
+            queues: vec![16],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(NoConfig)
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        while let Some(chain) = io.pop(queue)? {
+            io.complete(chain, 0)?;
+            self.vq.add(&[(BUF, 1, true)]);
+            self.served.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
+fn start(ram: &GuestRam, vq: &Vq, interrupt: Arc<dyn VirtioInterrupt>) -> Start {
+    let [desc, avail, used] = vq.rings();
+    let queue = QueueCfg {
+        size: vq.size,
+        ready: true,
+        desc,
+        avail,
+        used,
+        ..QueueCfg::default()
+    };
+    Start {
+        queues: vec![Some(queue)],
+        features: 0,
+        memory: Memory::new(ram.clone()),
+        notifier: Arc::new(Notifier::new(interrupt, 0, false)),
+        kicks: Arc::new([EventFd::new(EFD_NONBLOCK).unwrap()]),
+    }
+}
+
+#[test]
+fn a_guest_that_never_stops_does_not_keep_the_thread() {
+    let ram = ram();
+    let mut vq = Vq::new(ram.clone(), 0, 16);
+    vq.add(&[(BUF, 1, true)]);
+    let served = Arc::new(AtomicU16::new(0));
+    let irq = Arc::new(MmioInterrupt::new(Arc::new(Counter::default())));
+    let start = start(&ram, &vq, irq);
+    let device = Box::new(Feeder {
+        vq,
+        served: Arc::clone(&served),
+    });
+    let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
+    let mut backend = LoopBackend::inline(device, Arc::clone(&host));
+    backend.start(start).unwrap();
+    assert_eq!(served.load(Ordering::SeqCst), 16, "one turn");
+    for turns in 2..5 {
+        assert_eq!(host.lock().unwrap().run_with_timeout(0), Ok(1));
+        assert_eq!(served.load(Ordering::SeqCst), 16 * turns);
+    }
+    let queues = backend.stop();
+    assert_eq!(queues[0].unwrap().next_used, 64);
+    assert!(backend.stop().is_empty(), "idempotent");
+}
+
+/// Takes chains and keeps them.
+struct Hoarder(Vec<crate::virtio::io::Chain>);
+
+impl VirtioDevice for Hoarder {
+    fn traits(&self) -> Traits {
+        Traits {
+            id: 4,
+            features: 0,
+            queues: vec![16],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(NoConfig)
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        while let Some(chain) = io.pop(queue)? {
+            self.0.push(chain);
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.0.drain(..).try_for_each(|chain| io.complete(chain, 0))
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
+#[test]
+fn chains_in_flight_are_bounded_by_the_queue() {
+    let ram = ram();
+    let mut vq = Vq::new(ram.clone(), 0, 16);
+    let irq = Arc::new(MmioInterrupt::new(Arc::new(Counter::default())));
+    let start = start(&ram, &vq, irq);
+    let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
+    let mut backend = LoopBackend::inline(Box::new(Hoarder(Vec::new())), Arc::clone(&host));
+    for _ in 0..16 {
+        vq.add(&[(BUF, 1, true)]);
+    }
+    backend.start(start.clone()).unwrap();
+    host.lock().unwrap().run_with_timeout(0).unwrap();
+    assert_eq!(start.notifier.failures(), 0);
+    // All descriptors are with the device; a driver that makes one available again is broken.
+    vq.add(&[(BUF, 1, true)]);
+    start.kicks[0].write(1).unwrap();
+    host.lock().unwrap().run_with_timeout(0).unwrap();
+    assert_eq!(start.notifier.failures(), 1);
+    assert_eq!(backend.stop()[0].unwrap().next_used, 16);
+    assert_eq!(vq.used().len(), 16, "given back as the queues leave");
+}
+
+struct Edge(EventFd);
+
+impl VirtioInterrupt for Edge {
+    fn signal(&self, _: Vector) {
+        self.0.write(1).unwrap();
+    }
+}
+
+#[test]
+fn a_device_moves_to_an_io_thread_and_back() {
+    let mut io_loop = IoLoop::new().unwrap();
+    let endpoint = io_loop.remote_endpoint();
+    let end = Arc::new(AtomicBool::new(false));
+    let ended = Arc::clone(&end);
+    let thread = thread::spawn(move || {
+        while !ended.load(Ordering::SeqCst) {
+            io_loop.run().unwrap();
+        }
+    });
+    let ram = ram();
+    let mut vq = Vq::new(ram.clone(), 0, 16);
+    let irq = Arc::new(Edge(EventFd::new(0).unwrap()));
+    let start = start(&ram, &vq, Arc::clone(&irq) as _);
+    let device = crate::virtio::entropy::Entropy::new(Default::default());
+    let mut backend = LoopBackend::remote(Box::new(device), endpoint.clone());
+    for round in 1..4 {
+        let mut again = start.clone();
+        again.queues[0].as_mut().unwrap().next_avail = round - 1;
+        again.queues[0].as_mut().unwrap().next_used = round - 1;
+        backend.start(again.clone()).unwrap();
+        assert!(matches!(backend.start(again), Err(BackendError::NoDevice)));
+        vq.add(&[(BUF, 32, true)]);
+        start.kicks[0].write(1).unwrap();
+        // Blocks until the interrupt.
+        assert_eq!(irq.0.read().unwrap(), 1);
+        let queue = backend.stop()[0].unwrap();
+        assert_eq!((queue.next_avail, queue.next_used), (round, round));
+        assert_eq!(vq.used().len(), 1);
+    }
+    let bytes: u64 = ram.read_obj(GuestAddress(BUF)).unwrap();
+    assert_ne!(bytes, 0);
+    end.store(true, Ordering::SeqCst);
+    endpoint.kick().unwrap();
+    thread.join().unwrap();
+    // Without its thread a device is lost, not the VMM.
+    assert!(backend.start(start.clone()).is_err());
+    assert!(backend.start(start).is_err());
+    assert!(backend.stop().is_empty());
+    assert_eq!(backend.save(), DeviceState::Reset);
+}
