@@ -3,7 +3,10 @@
 //! [`Board::new`] is the one place that knows both the address map (`arch::layout`) and the
 //! device models. Both buses are frozen here, before any vCPU exists.
 
+pub mod attach;
 mod cmdline;
+mod doorbell;
+pub mod plan;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -23,7 +26,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::vm::irq::Irqchip;
 
+use attach::{AttachError, Devices, Machine};
 pub use cmdline::kernel_words;
+use plan::Plan;
 
 /// The board could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +42,9 @@ pub enum BoardError {
         #[source]
         source: BusError,
     },
+    /// A virtio device.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// A UART state that no UART can have.
     #[error("Cannot make a serial port")]
     Serial(#[from] SerialError),
@@ -56,6 +64,8 @@ pub struct Wiring {
     pub console: SerialEnd,
     /// COM2.
     pub agent: SerialEnd,
+    /// Virtio devices.
+    pub devices: Vec<Plan>,
 }
 
 /// Devices and buses of one machine.
@@ -72,11 +82,14 @@ pub struct Board {
     pub keyboard: Arc<I8042>,
     /// Power registers, for the power button.
     pub power: Arc<Power>,
+    /// Virtio devices.
+    pub devices: Devices,
 }
 
 impl Board {
     /// Puts the devices at reset state on two buses.
-    pub fn new(irqchip: &Irqchip, wiring: Wiring) -> Result<Self, BoardError> {
+    pub fn new(machine: &Machine<'_>, wiring: Wiring) -> Result<Self, BoardError> {
+        let irqchip = machine.irqchip;
         let console = serial(irqchip, layout::COM1_IRQ, wiring.console)?;
         let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
         let keyboard = Arc::new(I8042::new(
@@ -131,6 +144,7 @@ impl Board {
                     source,
                 })?;
         }
+        let devices = Devices::attach(wiring.devices, machine, &mut mmio)?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
@@ -138,33 +152,34 @@ impl Board {
             agent,
             keyboard,
             power,
+            devices,
         })
     }
-}
 
-/// What the ACPI tables say of this board.
-pub fn acpi_facts(topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
-    let device = |port, irq| PortDevice {
-        port,
-        irq: Some(irq),
-    };
-    AcpiFacts {
-        apic_ids: (0..topology.vcpus())
-            .map(|index| topology.apic_id(index))
-            .collect(),
-        irqchip,
-        serial: vec![
-            device(layout::COM1_PORT, layout::COM1_IRQ),
-            device(layout::COM2_PORT, layout::COM2_IRQ),
-        ],
-        keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
-        rtc: Some(device(layout::RTC_PORT, layout::RTC_IRQ)),
-        pvpanic: Some(layout::PVPANIC_PORT),
-        power: PowerFacts {
-            port: layout::POWER_PORT,
-            irq: layout::GED_IRQ,
-        },
-        virtio: Vec::new(),
+    /// What the ACPI tables say of this board.
+    pub fn acpi_facts(&self, topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
+        let device = |port, irq| PortDevice {
+            port,
+            irq: Some(irq),
+        };
+        AcpiFacts {
+            apic_ids: (0..topology.vcpus())
+                .map(|index| topology.apic_id(index))
+                .collect(),
+            irqchip,
+            serial: vec![
+                device(layout::COM1_PORT, layout::COM1_IRQ),
+                device(layout::COM2_PORT, layout::COM2_IRQ),
+            ],
+            keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
+            rtc: Some(device(layout::RTC_PORT, layout::RTC_IRQ)),
+            pvpanic: Some(layout::PVPANIC_PORT),
+            power: PowerFacts {
+                port: layout::POWER_PORT,
+                irq: layout::GED_IRQ,
+            },
+            virtio: self.devices.windows().to_vec(),
+        }
     }
 }
 

@@ -10,6 +10,8 @@ use std::thread::{Builder, JoinHandle};
 pub enum Role {
     /// Runs the vCPU with this index.
     Vcpu(u16),
+    /// Runs virtio devices: the loop with this index.
+    Io(u16),
     /// Asks KVM what all vCPUs will share while the VM is being made.
     Template,
 }
@@ -18,6 +20,7 @@ impl Role {
     fn name(self) -> String {
         match self {
             Self::Vcpu(index) => format!("vcpu{index}"),
+            Self::Io(index) => format!("io{index}"),
             Self::Template => "template".to_string(),
         }
     }

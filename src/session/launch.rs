@@ -4,6 +4,7 @@ use std::io;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
+use devices::virtio::block::DiskError;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -17,6 +18,7 @@ use super::output::Output;
 use super::progress::Progress;
 use super::signals::Signals;
 use super::terminal::{self, RawTerminal};
+use crate::board::plan::plan;
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
@@ -39,6 +41,9 @@ pub enum LaunchError {
     /// The command does not fit the agent's protocol.
     #[error(transparent)]
     Request(#[from] RequestError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The machine cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -66,6 +71,7 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
     let progress = Progress::new();
     let host = Host::open(spec.machine())?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
+    let devices = plan(&spec)?;
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
     progress.step("starting the kernel".to_string());
 
@@ -81,6 +87,7 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
             out: port.writer(),
             drained: clone(&events.agent_room)?,
         },
+        devices,
     };
     let signals = Signals::block().map_err(|error| session("signals", error.into()))?;
     let mut vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;

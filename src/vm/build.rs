@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use arch::acpi::AcpiError;
+use arch::acpi::{AcpiError, AcpiFacts};
 use arch::boot::{self, BootError, BootParameters, EntryState};
 use arch::capabilities::{Capabilities, HostError};
 use arch::cmdline::{self, CmdlineError};
@@ -26,6 +26,7 @@ use super::host::{KvmOpenError, open_kvm};
 use super::irq::Irqchip;
 use super::memory::{self, MemoryError};
 use super::{ExitLatch, Vm};
+use crate::board::attach::Machine;
 use crate::board::{self, Board, BoardError, Wiring};
 use crate::config::{self, MachineConfig, Spec};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
@@ -105,6 +106,9 @@ pub enum BuildError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM_IRQFD failed.
+    #[error("KVM cannot connect the interrupt of a virtio device")]
+    Irqfd(#[source] kvm_ioctls::Error),
     /// vCPU set-up.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -247,8 +251,16 @@ impl Vm {
             arch::vm::create_pit(&vm)?;
         }
         let irqchip = Irqchip::new(machine.irqchip, &vm);
-        let board = Board::new(&irqchip, wiring)?;
-        let entry = load(spec, &host.topology, kernel, initrd, &memory)?;
+        let board = Board::new(
+            &Machine {
+                vm: &vm,
+                irqchip: &irqchip,
+                memory: &memory,
+            },
+            wiring,
+        )?;
+        let facts = board.acpi_facts(&host.topology, mode);
+        let entry = load(spec, &facts, kernel, initrd, &memory)?;
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
         let template = host
             .template
@@ -273,6 +285,7 @@ impl Vm {
                 exit: exit.clone(),
             })?);
         }
+        board.devices.connect(&vm).map_err(BuildError::Irqfd)?;
         Ok(Self {
             vcpus,
             board,
@@ -290,7 +303,7 @@ fn create_vcpu(vm: &VmFd, index: u16, topology: &Topology) -> Result<VcpuFd, Bui
 /// Fills guest memory: kernel, initial RAM disk, ACPI tables, boot parameters.
 fn load(
     spec: &Spec,
-    topology: &Topology,
+    facts: &AcpiFacts,
     kernel: &KernelImage,
     initrd: Initrd,
     memory: &GuestMemory,
@@ -322,8 +335,7 @@ fn load(
             Some((address, len))
         }
     };
-    let facts = board::acpi_facts(topology, mode(config.machine_config.irqchip));
-    let rsdp = arch::acpi::write_tables(memory, &facts)?;
+    let rsdp = arch::acpi::write_tables(memory, facts)?;
     let parameters = BootParameters {
         kernel: &loaded,
         cmdline: &line,
