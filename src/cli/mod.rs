@@ -1,13 +1,17 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
 mod kernel;
+mod memory;
 mod run;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+pub use memory::Allocator;
+
 use crate::session::CODE_FAILURE;
+use crate::telemetry::tell;
 
 /// A virtual machine monitor on KVM: microVMs from one command.
 #[derive(Debug, Parser)]
@@ -28,18 +32,53 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            let failed = error.use_stderr();
-            // Nothing can be done about a terminal that takes no output.
-            let _ = error.print();
-            return ExitCode::from(if failed { CODE_FAILURE } else { 0 });
-        }
+        Err(error) => return usage(&error),
     };
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
     };
     ExitCode::from(result.unwrap_or_else(|error| {
-        eprintln!("bulle: {error:#}");
+        tell(chain(&error));
         CODE_FAILURE
     }))
+}
+
+/// Help as asked for, or what is wrong with the arguments.
+fn usage(error: &clap::Error) -> ExitCode {
+    let text = error.to_string();
+    if let Some(text) = text.strip_prefix("error: ") {
+        tell(text.trim_end());
+        return ExitCode::from(CODE_FAILURE);
+    }
+    let printed = error.print();
+    let failed = error.use_stderr() || printed.is_err();
+    ExitCode::from(if failed { CODE_FAILURE } else { 0 })
+}
+
+/// An error and its causes. Some libraries repeat a cause in their own text: it is left out then.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error = anyhow!("no room")
+            .context("library: no room")
+            .context("bulle failed");
+        assert_eq!(chain(&error), "bulle failed: library: no room");
+    }
 }

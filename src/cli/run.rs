@@ -1,7 +1,7 @@
 //! `bulle run`: from arguments to a configuration, and from that to a session.
 
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ Exit codes: the command's own, 128+N when signal N killed it, 126 and 127 as in 
 
 On a terminal, Ctrl-A x ends the virtual machine and Ctrl-A h lists more.
 SIGTERM asks the guest to power off, SIGUSR1 presses its power button, SIGUSR2 sends Ctrl-Alt-Del.";
+
+/// Most bytes of a configuration file.
+const MAX_CONFIG: u64 = 1 << 20;
 
 /// Arguments of `bulle run`.
 #[derive(Debug, Args)]
@@ -141,7 +144,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let (verbose, print) = (args.verbose, args.print_config);
     let config = args.into_config()?;
     if print {
-        println!("{}", serde_json::to_string_pretty(&config)?);
+        let text = serde_json::to_string_pretty(&config)?;
+        writeln!(io::stdout(), "{text}").context("Cannot print the configuration to stdout")?;
         config.validate()?;
         return Ok(0);
     }
@@ -226,12 +230,16 @@ impl RunArgs {
     /// unless `--root none` or a bare `--initrd` says otherwise.
     fn guest(&self, config: &mut Config, from_file: bool) -> Result<()> {
         let none = self.root.as_deref() == Some(Path::new("none"));
-        let asks = !self.command.is_empty() || !self.env.is_empty() || self.cwd.is_some();
+        let asks = !self.command.is_empty()
+            || !self.env.is_empty()
+            || self.cwd.is_some()
+            || self.modules.is_some()
+            || self.tty.is_some();
         if none {
             if asks {
                 bail!(
                     "--root none means a guest without bulle's agent, which cannot run a command: \
-                     leave out the command, --env and --cwd, or name a root"
+                     leave out the command, --env, --cwd, --modules and --tty, or name a root"
                 );
             }
             config.guest = None;
@@ -324,8 +332,15 @@ fn is_initramfs(path: &Path) -> Result<bool> {
 }
 
 fn read_config(path: &Path) -> Result<Config> {
-    let text = fs::read_to_string(path)
+    // A pipe is welcome, but what has no end must not be read to it.
+    let mut text = String::new();
+    let length = File::open(path)
+        .and_then(|file| file.take(MAX_CONFIG + 1).read_to_string(&mut text))
         .with_context(|| format!("Cannot read the configuration {}", path.display()))?;
+    if length as u64 > MAX_CONFIG {
+        let path = path.display();
+        bail!("The configuration {path} has more than {MAX_CONFIG} bytes: no configuration has");
+    }
     serde_json::from_str(&text)
         .with_context(|| format!("The configuration {} is not valid", path.display()))
 }
@@ -377,7 +392,7 @@ mod tests {
         ];
         let first = config(&words);
         let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), serde_json::to_string_pretty(&first).unwrap()).unwrap();
+        std::fs::write(file.path(), serde_json::to_string_pretty(&first).unwrap()).unwrap();
         let again = |more: &[&str]| {
             let words = ["bulle", "--config", file.path().to_str().unwrap()];
             Wrapper::parse_from(words.iter().chain(more))

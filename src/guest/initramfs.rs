@@ -35,6 +35,12 @@ pub enum InitramfsError {
         #[source]
         source: io::Error,
     },
+    /// There is no root.
+    #[error("there is no directory {path} to be the guest's root")]
+    NoRoot {
+        /// What was given.
+        path: PathBuf,
+    },
     /// The root is not a directory.
     #[error("{path} is not a directory and cannot be the guest's root")]
     NotADirectory {

@@ -62,6 +62,15 @@ pub enum ModulesError {
         /// The kernel's release.
         release: String,
     },
+    /// The directory that the user named is none of modules.
+    #[error(
+        "{directory} has no modules.dep, so it is not a directory of kernel modules; name the one \
+         of this kernel's release under /lib/modules, or run depmod for it"
+    )]
+    NoIndex {
+        /// What was given.
+        directory: PathBuf,
+    },
     /// A required module is not there.
     #[error(
         "the guest needs the kernel module {name}, which {directory} does not have; use a kernel \

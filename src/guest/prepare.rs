@@ -127,6 +127,10 @@ fn resolve(
 ) -> Result<Resolved, PrepareError> {
     let release = kernel.version().unwrap_or_default();
     let directory = match &guest.modules_dir {
+        Some(directory) if !directory.join("modules.dep").is_file() => {
+            let directory = directory.clone();
+            return Err(ModulesError::NoIndex { directory }.into());
+        }
         Some(directory) => directory.clone(),
         None => modules::default_directory(&release),
     };

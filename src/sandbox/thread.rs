@@ -28,7 +28,10 @@ impl Role {
 
 /// A thread could not be made.
 #[derive(Debug, thiserror::Error)]
-#[error("Cannot start thread {name}: check the limits on processes (ulimit -u, pids cgroup)")]
+#[error(
+    "Cannot start thread {name}: check the limits on processes (ulimit -u, pids cgroup) and on \
+     memory (ulimit -v)"
+)]
 pub struct ThreadError {
     name: String,
     #[source]

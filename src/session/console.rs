@@ -23,7 +23,7 @@ const SHOWN: usize = 60;
 
 /// A console file could not be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("Cannot open {} for the console", path.display())]
+#[error("Cannot open {} for the console: name a file that this user can write", path.display())]
 pub struct ConsoleFileError {
     path: PathBuf,
     #[source]

@@ -188,10 +188,15 @@ impl<'a> Foreground<'a> {
         };
         // A kernel that panicked resets itself: the panic is the reason.
         self.on_agent_data();
-        match Outcome::from(exit) {
-            Outcome::Reset if self.tap.panicked() => self.end(Outcome::Panicked),
-            outcome => self.end(outcome),
-        }
+        let outcome = match Outcome::from(exit) {
+            Outcome::Reset if self.tap.panicked() => Outcome::Panicked,
+            // Asked for by SIGTERM: no success of the command that it ended.
+            Outcome::PowerOff if self.agent.is_some() => {
+                self.after_grace.take().unwrap_or(Outcome::PowerOff)
+            }
+            outcome => outcome,
+        };
+        self.end(outcome);
     }
 
     fn on_signal(&mut self) {

@@ -23,6 +23,7 @@ use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
+use crate::telemetry::tell;
 use crate::vm::build::Host;
 use crate::vm::{BuildError, Vm};
 
@@ -104,7 +105,7 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
         None
     };
     if raw.is_some() {
-        eprintln!("bulle: Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
+        tell("Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
     }
     let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
     let (outcome, outputs) = {
@@ -150,9 +151,12 @@ fn run(foreground: Foreground<'_>) -> Result<(Outcome, [Output; 2]), LaunchError
 fn report(outcome: &Outcome, tap: &ConsoleTap, shown: bool) {
     let lines = tap.last_lines();
     if outcome.wants_console() && !shown && !lines.is_empty() {
-        eprintln!("bulle: the console's last lines:\n{}", lines.join("\n"));
+        tell(format_args!(
+            "the console's last lines:\n{}",
+            lines.join("\n")
+        ));
     }
-    eprintln!("bulle: {outcome}");
+    tell(outcome);
 }
 
 fn session(what: &'static str, source: io::Error) -> LaunchError {

@@ -20,3 +20,4 @@ pub use launch::{LaunchError, launch};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, Outcome,
 };
+pub use terminal::restore as restore_terminal;

@@ -1,6 +1,15 @@
-//! Logging: set up once from the command line, and limited where a guest can cause it.
+//! What bulle says on stderr: messages to its user, and the log, set up once from the command line
+//! and limited where a guest can cause it.
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Tells the user `text` on stderr. A stderr that takes nothing (full, closed) is no reason to end.
+pub fn tell(text: impl Display) {
+    // One write, so that the lines of two processes do not mix.
+    let _ = io::stderr().write_all(format!("bulle: {text}\n").as_bytes());
+}
 
 /// Sends log records of at least `level` to stderr. Later calls change nothing.
 pub fn init(level: log::LevelFilter) {

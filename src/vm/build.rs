@@ -22,8 +22,9 @@ use arch::vm::{IrqchipMode, VmError};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::host::{KvmOpenError, open_kvm};
+use super::host::{KVM_PATH, KvmOpenError, open_kvm};
 use super::irq::Irqchip;
+use super::limits::{self, LimitError};
 use super::memory::{self, MemoryError};
 use super::{ExitLatch, Vm};
 use crate::board::attach::Machine;
@@ -41,17 +42,9 @@ pub enum BuildError {
     /// KVM lacks something.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// More vCPUs than this host runs.
-    #[error("{asked} vCPUs cannot be had: KVM on this host runs at most {most} in one VM")]
-    TooManyVcpus {
-        /// As asked.
-        asked: u16,
-        /// As KVM says.
-        most: u32,
-    },
-    /// The split interrupt controller is not to be had.
-    #[error("KVM on this host has no split interrupt controller: use --irqchip kernel")]
-    NoSplitIrqchip,
+    /// Something of the host is not enough.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// Topology.
     #[error(transparent)]
     Topology(#[from] TopologyError),
@@ -77,13 +70,25 @@ pub enum BuildError {
     #[error(transparent)]
     Boot(#[from] BootError),
     /// The initial RAM disk cannot be read.
-    #[error("Cannot read the initial RAM disk {}", path.display())]
+    #[error("Cannot use the initial RAM disk {}: name a file that this user can read", path.display())]
     Initrd {
         /// The user's file.
         path: std::path::PathBuf,
         /// What went wrong.
         #[source]
         source: io::Error,
+    },
+    /// A directory, a pipe or a device, of which no length is known.
+    #[error("The initial RAM disk {} is not a regular file: name one, or leave out --initrd", path.display())]
+    InitrdKind {
+        /// The user's file.
+        path: std::path::PathBuf,
+    },
+    /// No byte in it.
+    #[error("The initial RAM disk {} is empty: name another, or leave out --initrd", path.display())]
+    InitrdEmpty {
+        /// The user's file.
+        path: std::path::PathBuf,
     },
     /// The initial RAM disk cannot be copied into the guest.
     #[error("Cannot copy the initial RAM disk into guest memory")]
@@ -109,6 +114,9 @@ pub enum BuildError {
     /// KVM_IRQFD failed.
     #[error("KVM cannot connect the interrupt of a virtio device")]
     Irqfd(#[source] kvm_ioctls::Error),
+    /// KVM_GET_TSC_KHZ failed.
+    #[error("KVM does not tell the frequency of the time-stamp counter")]
+    TscFrequency(#[source] kvm_ioctls::Error),
     /// vCPU set-up.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -136,16 +144,21 @@ impl Initrd {
     /// Opens the user's file.
     pub fn open(path: &std::path::Path) -> Result<Self, BuildError> {
         let error = |source| BuildError::Initrd {
-            path: path.to_path_buf(),
+            path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(error)?;
-        let meta = file.metadata().map_err(error)?;
-        if meta.is_dir() {
-            return Err(error(io::Error::from(io::ErrorKind::IsADirectory)));
+        // Looked at before it is opened, because opening a pipe would wait for its writer.
+        let meta = std::fs::metadata(path).map_err(error)?;
+        let path = path.to_path_buf();
+        if !meta.is_file() {
+            return Err(BuildError::InitrdKind { path });
         }
+        if meta.len() == 0 {
+            return Err(BuildError::InitrdEmpty { path });
+        }
+        let file = File::open(&path).map_err(error)?;
         Ok(Self {
-            file: Some((path.to_path_buf(), file, meta.len())),
+            file: Some((path, file, meta.len())),
             archive: Vec::new(),
         })
     }
@@ -185,18 +198,12 @@ pub struct Host {
 impl Host {
     /// Opens KVM, checks it against `machine`, and starts asking for processor features.
     pub fn open(machine: &MachineConfig) -> Result<Self, BuildError> {
+        limits::allow_open_files(machine)?;
         let kvm = Arc::new(open_kvm()?);
+        log::debug!("{KVM_PATH} is open");
         let capabilities = arch::capabilities::check(&kvm)?;
         let topology = topology(machine)?;
-        if u32::from(machine.vcpu_count) > capabilities.max_vcpus {
-            return Err(BuildError::TooManyVcpus {
-                asked: machine.vcpu_count,
-                most: capabilities.max_vcpus,
-            });
-        }
-        if machine.irqchip == config::Irqchip::Split && !capabilities.split_irqchip {
-            return Err(BuildError::NoSplitIrqchip);
-        }
+        limits::check(machine, &capabilities)?;
         let template = {
             let (kvm, capabilities) = (kvm.clone(), capabilities.clone());
             spawn(Role::Template, move || {
@@ -243,6 +250,7 @@ impl Vm {
         let machine = spec.machine();
         let mode = mode(machine.irqchip);
         let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
+        log::debug!("virtual machine created");
         arch::vm::before_memory(&vm)?;
         let memory = memory::map(machine)?;
         memory::register(&vm, &memory)?;
@@ -250,6 +258,7 @@ impl Vm {
         if mode == IrqchipMode::Kernel {
             arch::vm::create_pit(&vm)?;
         }
+        log::debug!("memory and interrupt controller in place");
         let irqchip = Irqchip::new(machine.irqchip, &vm);
         let board = Board::new(
             &Machine {
@@ -261,15 +270,21 @@ impl Vm {
         )?;
         let facts = board.acpi_facts(&host.topology, mode);
         let entry = load(spec, &facts, kernel, initrd, &memory)?;
+        log::debug!("devices in place, guest memory filled");
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let template = host
+        let mut template = host
             .template
             .join()
             .map_err(|_| BuildError::TemplateThread)??;
+        log::debug!("processor features known");
         let enter = |sregs: &mut _| boot::apply(&entry, sregs);
         let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
         for index in 0..machine.vcpu_count {
             let fd = create_vcpu(&vm, index, &host.topology)?;
+            if index == 0 && host.capabilities.get_tsc_khz {
+                let khz = fd.get_tsc_khz().map_err(BuildError::TscFrequency)?;
+                template.cpuid.set_tsc_khz(khz);
+            }
             let boot = Boot {
                 enter: &enter,
                 irqchip: mode,
@@ -286,6 +301,7 @@ impl Vm {
             })?);
         }
         board.devices.connect(&vm).map_err(BuildError::Irqfd)?;
+        log::debug!("{} vCPUs ready", vcpus.len());
         Ok(Self {
             vcpus,
             board,

@@ -8,6 +8,7 @@ pub mod build;
 mod exit;
 mod host;
 pub mod irq;
+mod limits;
 pub mod memory;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use arch::memory::GuestMemory;
 pub use build::BuildError;
 pub use exit::{ExitLatch, VmExit};
 pub use host::{KVM_PATH, KvmOpenError};
+pub use limits::LimitError;
 
 use crate::board::Board;
 use crate::vcpu::VcpuHandle;

@@ -12,6 +12,12 @@ use kvm_ioctls::{Cap, Kvm};
 /// The host's KVM cannot run bulle.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
+    /// The file called /dev/kvm does not know KVM's requests.
+    #[error(
+        "/dev/kvm does not answer as KVM does, so it is another file or device: remove it, and \
+         load the kvm module or pass the device into this container"
+    )]
+    NotKvm,
     /// The kernel speaks another KVM API version.
     #[error(
         "/dev/kvm speaks API version {found}, bulle needs version {needed}: use a Linux kernel of \
@@ -124,13 +130,13 @@ pub fn check(kvm: &Kvm) -> Result<Capabilities, HostError> {
 }
 
 fn check_version(found: i32) -> Result<(), HostError> {
-    if u32::try_from(found) == Ok(KVM_API_VERSION) {
-        Ok(())
-    } else {
-        Err(HostError::ApiVersion {
+    match u32::try_from(found) {
+        Ok(KVM_API_VERSION) => Ok(()),
+        Ok(_) => Err(HostError::ApiVersion {
             found,
             needed: KVM_API_VERSION,
-        })
+        }),
+        Err(_) => Err(HostError::NotKvm),
     }
 }
 
@@ -244,6 +250,6 @@ mod tests {
             text.contains("version 11") && text.contains("version 12"),
             "{text}"
         );
-        assert!(check_version(-1).is_err());
+        assert!(matches!(check_version(-1), Err(HostError::NotKvm)));
     }
 }

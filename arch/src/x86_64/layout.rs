@@ -29,6 +29,10 @@ pub const SETUP_DATA_START: u64 = 0x1_0000;
 pub const CMDLINE_START: u64 = 0x2_0000;
 /// Longest command line in bytes, the NUL included.
 pub const CMDLINE_MAX_SIZE: usize = 0x1_0000;
+/// Longest command line of an ELF kernel in bytes, the NUL included: Linux's `COMMAND_LINE_SIZE` on
+/// x86 (arch/x86/include/asm/setup.h). Linux cuts a longer one without a word, and an ELF file has
+/// no setup header to say its own limit.
+pub const ELF_CMDLINE_MAX_SIZE: usize = 2048;
 /// End of usable low memory; the extended BIOS data area would start here.
 pub const EBDA_START: u64 = 0x9_fc00;
 /// ACPI RSDP, where an operating system without a hint looks for it.

@@ -15,7 +15,12 @@ type Pending = Vec<(PathBuf, Vec<u8>)>;
 
 /// Adds everything in `root`, parents before children, in the order of names.
 pub(super) fn pack(archive: &mut Archive<'_>, root: &Path) -> Result<(), InitramfsError> {
-    let metadata = fs::metadata(root).map_err(unreadable(root))?;
+    let metadata = fs::metadata(root).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => InitramfsError::NoRoot {
+            path: root.to_owned(),
+        },
+        _ => unreadable(root)(source),
+    })?;
     if !metadata.is_dir() {
         return Err(InitramfsError::NotADirectory {
             path: root.to_owned(),

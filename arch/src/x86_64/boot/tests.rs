@@ -146,7 +146,7 @@ fn zero_page_of_an_elf_has_a_header() {
     );
     assert_eq!(u8_at(&memory, page + 0x211), 1, "no KASLR");
     assert_eq!(u32_at(&memory, page + 0x218), 0, "no initrd");
-    assert_eq!(u32_at(&memory, page + 0x238), 0xffff, "cmdline_size");
+    assert_eq!(u32_at(&memory, page + 0x238), 2047, "cmdline_size");
 }
 
 #[test]

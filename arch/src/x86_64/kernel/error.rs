@@ -37,6 +37,9 @@ pub enum KernelFault {
     /// A file without a byte in it.
     #[error("the file is empty")]
     Empty,
+    /// The host does not let this user read it.
+    #[error("this user may not read it; name a readable copy")]
+    Permission(#[source] io::Error),
     /// The host refused to open it.
     #[error("it cannot be opened")]
     Open(#[source] io::Error),
@@ -193,6 +196,18 @@ pub enum KernelFault {
     /// The decompressor stopped.
     #[error("its {compression} payload is corrupt")]
     Corrupt {
+        /// How the payload is compressed.
+        compression: Compression,
+        /// What the decompressor said.
+        #[source]
+        source: io::Error,
+    },
+    /// The decompressor got no memory.
+    #[error(
+        "the host has too little memory for unpacking its {compression} payload: raise the limit \
+         (ulimit -v, the container's memory limit)"
+    )]
+    UnpackMemory {
         /// How the payload is compressed.
         compression: Compression,
         /// What the decompressor said.

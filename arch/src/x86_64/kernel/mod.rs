@@ -217,7 +217,7 @@ impl LoadedKernel {
             start,
             end,
             setup_header: None,
-            cmdline_max: layout::CMDLINE_MAX_SIZE - 1,
+            cmdline_max: layout::ELF_CMDLINE_MAX_SIZE - 1,
             initrd_max: INITRD_MAX_DEFAULT,
             kaslr: None,
         }
@@ -229,7 +229,7 @@ fn with_header(kernel: LoadedKernel, image: &Bzimage) -> LoadedKernel {
     let header = image.header;
     LoadedKernel {
         setup_header: Some(header),
-        cmdline_max: kernel.cmdline_max.min(header.cmdline_size as usize),
+        cmdline_max: (header.cmdline_size as usize).min(layout::CMDLINE_MAX_SIZE - 1),
         initrd_max: header.initrd_addr_max.into(),
         ..kernel
     }

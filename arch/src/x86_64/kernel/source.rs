@@ -166,6 +166,7 @@ impl Source {
 fn open_fault(error: std::io::Error) -> KernelFault {
     match error.kind() {
         std::io::ErrorKind::NotFound => KernelFault::Missing,
+        std::io::ErrorKind::PermissionDenied => KernelFault::Permission(error),
         _ => KernelFault::Open(error),
     }
 }

@@ -89,11 +89,19 @@ pub(super) fn unpack(payload: &[u8], ram: u64) -> Result<Vec<u8>, KernelFault> {
             ram,
         });
     }
-    let corrupt = |source| KernelFault::Corrupt {
-        compression,
-        source,
-    };
-    let output = decode(compression, payload, announced).map_err(corrupt)?;
+    let output = decode(compression, payload, announced).map_err(|source| {
+        if lacks_memory(&source) {
+            KernelFault::UnpackMemory {
+                compression,
+                source,
+            }
+        } else {
+            KernelFault::Corrupt {
+                compression,
+                source,
+            }
+        }
+    })?;
     let got = output.len() as u64;
     if got != announced {
         return Err(KernelFault::PayloadLength {
@@ -103,6 +111,16 @@ pub(super) fn unpack(payload: &[u8], ram: u64) -> Result<Vec<u8>, KernelFault> {
         });
     }
     Ok(output)
+}
+
+/// Whether a decompressor failed for want of memory, not for its input.
+fn lacks_memory(error: &io::Error) -> bool {
+    let inner = error.get_ref();
+    let lzma = inner.and_then(|inner| inner.downcast_ref::<liblzma::stream::Error>());
+    error.kind() == io::ErrorKind::OutOfMemory
+        || lzma == Some(&liblzma::stream::Error::Mem)
+        // ZSTD_error_memory_allocation, of which the crate passes on the name only.
+        || inner.is_some_and(|inner| inner.to_string().contains("not enough memory"))
 }
 
 fn decode(compression: Compression, payload: &[u8], announced: u64) -> io::Result<Vec<u8>> {
@@ -159,4 +177,20 @@ fn lz4_legacy(payload: &[u8], announced: usize) -> io::Result<Vec<u8>> {
         output.truncate(start + length);
     }
     Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn want_of_memory_is_told_from_corruption() {
+        let lzma = |error| io::Error::from(error);
+        assert!(lacks_memory(&lzma(liblzma::stream::Error::Mem)));
+        assert!(!lacks_memory(&lzma(liblzma::stream::Error::Data)));
+        assert!(!lacks_memory(&lzma(liblzma::stream::Error::MemLimit)));
+        let zstd = io::Error::other("Allocation error : not enough memory");
+        assert!(lacks_memory(&zstd));
+        assert!(!lacks_memory(&io::Error::other("Data corruption detected")));
+    }
 }

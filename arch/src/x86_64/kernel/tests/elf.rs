@@ -33,7 +33,7 @@ fn pvh_is_preferred() {
     assert_eq!(kernel.protocol, Protocol::Pvh);
     assert_eq!(kernel.entry.0, TEXT + 0x80);
     assert_eq!((kernel.start, kernel.end), (TEXT, END));
-    assert_eq!(kernel.cmdline_max, 0xffff);
+    assert_eq!(kernel.cmdline_max, 2047);
     assert_eq!(kernel.initrd_max, 0x7fff_ffff);
     assert!(kernel.setup_header.is_none() && kernel.kaslr.is_none());
     check_image(&memory, &elf);
