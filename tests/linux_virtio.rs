@@ -164,7 +164,7 @@ fn an_image_as_root_is_left_as_it_is() {
         let outcome = bulle.command(["/bin/sh", "-c", script]).outcome().exits(0);
         assert_eq!(
             outcome.stdout,
-            "hello from the image\nnew\n/proc/1\n/sys/block\n/dev/null\nno trace\n"
+            "hello from the image\nnew\n/dev/null\n/proc/1\n/sys/block\nno trace\n"
         );
         assert_eq!(md5(&image), before);
     }
