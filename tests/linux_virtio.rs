@@ -120,6 +120,21 @@ fn disks_on_mmio_cloud() {
 }
 
 #[test]
+fn disks_on_pci_amd64() {
+    disks("amd64", &["--pci"]);
+}
+
+#[test]
+fn disks_on_pci_cloud() {
+    disks("cloud-amd64", &["--pci"]);
+}
+
+#[test]
+fn disks_on_pci_beside_an_interrupt_controller_of_kvm() {
+    disks("cloud-amd64", &["--pci", "--irqchip", "kernel"]);
+}
+
+#[test]
 fn disks_with_interrupts_by_irqfd() {
     disks("cloud-amd64", &["--irqchip", "kernel"]);
 }

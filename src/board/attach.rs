@@ -1,4 +1,4 @@
-//! Puts virtio devices on the board: one way for all of them.
+//! Puts virtio devices on the board: one way for all of them, over either transport.
 //!
 //! [`Devices::attach`] makes device, backend, core and transport and places the transport; the
 //! vmm thread owns the result. [`Devices::stop`] comes after the last vCPU: it brings every device
@@ -7,21 +7,27 @@
 use std::io;
 use std::sync::Arc;
 
-use arch::acpi::MmioDevice;
+use arch::acpi::{MmioDevice, PciHost, Window};
 use arch::layout;
 use arch::memory::GuestMemory;
 use devices::bus::{Bus, BusError};
+use devices::pci::{ConfigPorts, Ecam, PciBus, PciError, PciWindow};
 use devices::virtio::Memory;
 use devices::virtio::core::{NewError, Parts, VirtioCore, VirtioState};
+use devices::virtio::device::VirtioDevice;
+use devices::virtio::notifier::VirtioInterrupt;
 use devices::virtio::registry::{self, DeviceHandle};
 use devices::virtio::transport::mmio::{LEN, Mmio, MmioInterrupt};
-use devices::virtio::worker::LoopBackend;
+use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, PciState, VirtioPci};
+use devices::virtio::worker::{LoopBackend, Worker};
+use event_manager::RemoteEndpoint;
 use kvm_ioctls::VmFd;
 
 use super::doorbell::{Armed, Doorbells};
 use super::plan::Plan;
+use crate::config::Transport;
 use crate::io::{IoError, IoThread};
-use crate::vm::irq::{IrqFd, Irqchip};
+use crate::vm::irq::{self, IrqFd, Irqchip};
 
 /// Interrupt lines that virtio-mmio devices may have: those that no other device has.
 const LINES: [u32; 17] = [
@@ -31,11 +37,23 @@ const LINES: [u32; 17] = [
 /// A device could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// More devices than the transport has room for.
-    #[error("{asked} virtio devices are too many: virtio over MMIO has room for {}", LINES.len())]
-    TooMany {
-        /// Number there would be.
-        asked: usize,
+    /// More devices than there are interrupt lines.
+    #[error(
+        "There are more virtio devices than the {} that fit over MMIO: '{id}' has no place; use \
+         --pci, which has room for 31", LINES.len()
+    )]
+    NoLine {
+        /// The first without a place.
+        id: String,
+    },
+    /// More devices than there are slots on the PCI bus.
+    #[error("Cannot put the virtio device '{id}' on the PCI bus")]
+    Pci {
+        /// Its name.
+        id: String,
+        /// What went wrong.
+        #[source]
+        source: PciError,
     },
     /// The device cannot be made.
     #[error("Cannot make the virtio device '{id}'")]
@@ -55,11 +73,11 @@ pub enum AttachError {
         #[source]
         source: NewError,
     },
-    /// Its registers have no place.
-    #[error("Cannot place the virtio device '{id}'")]
+    /// Registers have no place.
+    #[error("Cannot place {what}")]
     Place {
-        /// Its name.
-        id: String,
+        /// Whose registers.
+        what: String,
         /// What went wrong.
         #[source]
         source: BusError,
@@ -98,92 +116,113 @@ pub struct Machine<'a> {
     pub memory: &'a GuestMemory,
 }
 
+/// The buses that registers are placed on.
+pub struct Buses<'a> {
+    /// I/O ports.
+    pub pio: &'a mut Bus,
+    /// Memory.
+    pub mmio: &'a mut Bus,
+}
+
 /// All virtio devices of a machine, with the I/O thread they run on.
 #[derive(Default)]
 pub struct Devices {
     list: Vec<Attached>,
     windows: Vec<MmioDevice>,
+    pci: Option<PciHost>,
     irqfds: Vec<IrqFd>,
     io: Option<IoThread>,
 }
 
 impl Devices {
-    /// Makes the devices of `plans` and puts them on `mmio`. Without any there is no I/O thread.
+    /// Makes the devices of `plans` and puts them on `buses`. Without any there is no I/O thread.
     pub fn attach(
         plans: Vec<Plan>,
+        transport: Transport,
         machine: &Machine<'_>,
-        mmio: &mut Bus,
+        buses: &mut Buses<'_>,
     ) -> Result<Self, AttachError> {
         let mut devices = Self::default();
-        if plans.is_empty() {
-            return Ok(devices);
+        let mut pci = PciBus::new();
+        if !plans.is_empty() {
+            let io = IoThread::start(0)?;
+            for plan in plans {
+                let slot = Slot::new(plan, machine, &io)?;
+                match transport {
+                    Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
+                    Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
+                }
+            }
+            devices.io = Some(io);
         }
-        if plans.len() > LINES.len() {
-            return Err(AttachError::TooMany { asked: plans.len() });
+        if transport == Transport::Pci {
+            devices.pci = Some(place_pci(pci, buses)?);
         }
-        let io = IoThread::start(0)?;
-        let memory = Memory::new(machine.memory.clone());
-        let bases = (layout::VIRTIO_MMIO_START..).step_by(layout::VIRTIO_MMIO_SIZE as usize);
-        for ((plan, irq), base) in plans.into_iter().zip(LINES).zip(bases) {
-            let window = MmioDevice {
-                base,
-                size: LEN,
-                irq,
-            };
-            devices.attach_one(plan, window, machine, &memory, &io, mmio)?;
-        }
-        devices.io = Some(io);
         Ok(devices)
     }
 
-    fn attach_one(
+    fn attach_mmio(
         &mut self,
-        plan: Plan,
-        window: MmioDevice,
+        slot: Slot,
         machine: &Machine<'_>,
-        memory: &Memory,
-        io: &IoThread,
         mmio: &mut Bus,
     ) -> Result<(), AttachError> {
-        let Plan { id, config } = plan;
-        let state = VirtioState::default();
-        let (device, handle) =
-            registry::build(config, &state.device).map_err(|source| AttachError::Build {
-                id: id.clone(),
+        let index = self.windows.len();
+        let Some(irq) = LINES.get(index).copied() else {
+            return Err(AttachError::NoLine { id: slot.id });
+        };
+        let window = MmioDevice {
+            base: layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_SIZE,
+            size: LEN,
+            irq,
+        };
+        let (line, irqfd) = match machine.irqchip.fast_line(irq) {
+            Ok(line) => line,
+            Err(source) => {
+                let id = slot.id;
+                return Err(AttachError::Event { id, source });
+            }
+        };
+        let (doorbells, attached) = slot.finish(Arc::new(MmioInterrupt::new(line)))?;
+        let transport = Arc::new(Mmio::new(attached.core.clone()));
+        doorbells.place(window.base, transport.kicks());
+        let what = || format!("the virtio device '{}'", attached.id);
+        mmio.insert(window.base, window.size, transport)
+            .map_err(|source| AttachError::Place {
+                what: what(),
                 source,
             })?;
-        let (line, irqfd) =
-            machine
-                .irqchip
-                .fast_line(window.irq)
-                .map_err(|source| AttachError::Event {
-                    id: id.clone(),
-                    source,
-                })?;
-        let doorbells = Arc::new(Doorbells::new(machine.vm.clone()));
-        let parts = Parts {
-            traits: device.traits(),
-            config: device.config(),
-            backend: Box::new(Armed::new(
-                LoopBackend::remote(device, io.endpoint()),
-                doorbells.clone(),
-            )),
-            interrupt: Arc::new(MmioInterrupt::new(line)),
-            memory: memory.clone(),
-        };
-        let core = VirtioCore::new(parts, state).map_err(|source| AttachError::Core {
-            id: id.clone(),
-            source,
-        })?;
-        let core = Arc::new(core);
-        let transport = Arc::new(Mmio::new(core.clone()));
-        doorbells.place(window.base, transport.kicks());
-        if let Err(source) = mmio.insert(window.base, window.size, transport) {
-            return Err(AttachError::Place { id, source });
-        }
         self.windows.push(window);
         self.irqfds.extend(irqfd);
-        self.list.push(Attached { id, core, handle });
+        self.list.push(attached);
+        Ok(())
+    }
+
+    fn attach_pci(
+        &mut self,
+        slot: Slot,
+        machine: &Machine<'_>,
+        bus: &mut PciBus,
+    ) -> Result<(), AttachError> {
+        let state = PciState::default();
+        let sink = irq::messages(machine.vm);
+        let traits = slot.device.traits();
+        let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &state));
+        let (doorbells, attached) = slot.finish(interrupt.clone())?;
+        // At most 31 functions fit the bus, and their BARs the window.
+        let bar = layout::PCI_MEMORY_START + self.list.len() as u64 * BAR_LEN;
+        let function = Arc::new(VirtioPci::new(
+            attached.core.clone(),
+            interrupt,
+            bar,
+            &state,
+        ));
+        doorbells.place(bar, function.kicks());
+        if let Err(source) = bus.add(function) {
+            let id = attached.id;
+            return Err(AttachError::Pci { id, source });
+        }
+        self.list.push(attached);
         Ok(())
     }
 
@@ -192,9 +231,14 @@ impl Devices {
         &self.list
     }
 
-    /// What ACPI says of the devices.
+    /// What ACPI says of devices over MMIO.
     pub fn windows(&self) -> &[MmioDevice] {
         &self.windows
+    }
+
+    /// What ACPI says of the PCI bus, where there is one.
+    pub fn pci_host(&self) -> Option<PciHost> {
+        self.pci
     }
 
     /// Connects interrupts, once there are vCPUs.
@@ -210,4 +254,94 @@ impl Devices {
         }
         self.io = None;
     }
+}
+
+/// A device on its way to a transport.
+struct Slot {
+    id: String,
+    device: Box<dyn VirtioDevice>,
+    handle: DeviceHandle,
+    doorbells: Arc<Doorbells>,
+    endpoint: RemoteEndpoint<Worker>,
+    memory: Memory,
+}
+
+impl Slot {
+    fn new(plan: Plan, machine: &Machine<'_>, io: &IoThread) -> Result<Self, AttachError> {
+        let Plan { id, config } = plan;
+        let state = VirtioState::default();
+        match registry::build(config, &state.device) {
+            Ok((device, handle)) => Ok(Self {
+                id,
+                device,
+                handle,
+                doorbells: Arc::new(Doorbells::new(machine.vm.clone())),
+                endpoint: io.endpoint(),
+                memory: Memory::new(machine.memory.clone()),
+            }),
+            Err(source) => Err(AttachError::Build { id, source }),
+        }
+    }
+
+    /// Makes the core, with the interrupts of its transport.
+    fn finish(
+        self,
+        interrupt: Arc<dyn VirtioInterrupt>,
+    ) -> Result<(Arc<Doorbells>, Attached), AttachError> {
+        let Self {
+            id,
+            device,
+            handle,
+            doorbells,
+            endpoint,
+            memory,
+        } = self;
+        let parts = Parts {
+            traits: device.traits(),
+            config: device.config(),
+            backend: Box::new(Armed::new(
+                LoopBackend::remote(device, endpoint),
+                doorbells.clone(),
+            )),
+            interrupt,
+            memory,
+        };
+        match VirtioCore::new(parts, VirtioState::default()) {
+            Ok(core) => {
+                let core = Arc::new(core);
+                Ok((doorbells, Attached { id, core, handle }))
+            }
+            Err(source) => Err(AttachError::Core { id, source }),
+        }
+    }
+}
+
+/// Puts a filled PCI bus where ACPI says it is.
+fn place_pci(bus: PciBus, buses: &mut Buses<'_>) -> Result<PciHost, AttachError> {
+    let bus = Arc::new(bus);
+    let host = PciHost {
+        ecam: Window {
+            base: layout::PCI_ECAM_START,
+            size: layout::PCI_ECAM_SIZE,
+        },
+        memory: Window {
+            base: layout::PCI_MEMORY_START,
+            size: layout::PCI_MEMORY_END - layout::PCI_MEMORY_START,
+        },
+    };
+    let place = |result: Result<(), BusError>| {
+        result.map_err(|source| AttachError::Place {
+            what: "the PCI bus".to_string(),
+            source,
+        })
+    };
+    let Window { base, size } = host.ecam;
+    place(buses.mmio.insert(base, size, Arc::new(Ecam(bus.clone()))))?;
+    let Window { base, size } = host.memory;
+    let window = Arc::new(PciWindow::new(bus.clone(), base));
+    place(buses.mmio.insert(base, size, window))?;
+    let (port, ports) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE);
+    let config = Arc::new(ConfigPorts::new(bus, 0));
+    place(buses.pio.insert(port.into(), ports.into(), config))?;
+    Ok(host)
 }

@@ -1,6 +1,6 @@
 //! bulle's own part of the kernel command line.
 
-use crate::config::{Config, Console};
+use crate::config::{Config, Console, Transport};
 
 /// Words for the board, then for the agent. The user's are appended after these and so override
 /// them where Linux takes the last.
@@ -12,13 +12,15 @@ pub fn kernel_words(config: &Config) -> String {
         "reboot=acpi",
         // A panic resets at once, so that it never waits for a time limit.
         "panic=-1",
-        // No PCI bus to probe.
-        "pci=off",
         // A keyboard and no mouse: spares the probes for the rest.
         "i8042.noaux",
         "i8042.nomux",
         "i8042.dumbkbd",
     ];
+    if config.machine_config.virtio_transport != Transport::Pci {
+        // No PCI bus to probe.
+        words.push("pci=off");
+    }
     let root = config.root_drive();
     let root = match (root, &config.guest) {
         (Some(drive), Some(_)) => Some(format!("bulle.root={}", drive.serial())),

@@ -26,7 +26,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::vm::irq::Irqchip;
 
-use attach::{AttachError, Devices, Machine};
+use crate::config::Transport;
+use attach::{AttachError, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
 use plan::Plan;
 
@@ -88,7 +89,11 @@ pub struct Board {
 
 impl Board {
     /// Puts the devices at reset state on two buses.
-    pub fn new(machine: &Machine<'_>, wiring: Wiring) -> Result<Self, BoardError> {
+    pub fn new(
+        machine: &Machine<'_>,
+        transport: Transport,
+        wiring: Wiring,
+    ) -> Result<Self, BoardError> {
         let irqchip = machine.irqchip;
         let console = serial(irqchip, layout::COM1_IRQ, wiring.console)?;
         let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
@@ -144,7 +149,15 @@ impl Board {
                     source,
                 })?;
         }
-        let devices = Devices::attach(wiring.devices, machine, &mut mmio)?;
+        let devices = Devices::attach(
+            wiring.devices,
+            transport,
+            machine,
+            &mut Buses {
+                pio: &mut pio,
+                mmio: &mut mmio,
+            },
+        )?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
@@ -179,6 +192,7 @@ impl Board {
                 irq: layout::GED_IRQ,
             },
             virtio: self.devices.windows().to_vec(),
+            pci: self.devices.pci_host(),
         }
     }
 }

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use super::kernel::default_kernel;
 use crate::config::{
     BootSource, Config, Console, Drive, Entropy, Guest, HugePages, Irqchip, KernelEntry,
-    MachineConfig, MemoryBacking, Root, parse_list, parse_size,
+    MachineConfig, MemoryBacking, Root, Transport, parse_list, parse_size,
 };
 use crate::session;
 use crate::telemetry;
@@ -79,6 +79,9 @@ pub struct RunArgs {
     /// Add a virtio entropy device
     #[arg(long)]
     entropy: bool,
+    /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
+    #[arg(long)]
+    pci: bool,
     /// Directory with the kernel's modules [default: /lib/modules/RELEASE]
     #[arg(long, value_name = "DIR")]
     modules: Option<PathBuf>,
@@ -224,6 +227,9 @@ impl RunArgs {
         machine.memory_backing = self.memory_backing.unwrap_or(machine.memory_backing);
         machine.huge_pages = self.huge_pages.unwrap_or(machine.huge_pages);
         machine.irqchip = self.irqchip.unwrap_or(machine.irqchip);
+        if self.pci {
+            machine.virtio_transport = Transport::Pci;
+        }
     }
 
     /// The guest section: from the file, changed by options; without either, a guest with agent

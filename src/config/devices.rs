@@ -14,6 +14,8 @@ pub enum Transport {
     /// Windows of registers that ACPI lists, one interrupt line each.
     #[default]
     Mmio,
+    /// Functions on a PCI bus, with MSI-X.
+    Pci,
 }
 
 /// A disk.

@@ -94,6 +94,7 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     if !config.drives.is_empty() || config.entropy.is_some() {
         required.push(match config.machine_config.virtio_transport {
             Transport::Mmio => "virtio_mmio",
+            Transport::Pci => "virtio_pci",
         });
     }
     if !config.drives.is_empty() {

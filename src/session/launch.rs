@@ -70,9 +70,9 @@ pub enum LaunchError {
 pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
     let started = Instant::now();
     let progress = Progress::new();
+    let devices = plan(&spec)?;
     let host = Host::open(spec.machine())?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
-    let devices = plan(&spec)?;
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
     progress.step("starting the kernel".to_string());
 

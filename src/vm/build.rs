@@ -266,6 +266,7 @@ impl Vm {
                 irqchip: &irqchip,
                 memory: &memory,
             },
+            machine.virtio_transport,
             wiring,
         )?;
         let facts = board.acpi_facts(&host.topology, mode);

@@ -71,6 +71,11 @@ impl Irqchip {
     }
 }
 
+/// Where messages (MSI) of the devices of `vm` go, with either controller.
+pub fn messages(vm: &Arc<VmFd>) -> Arc<dyn MsiSink> {
+    Arc::new(KvmMsi(vm.clone()))
+}
+
 struct KernelLine {
     vm: Arc<VmFd>,
     pin: u32,
