@@ -33,7 +33,7 @@ fn kernels_that_are_no_files() {
     kernel(&empty).refused(&[text(&empty), "empty"]);
     kernel(&pipe).refused(&[text(&pipe), "not a regular file"]);
     let secret = file("secret", &bzimage());
-    fs::set_permissions(&secret, PermissionsExt::from_mode(0)).unwrap();
+    fs::set_permissions(&secret, PermissionsExt::from_mode(0o000)).unwrap();
     kernel(&secret).without_rights().refused(&[
         text(&secret),
         "may not read",
@@ -247,7 +247,7 @@ fn roots_and_commands() {
     hello()
         .args(["--tty", "yes"])
         .refused(&["--root none", "--tty"]);
-    fs::set_permissions(&note, PermissionsExt::from_mode(0)).unwrap();
+    fs::set_permissions(&note, PermissionsExt::from_mode(0o000)).unwrap();
     let run = guest().args(["--root"]).args([directory]).without_rights();
     run.refused(&[text(&note), "make it readable", "Permission denied"]);
     let large = file("large", b"");
@@ -351,7 +351,7 @@ fn hosts_without_kvm() {
         .in_namespace(&other)
         .refused(&["/dev/kvm does not answer", "load the kvm module"]);
     let secret = file("kvm", b"");
-    fs::set_permissions(&secret, PermissionsExt::from_mode(0)).unwrap();
+    fs::set_permissions(&secret, PermissionsExt::from_mode(0o000)).unwrap();
     let closed = format!(
         "mount --bind {} /dev/kvm && \
          exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"",

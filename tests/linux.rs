@@ -195,6 +195,30 @@ fn an_interrupt_reaches_the_command() {
 }
 
 #[test]
+fn a_reader_that_goes_away_ends_the_command() {
+    let script =
+        "\"$0\" run --timeout 140s --kernel \"$1\" -- yes | head -n 1; exit ${PIPESTATUS[0]}";
+    let status = Command::new("bash")
+        .args(["-c", script, env!("CARGO_BIN_EXE_bulle")])
+        .arg(kernel("cloud-amd64"))
+        .stdin(Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(141));
+}
+
+#[test]
+fn a_guest_without_the_agents_port_is_no_success() {
+    let options = ["--append", "8250.nr_uarts=1"];
+    let outcome = shell("cloud-amd64", &options, "true").exits(125);
+    assert!(
+        outcome.stderr.contains("before the command began"),
+        "{}",
+        outcome.stderr
+    );
+}
+
+#[test]
 fn sigterm_switches_the_guest_off() {
     let bulle = linux("cloud-amd64").command(["sh", "-c", "echo ready; sleep 1000"]);
     let running = bulle.input(Input::Open).start().wait_for_output();

@@ -88,6 +88,12 @@ pub struct Board {
 }
 
 impl Board {
+    /// Logs how many accesses of the guest no device answered.
+    pub fn log_unclaimed(&self) {
+        let (ports, addresses) = (self.pio.unclaimed(), self.mmio.unclaimed());
+        log::debug!("{ports} port and {addresses} memory accesses met no device");
+    }
+
     /// Puts the devices at reset state on two buses.
     pub fn new(
         machine: &Machine<'_>,
@@ -185,7 +191,11 @@ impl Board {
                 device(layout::COM2_PORT, layout::COM2_IRQ),
             ],
             keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
-            rtc: Some(device(layout::RTC_PORT, layout::RTC_IRQ)),
+            // No interrupt: the clock raises none.
+            rtc: Some(PortDevice {
+                port: layout::RTC_PORT,
+                irq: None,
+            }),
             pvpanic: Some(layout::PVPANIC_PORT),
             power: PowerFacts {
                 port: layout::POWER_PORT,

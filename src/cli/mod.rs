@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 
 pub use memory::Allocator;
 
-use crate::session::CODE_FAILURE;
+use crate::session::{self, CODE_FAILURE};
 use crate::telemetry::tell;
 
 /// A virtual machine monitor on KVM: microVMs from one command.
@@ -30,6 +30,7 @@ enum Command {
 /// Parses the process's arguments, runs the command and says with which code to exit. Errors are
 /// printed here, once, with their causes.
 pub fn main() -> ExitCode {
+    session::end_on_panic();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -37,6 +37,9 @@ pub struct RunArgs {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "HOW")]
     kernel_entry: Option<KernelEntry>,
+    /// Unpack a compressed kernel at every start, and keep nothing in ~/.cache/bulle/kernels
+    #[arg(long)]
+    no_kernel_cache: bool,
     /// Initial RAM disk; with a COMMAND, bulle's agent is added to it
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -144,7 +147,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         (None, false) => log::LevelFilter::Warn,
     };
     telemetry::init(level);
-    let (verbose, print) = (args.verbose, args.print_config);
+    let print = args.print_config;
     let config = args.into_config()?;
     if print {
         let text = serde_json::to_string_pretty(&config)?;
@@ -152,7 +155,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         config.validate()?;
         return Ok(0);
     }
-    session::launch(config.validate()?, verbose).map_err(anyhow::Error::from)
+    session::launch(config.validate()?).map_err(anyhow::Error::from)
 }
 
 impl RunArgs {
@@ -168,6 +171,7 @@ impl RunArgs {
                     initrd_path: None,
                     boot_args: None,
                     kernel_entry: KernelEntry::default(),
+                    kernel_cache: true,
                 },
                 machine_config: MachineConfig::default(),
                 drives: Vec::new(),
@@ -209,6 +213,9 @@ impl RunArgs {
         }
         if let Some(entry) = self.kernel_entry {
             boot.kernel_entry = entry;
+        }
+        if self.no_kernel_cache {
+            boot.kernel_cache = false;
         }
         if self.initrd.is_some() {
             boot.initrd_path.clone_from(&self.initrd);
@@ -408,6 +415,8 @@ mod tests {
         };
         assert_eq!(again(&[]), first);
         assert_eq!(again(&["--memory", "2G"]).machine_config.mem_size_mib, 2048);
+        assert!(first.boot_source.kernel_cache);
+        assert!(!again(&["--no-kernel-cache"]).boot_source.kernel_cache);
         assert_eq!(again(&["--", "y"]).guest.unwrap().command, ["y"]);
     }
 

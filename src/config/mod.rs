@@ -71,6 +71,9 @@ pub struct BootSource {
     /// How the kernel is entered.
     #[serde(default)]
     pub kernel_entry: KernelEntry,
+    /// Whether the kernel unpacked from a bzImage is kept in the user's cache directory.
+    #[serde(default = "yes")]
+    pub kernel_cache: bool,
 }
 
 /// How a kernel is entered.
@@ -117,6 +120,10 @@ pub struct MachineConfig {
     /// How the guest reaches its virtio devices.
     #[serde(default)]
     pub virtio_transport: Transport,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn one() -> u16 {

@@ -14,6 +14,10 @@ use crate::config::Guest;
 use crate::guest::client::{
     AgentClient, AgentEvent, Exit, Level, Power, RequestError, StartRequest, WinSize, features,
 };
+use crate::telemetry::Limited;
+
+/// The guest chooses how many notes it sends.
+static NOTES: Limited = Limited::new(64);
 
 /// What runs when no command is given.
 const SHELL: &str = "/bin/sh";
@@ -33,6 +37,7 @@ pub struct AgentLink {
     features: u32,
     running: bool,
     interrupted: bool,
+    told_of_no_reader: bool,
 }
 
 impl AgentLink {
@@ -45,6 +50,7 @@ impl AgentLink {
             features: 0,
             running: false,
             interrupted: false,
+            told_of_no_reader: false,
         })
     }
 
@@ -127,9 +133,14 @@ impl AgentLink {
     }
 
     fn print(&mut self, output: &mut Output, bytes: &[u8]) {
-        if !output.push(bytes) {
-            // Nobody reads it any more; the command is not held up.
-            self.client.consumed(bytes.len());
+        if output.push(bytes) {
+            return;
+        }
+        // Nobody reads it any more. The command is told as a pipe would tell it, once, and not
+        // held up if it goes on.
+        self.client.consumed(bytes.len());
+        if output.has_no_reader() && !std::mem::replace(&mut self.told_of_no_reader, true) {
+            self.client.signal(Signal::SIGPIPE as u8);
         }
     }
 
@@ -143,7 +154,11 @@ impl AgentLink {
                 log::info!("the command runs as process {pid}");
                 self.running = true;
             }
-            AgentEvent::Log { level, text } => log::log!(log_level(level), "agent: {text}"),
+            AgentEvent::Log { level, text } => {
+                if NOTES.allow() {
+                    log::log!(log_level(level), "agent: {text}");
+                }
+            }
             AgentEvent::Stopping(power) => log::info!("the guest is stopping: {power:?}"),
             AgentEvent::Exited(Exit::Code(code)) => return Some(Outcome::Exited(code)),
             AgentEvent::Exited(Exit::Signal(signal)) => return Some(Outcome::Killed(signal)),

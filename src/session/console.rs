@@ -7,13 +7,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::mem::ManuallyDrop;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::console::{LastLines, PanicDetector, PanicMark};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes of console kept for reports.
@@ -69,6 +70,19 @@ impl Sink {
                 path: path.to_path_buf(),
                 source,
             })
+    }
+
+    /// Waits until it can be written; a kick of the thread ends that.
+    fn wait(&self) {
+        let file: &File = match self {
+            Self::Standard(file) => file,
+            Self::File(file) => file,
+            Self::None => return,
+        };
+        let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+        if let Err(error) = poll(&mut fds, PollTimeout::NONE) {
+            log::debug!("console: {error}");
+        }
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -165,6 +179,8 @@ impl Write for ConsoleWriter {
             match self.sink.write(rest) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Another process has made the descriptor non-blocking.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sink.wait(),
                 Err(error) => {
                     log::warn!("console output is lost from here on: {error}");
                     self.sink = Sink::None;

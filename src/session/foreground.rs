@@ -28,6 +28,8 @@ use std::sync::Arc;
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// How long the text of a kernel panic may take to be complete.
 const PANIC_GRACE: Duration = Duration::from_secs(2);
+/// How long a guest with pvpanic may take to report a panic that its console shows.
+const PVPANIC_GRACE: Duration = Duration::from_secs(10);
 /// Bytes of stdin taken at once.
 const INPUT_CHUNK: usize = 2048;
 
@@ -94,6 +96,16 @@ struct Input {
     escapes: Option<Escapes>,
 }
 
+/// What is left of a foreground run when the VM has ended.
+pub struct Rest {
+    /// stdout and stderr, with what still waits.
+    pub outputs: [Output; 2],
+    /// Still blocked while it lives.
+    pub signals: Signals,
+    /// The time limit.
+    pub timeout: Option<TimerFd>,
+}
+
 /// The state of a foreground run.
 pub struct Foreground<'a> {
     vm: &'a Vm,
@@ -109,6 +121,8 @@ pub struct Foreground<'a> {
     stdout: Output,
     stderr: Output,
     outputs_watched: [bool; 2],
+    /// The power button is to be pressed again when the command runs.
+    press_again: bool,
     progress: Progress,
     outcome: Option<Outcome>,
 }
@@ -143,6 +157,7 @@ impl<'a> Foreground<'a> {
             stdout,
             stderr,
             outputs_watched: [false; 2],
+            press_again: false,
             progress,
             outcome: None,
         })
@@ -165,9 +180,13 @@ impl<'a> Foreground<'a> {
         self.outcome.take()
     }
 
-    /// Hands over what output is left.
-    pub fn into_outputs(self) -> [Output; 2] {
-        [self.stdout, self.stderr]
+    /// Hands over what output is left, and what may cut its writing short.
+    pub fn into_rest(self) -> Rest {
+        Rest {
+            outputs: [self.stdout, self.stderr],
+            signals: self.signals,
+            timeout: self.timeout.map(|(timer, _)| timer),
+        }
     }
 
     fn end(&mut self, outcome: Outcome) {
@@ -191,8 +210,11 @@ impl<'a> Foreground<'a> {
         let outcome = match Outcome::from(exit) {
             Outcome::Reset if self.tap.panicked() => Outcome::Panicked,
             // Asked for by SIGTERM: no success of the command that it ended.
-            Outcome::PowerOff if self.agent.is_some() => {
+            Outcome::PowerOff if self.after_grace.is_some() && self.agent.is_some() => {
                 self.after_grace.take().unwrap_or(Outcome::PowerOff)
+            }
+            Outcome::PowerOff if self.agent.as_ref().is_some_and(|agent| !agent.is_running()) => {
+                Outcome::AgentLost("the guest switched itself off before the command began".into())
             }
             outcome => outcome,
         };
@@ -249,8 +271,15 @@ impl<'a> Foreground<'a> {
     fn request(&mut self, request: Request) {
         match request {
             Request::End => self.end(Outcome::Quit),
-            Request::Help => drop(self.stderr.push(HELP.as_bytes())),
-            Request::PowerButton => self.vm.board().power.press_power_button(),
+            Request::Help => {
+                self.stderr.push(HELP.as_bytes());
+                self.flush();
+            }
+            Request::PowerButton => {
+                self.vm.board().power.press_power_button();
+                // A guest that still boots has no driver for it yet.
+                self.press_again = self.agent.as_ref().is_some_and(|agent| !agent.is_running());
+            }
             Request::CtrlAltDel => {
                 if !self.vm.board().keyboard.ctrl_alt_del() {
                     log::warn!("the guest does not read its keyboard: Ctrl-Alt-Del is lost");
@@ -259,14 +288,15 @@ impl<'a> Foreground<'a> {
         }
     }
 
-    /// The console showed a panic. A guest whose agent found pvpanic will say so through that;
+    /// The console showed a panic. A guest whose agent found pvpanic should say so through that;
     /// for others the text decides, once it is complete.
     fn on_panic(&mut self) {
-        let announced = self.agent.as_ref().is_some_and(AgentLink::has_pvpanic);
-        if announced || !self.tap.panicked() {
+        if !self.tap.panicked() {
             return;
         }
-        if self.tap.panic_complete() {
+        if self.agent.as_ref().is_some_and(AgentLink::has_pvpanic) {
+            self.end_after(PVPANIC_GRACE, Outcome::Panicked);
+        } else if self.tap.panic_complete() {
             self.end(Outcome::Panicked);
         } else {
             self.end_after(PANIC_GRACE, Outcome::Panicked);
@@ -275,7 +305,7 @@ impl<'a> Foreground<'a> {
 
     fn on_stdin(&mut self) {
         let mut buffer = [0; INPUT_CHUNK];
-        match read_input(libc::STDIN_FILENO, &mut buffer) {
+        match read_input(&mut buffer) {
             Ok(Some(count)) => {
                 let bytes = buffer.get(..count).unwrap_or_default();
                 match &mut self.input.escapes {
@@ -325,6 +355,9 @@ impl<'a> Foreground<'a> {
         let ended = agent.receive(&mut self.stdout, &mut self.stderr);
         if agent.is_running() {
             self.progress.clear();
+            if std::mem::take(&mut self.press_again) {
+                self.vm.board().power.press_power_button();
+            }
         }
         self.flush();
         self.pump_input();

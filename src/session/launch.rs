@@ -1,6 +1,7 @@
 //! From a checked configuration to an exit code.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
@@ -12,12 +13,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::agent::AgentLink;
 use super::agent_port::AgentPort;
 use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
-use super::foreground::{Foreground, GuestEvents};
-use super::outcome::Outcome;
-use super::output::Output;
+use super::foreground::{Foreground, GuestEvents, Rest};
+use super::outcome::{CODE_FAILURE, Outcome};
+use super::output::{Output, finish};
 use super::progress::Progress;
 use super::signals::Signals;
-use super::terminal::{self, RawTerminal};
+use super::terminal::RawTerminal;
 use crate::board::plan::plan;
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
@@ -27,7 +28,7 @@ use crate::telemetry::tell;
 use crate::vm::build::Host;
 use crate::vm::{BuildError, Vm};
 
-/// How long output may wait for its reader after the end.
+/// Milliseconds that output may wait for its reader when the end was asked for.
 const OUTPUT_PATIENCE: u16 = 2000;
 
 /// A run that never came to an outcome.
@@ -67,9 +68,9 @@ pub enum LaunchError {
 
 /// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
 /// the exit code.
-pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
+pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     let started = Instant::now();
-    let progress = Progress::new();
+    let mut progress = Progress::new();
     let devices = plan(&spec)?;
     let host = Host::open(spec.machine())?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
@@ -104,11 +105,16 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
     } else {
         None
     };
+    let console_shown = matches!(spec.console(), Console::Tty);
+    if raw.is_some() || console_shown {
+        // Its line would mix with what comes now.
+        progress.clear();
+    }
     if raw.is_some() {
         tell("Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
     }
     let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
-    let (outcome, outputs) = {
+    let (outcome, rest) = {
         let parts = (tap.clone(), events);
         let mut foreground = Foreground::new(&vm, parts, agent, signals, raw.is_some(), progress)
             .map_err(|error| session("timers", error))?;
@@ -122,17 +128,49 @@ pub fn launch(spec: Spec, verbose: bool) -> Result<u8, LaunchError> {
     };
     tap.close();
     vm.stop();
-    for mut output in outputs {
-        output.finish(PollTimeout::from(OUTPUT_PATIENCE));
-    }
+    vm.board().log_unclaimed();
+    let lost = write_rest(rest, &outcome);
     drop(raw);
     if outcome.is_notable(command) {
-        report(&outcome, &tap, verbose);
+        report(&outcome, &tap, console_shown);
     }
-    Ok(outcome.exit_code(command))
+    Ok(match outcome.exit_code(command) {
+        0 if lost => CODE_FAILURE,
+        code => code,
+    })
 }
 
-fn run(foreground: Foreground<'_>) -> Result<(Outcome, [Output; 2]), LaunchError> {
+/// Writes what output is left and says whether any was lost. Output of a command that ended is
+/// waited for as long as its reader takes, unless a signal or the time limit comes.
+fn write_rest(mut rest: Rest, outcome: &Outcome) -> bool {
+    let patience = match outcome {
+        Outcome::Timeout(_) | Outcome::Signal(_) | Outcome::Quit => {
+            PollTimeout::from(OUTPUT_PATIENCE)
+        }
+        _ => PollTimeout::NONE,
+    };
+    let timeout = rest.timeout.as_ref().map(AsFd::as_fd);
+    let mut interrupts = vec![rest.signals.as_fd()];
+    interrupts.extend(timeout.filter(|_| patience.is_none()));
+    let lost = finish(&mut rest.outputs, &interrupts, patience);
+    // Signals have their usual effect again before anything that may block is written.
+    drop(rest.signals);
+    if lost > 0 {
+        tell(format_args!(
+            "{lost} bytes of the command's output were not taken and are lost"
+        ));
+    }
+    let failure = rest.outputs.iter().find_map(Output::failure);
+    if let Some(error) = failure {
+        tell(format_args!(
+            "cannot write the command's output: {}",
+            io::Error::from(error)
+        ));
+    }
+    lost > 0 || failure.is_some()
+}
+
+fn run(foreground: Foreground<'_>) -> Result<(Outcome, Rest), LaunchError> {
     let mut manager = EventManager::new().map_err(LaunchError::Loop)?;
     let id = manager.add_subscriber(foreground);
     loop {
@@ -143,7 +181,7 @@ fn run(foreground: Foreground<'_>) -> Result<(Outcome, [Output; 2]), LaunchError
             .outcome();
         if let Some(outcome) = outcome {
             let foreground = manager.remove_subscriber(id).map_err(LaunchError::Loop)?;
-            return Ok((outcome, foreground.into_outputs()));
+            return Ok((outcome, foreground.into_rest()));
         }
     }
 }
@@ -202,6 +240,5 @@ fn wants_tty(spec: &Spec) -> bool {
 }
 
 fn enter_raw() -> Result<Option<RawTerminal>, LaunchError> {
-    terminal::restore_on_panic();
     RawTerminal::enter().map_err(|error| session("the terminal", error))
 }

@@ -19,6 +19,7 @@ pub struct Output {
     fd: BorrowedFd<'static>,
     waiting: VecDeque<u8>,
     closed: bool,
+    failure: Option<Errno>,
 }
 
 impl Output {
@@ -28,6 +29,7 @@ impl Output {
             fd,
             waiting: VecDeque::new(),
             closed: false,
+            failure: None,
         }
     }
 
@@ -40,38 +42,30 @@ impl Output {
         !self.closed
     }
 
+    /// Whether its reader went away.
+    pub fn has_no_reader(&self) -> bool {
+        self.closed && self.failure.is_none()
+    }
+
     /// Whether bytes wait.
     pub fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
 
     /// Writes what can be written without blocking and says how many bytes left the queue. When
-    /// nobody reads any more, everything is dropped.
+    /// it cannot be written any more, everything is dropped.
     pub fn flush(&mut self) -> usize {
-        self.drain(PollTimeout::ZERO)
-    }
-
-    /// Writes all that waits, giving up when the reader takes nothing for `patience`.
-    pub fn finish(&mut self, patience: PollTimeout) {
-        self.drain(patience);
-        if self.is_waiting() {
-            log::warn!(
-                "{} bytes of output were not taken and are lost",
-                self.waiting.len()
-            );
-        }
-    }
-
-    fn drain(&mut self, patience: PollTimeout) -> usize {
         let before = self.waiting.len();
-        while self.is_waiting() && self.is_writable(patience) {
+        while self.is_waiting() && self.is_writable() {
             let (front, _) = self.waiting.as_slices();
             let chunk = front.get(..CHUNK).unwrap_or(front);
             match write(self.fd, chunk) {
                 Ok(count) => drop(self.waiting.drain(..count)),
-                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break,
                 Err(error) => {
                     log::debug!("output {} closed: {error}", self.fd.as_raw_fd());
+                    self.failure = Some(error).filter(|error| *error != Errno::EPIPE);
                     self.closed = true;
                     self.waiting.clear();
                 }
@@ -80,9 +74,49 @@ impl Output {
         before - self.waiting.len()
     }
 
-    fn is_writable(&self, patience: PollTimeout) -> bool {
+    /// What kept output from being written, beside a reader that went away.
+    pub fn failure(&self) -> Option<Errno> {
+        self.failure
+    }
+
+    fn is_writable(&self) -> bool {
         let mut fds = [PollFd::new(self.fd, PollFlags::POLLOUT)];
-        poll(&mut fds, patience).is_ok_and(|ready| ready > 0)
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// Writes all that waits in `outputs`, however slow their readers, until `patience` is over or one
+/// of `interrupts` is readable. Says how many bytes were not taken.
+pub fn finish(
+    outputs: &mut [Output],
+    interrupts: &[BorrowedFd<'_>],
+    patience: PollTimeout,
+) -> usize {
+    loop {
+        for output in outputs.iter_mut() {
+            output.flush();
+        }
+        let waiting = outputs.iter().filter(|output| output.is_waiting());
+        let mut fds: Vec<PollFd<'_>> = waiting
+            .map(|output| PollFd::new(output.fd, PollFlags::POLLOUT))
+            .collect();
+        if fds.is_empty() {
+            return 0;
+        }
+        let wanted = fds.len();
+        fds.extend(
+            interrupts
+                .iter()
+                .map(|fd| PollFd::new(*fd, PollFlags::POLLIN)),
+        );
+        let ready = match poll(&mut fds, patience) {
+            Err(Errno::EINTR) => continue,
+            ready => ready.unwrap_or(0),
+        };
+        let interrupted = fds.iter().skip(wanted).any(|fd| fd.any().unwrap_or(true));
+        if ready == 0 || interrupted {
+            return outputs.iter().map(|output| output.waiting.len()).sum();
+        }
     }
 }
 
@@ -106,10 +140,10 @@ pub fn standard() -> (Output, Output) {
     (Output::new(out), Output::new(err))
 }
 
-/// Tries to read from stdin's descriptor; `None` at its end.
-pub fn read_input(fd: RawFd, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-    // SAFETY: the caller owns the descriptor for the whole session.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+/// Reads from stdin; `None` at its end.
+pub fn read_input(buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    // SAFETY: descriptor 0 is open for the whole life of the process, as those above.
+    let fd = unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) };
     match nix::unistd::read(fd, buffer) {
         Ok(0) => Ok(None),
         Ok(count) => Ok(Some(count)),
@@ -153,12 +187,50 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_reader_gets_everything_unless_interrupted() {
+        let (reader, mut output) = pipe();
+        output.push(&vec![7; 200_000]);
+        let mut outputs = [output];
+        let (interrupt, interrupter) = nix::unistd::pipe().unwrap();
+        let lost = finish(&mut outputs, &[interrupt.as_fd()], PollTimeout::from(10u16));
+        assert!((100_000..200_000).contains(&lost), "{lost}");
+        nix::unistd::write(&interrupter, b"x").unwrap();
+        assert_eq!(
+            finish(&mut outputs, &[interrupt.as_fd()], PollTimeout::NONE),
+            lost
+        );
+        let slow = std::thread::spawn(move || {
+            let mut read = Vec::new();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            reader.take(200_000).read_to_end(&mut read).unwrap();
+            read.len()
+        });
+        assert_eq!(finish(&mut outputs, &[], PollTimeout::NONE), 0);
+        assert_eq!(slow.join().unwrap(), 200_000);
+    }
+
+    #[test]
+    fn a_full_disk_is_a_failure_and_a_closed_reader_is_none() {
+        let full = std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let full: &'static std::fs::File = Box::leak(Box::new(full));
+        let mut output = Output::new(full.as_fd());
+        output.push(b"x");
+        output.flush();
+        assert_eq!(output.failure(), Some(Errno::ENOSPC));
+        assert!(!output.push(b"y") && !output.has_no_reader());
+    }
+
+    #[test]
     fn a_closed_reader_drops_output() {
         // The test harness ignores SIGPIPE, as bulle does.
         let (reader, mut output) = pipe();
         drop(reader);
         output.push(b"x");
         output.flush();
-        assert!(!output.is_waiting());
+        assert!(!output.is_waiting() && output.has_no_reader());
+        assert_eq!(output.failure(), None);
     }
 }

@@ -1,6 +1,6 @@
 //! Signals to bulle, read from a descriptor on the vmm thread.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
@@ -37,6 +37,22 @@ impl Signals {
                 None
             }
         }
+    }
+}
+
+impl Drop for Signals {
+    /// From here on they have their usual effect.
+    fn drop(&mut self) {
+        let set = SigSet::from_iter(SIGNALS);
+        if let Err(error) = pthread_sigmask(SigmaskHow::SIG_UNBLOCK, Some(&set), None) {
+            log::error!("signals stay blocked: {error}");
+        }
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

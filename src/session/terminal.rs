@@ -1,13 +1,17 @@
 //! The terminal on stdin: raw while a guest owns it, restored whatever happens.
 //!
-//! Restored on drop, on panic (see [`restore_on_panic`]) and, since signals are read from a
-//! signalfd and end the session normally, on signals. Output post-processing stays on, so that
-//! bulle's own messages keep their line ends.
+//! Restored on drop, on panic, and on signals: most are read from a signalfd and end the session
+//! normally, fatal ones have a handler. Output post-processing stays on, so that bulle's own
+//! messages keep their line ends.
 
 use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+use super::outcome::CODE_FAILURE;
 
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
@@ -27,6 +31,7 @@ impl RawTerminal {
         let mut raw = saved.clone();
         cfmakeraw(&mut raw);
         raw.output_flags = saved.output_flags | OutputFlags::OPOST;
+        restore_on_fatal_signals(&saved);
         *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &raw)?;
         Ok(Some(Self(())))
@@ -49,13 +54,64 @@ pub fn restore() {
     }
 }
 
-/// Makes panics restore the terminal before they print.
-pub fn restore_on_panic() {
+/// Makes a panic on any thread restore the terminal, print and end the process with bulle's own
+/// failure code: a VM without one of its threads is none.
+pub fn end_on_panic() {
     let previous = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         restore();
         previous(info);
+        // SAFETY: ends the process at once; nothing runs after it.
+        unsafe { libc::_exit(CODE_FAILURE.into()) }
     }));
+}
+
+/// Signals that end a process and that no session handles.
+const FATAL: [i32; 9] = [
+    libc::SIGABRT,
+    libc::SIGBUS,
+    libc::SIGSEGV,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGALRM,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+    libc::SIGSYS,
+];
+
+/// What [`on_fatal_signal`] restores; never freed.
+static FATAL_RESTORE: AtomicPtr<libc::termios> = AtomicPtr::new(ptr::null_mut());
+
+extern "C" fn on_fatal_signal(signal: i32) {
+    // SAFETY: the pointer is null or a leaked structure that is never written again; tcsetattr and
+    // raise are async-signal-safe. The handler is gone (SA_RESETHAND), so the signal now kills.
+    unsafe {
+        let saved = FATAL_RESTORE.load(Ordering::SeqCst);
+        if !saved.is_null() {
+            libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, saved);
+        }
+        libc::raise(signal);
+    }
+}
+
+/// Makes fatal signals restore `saved` before they kill.
+fn restore_on_fatal_signals(saved: &Termios) {
+    let saved: libc::termios = saved.clone().into();
+    FATAL_RESTORE.store(Box::into_raw(Box::new(saved)), Ordering::SeqCst);
+    for signal in FATAL {
+        // SAFETY: the structure is plain data, filled in before use; the handler is
+        // async-signal-safe.
+        let result = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_fatal_signal as *const () as usize;
+            action.sa_flags = libc::SA_RESETHAND | libc::SA_ONSTACK;
+            libc::sigemptyset(&mut action.sa_mask);
+            libc::sigaction(signal, &action, ptr::null_mut())
+        };
+        if result != 0 {
+            log::debug!("signal {signal} will not restore the terminal");
+        }
+    }
 }
 
 /// Rows and columns of the terminal on stdout.

@@ -2,19 +2,20 @@
 //!
 //! `create_vm → memory slots → irqchip → PIT → vCPUs → irqfd/ioeventfd`: a memory slot registered
 //! after the interrupt controller waits for an SRCU grace period, about 7 ms each on current
-//! kernels, against less than 0.2 ms before it. `tests/bench` guards the order. The processor's
-//! features are asked of KVM on a second thread meanwhile, since that alone takes 0.4 ms.
+//! kernels, against less than 0.2 ms before it. `tests/bench` guards the order. All of it runs on one
+//! thread: a second one meanwhile was measured to cost more, in TLB shootdowns and locks, than the
+//! overlap gains.
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::time::Instant;
 
 use arch::acpi::{AcpiError, AcpiFacts};
 use arch::boot::{self, BootError, BootParameters, EntryState};
 use arch::capabilities::{Capabilities, HostError};
 use arch::cmdline::{self, CmdlineError};
-use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions};
+use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions, LoadedKernel};
 use arch::memory::GuestMemory;
 use arch::topology::{Topology, TopologyError};
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
@@ -26,11 +27,11 @@ use super::host::{KVM_PATH, KvmOpenError, open_kvm};
 use super::irq::Irqchip;
 use super::limits::{self, LimitError};
 use super::memory::{self, MemoryError};
-use super::{ExitLatch, Vm};
+use super::{ExitLatch, Vm, kernel_cache};
 use crate::board::attach::Machine;
 use crate::board::{self, Board, BoardError, Wiring};
 use crate::config::{self, MachineConfig, Spec};
-use crate::sandbox::thread::{Role, ThreadError, spawn};
+use crate::sandbox::thread::ThreadError;
 use crate::vcpu::{Vcpu, VcpuHandle};
 
 /// A virtual machine could not be built.
@@ -99,9 +100,6 @@ pub enum BuildError {
     /// Processor features.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// A thread died.
-    #[error("The thread that asks KVM for processor features died")]
-    TemplateThread,
     /// KVM_CREATE_VCPU failed.
     #[error("KVM cannot create vCPU {index}")]
     CreateVcpu {
@@ -187,34 +185,26 @@ impl Initrd {
     }
 }
 
-/// KVM as opened and checked, with its processor features on the way.
+/// KVM as opened and checked.
 pub struct Host {
-    kvm: Arc<Kvm>,
+    kvm: Kvm,
     capabilities: Capabilities,
     topology: Topology,
-    template: JoinHandle<Result<VcpuTemplate, TemplateError>>,
 }
 
 impl Host {
-    /// Opens KVM, checks it against `machine`, and starts asking for processor features.
+    /// Opens KVM and checks it against `machine`.
     pub fn open(machine: &MachineConfig) -> Result<Self, BuildError> {
         limits::allow_open_files(machine)?;
-        let kvm = Arc::new(open_kvm()?);
+        let kvm = open_kvm()?;
         log::debug!("{KVM_PATH} is open");
         let capabilities = arch::capabilities::check(&kvm)?;
         let topology = topology(machine)?;
         limits::check(machine, &capabilities)?;
-        let template = {
-            let (kvm, capabilities) = (kvm.clone(), capabilities.clone());
-            spawn(Role::Template, move || {
-                VcpuTemplate::new(&kvm, &topology, &capabilities, None)
-            })?
-        };
         Ok(Self {
             kvm,
             capabilities,
             topology,
-            template,
         })
     }
 }
@@ -273,10 +263,7 @@ impl Vm {
         let entry = load(spec, &facts, kernel, initrd, &memory)?;
         log::debug!("devices in place, guest memory filled");
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let mut template = host
-            .template
-            .join()
-            .map_err(|_| BuildError::TemplateThread)??;
+        let mut template = VcpuTemplate::new(&host.kvm, &host.topology, &host.capabilities, None)?;
         log::debug!("processor features known");
         let enter = |sregs: &mut _| boot::apply(&entry, sregs);
         let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
@@ -341,7 +328,7 @@ fn load(
         kaslr_seed: kaslr.then_some(kaslr_seed),
         initrd_size: initrd.len(),
     };
-    let loaded = kernel.load(memory, &options)?;
+    let loaded = load_kernel(spec, kernel, memory, &options)?;
     let line = cmdline::build(&board::kernel_words(config), user_words, loaded.cmdline_max)?;
     let ram_size = spec.ram_size();
     let initrd_range = match initrd.len() {
@@ -362,6 +349,20 @@ fn load(
         rng_seed: random().map_err(BuildError::Random)?,
     };
     Ok(boot::configure(memory, &parameters)?)
+}
+
+fn load_kernel(
+    spec: &Spec,
+    kernel: &KernelImage,
+    memory: &GuestMemory,
+    options: &LoadOptions,
+) -> Result<LoadedKernel, KernelError> {
+    let cache = spec.config().boot_source.kernel_cache;
+    let unpacked = kernel_cache::unpack(kernel, options.entry, spec.ram_size(), cache)?;
+    let started = Instant::now();
+    let loaded = kernel.load_unpacked(unpacked.as_deref(), memory, options)?;
+    log::debug!("kernel loaded in {:.1?}", started.elapsed());
+    Ok(loaded)
 }
 
 /// Random bytes from the host, at most 256.

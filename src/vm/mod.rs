@@ -8,6 +8,7 @@ pub mod build;
 mod exit;
 mod host;
 pub mod irq;
+pub mod kernel_cache;
 mod limits;
 pub mod memory;
 

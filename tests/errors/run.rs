@@ -125,6 +125,15 @@ impl Run {
         for place in PLACES {
             found.extend(names(&self.place.path().join(place)));
         }
+        // The kernel cache, where one belongs.
+        if self
+            .place
+            .path()
+            .join("XDG_CACHE_HOME/bulle/kernels")
+            .is_dir()
+        {
+            found.retain(|name| name != "bulle");
+        }
         assert!(found.is_empty(), "files are left: {found:?}");
         let mark = self.place.path().as_os_str().as_encoded_bytes();
         for process in fs::read_dir("/proc").unwrap().flatten() {

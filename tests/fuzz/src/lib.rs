@@ -3,10 +3,19 @@
 //! The fuzzer calls them from `fuzz_targets/`; `tests/fuzz_corpus.rs` of the root package includes
 //! this file and replays the committed corpus with a stable toolchain.
 
+pub mod agent_protocol;
+pub mod config;
+pub mod devices;
+mod input;
 pub mod kernel_image;
 
 /// A target's body: takes any bytes, must not panic.
 pub type Target = fn(&[u8]);
 
 /// Every target by the name of its directory in `corpus/`.
-pub const TARGETS: &[(&str, Target)] = &[("kernel_image", kernel_image::run)];
+pub const TARGETS: &[(&str, Target)] = &[
+    ("agent_protocol", agent_protocol::run),
+    ("config", config::run),
+    ("devices", devices::run),
+    ("kernel_image", kernel_image::run),
+];

@@ -5,7 +5,6 @@
 //! hole, because the boot page tables map 4 GiB, and below the initrd.
 
 use super::elf::Elf;
-use super::relocs::Relocations;
 
 /// `MIN_KERNEL_ALIGN` of 64-bit Linux: its early page tables use 2 MiB pages.
 pub(super) const MIN_ALIGNMENT: u64 = 2 << 20;
@@ -61,17 +60,6 @@ pub(super) fn choose(
         virt_offset,
         phys_base,
     })
-}
-
-/// Adds the virtual offset wherever the kernel holds an absolute address. Changes nothing and
-/// returns false if a relocation points out of the kernel.
-pub(super) fn relocate(
-    image: &mut [u8],
-    elf: &Elf,
-    relocations: &Relocations,
-    virt_offset: u64,
-) -> bool {
-    relocations.all_inside(image, elf) && relocations.apply(image, elf, virt_offset)
 }
 
 /// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators), to draw two

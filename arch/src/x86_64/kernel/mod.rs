@@ -18,6 +18,7 @@ mod unpack;
 mod version;
 
 use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 pub use linux_loader::loader::bootparam::setup_header;
@@ -107,7 +108,7 @@ pub struct LoadedKernel {
 /// A kernel image, its headers checked.
 pub struct KernelImage {
     path: PathBuf,
-    source: Source,
+    source: Source<'static>,
     format: Format,
 }
 
@@ -160,38 +161,72 @@ impl KernelImage {
         }
     }
 
+    /// The image file, opened; `None` for an image in memory.
+    pub fn file(&self) -> Option<&File> {
+        self.source.file()
+    }
+
+    /// True for a bzImage, whose kernel [`KernelImage::unpack`] unpacks.
+    pub fn is_bzimage(&self) -> bool {
+        matches!(self.format, Format::Bzimage(_))
+    }
+
+    /// Unpacks the kernel in a bzImage: an ELF file with its relocations, as the kernel build
+    /// packed it. `ram` in bytes bounds it, since a kernel larger than RAM cannot start. `None` if
+    /// `entry` takes the image as it is.
+    pub fn unpack(&self, entry: KernelEntry, ram: u64) -> Result<Option<Vec<u8>>, KernelError> {
+        let image = match &self.format {
+            Format::Bzimage(image) if entry != KernelEntry::Bzimage => image,
+            _ => return Ok(None),
+        };
+        let payload = image.payload(&self.source);
+        match payload.and_then(|payload| unpack::unpack(&payload, ram)) {
+            Ok(unpacked) => Ok(Some(unpacked)),
+            Err(KernelFault::UnknownCompression { .. }) if entry == KernelEntry::Auto => Ok(None),
+            Err(fault) => Err(self.error(fault)),
+        }
+    }
+
     /// Loads the kernel into zeroed guest memory.
     pub fn load(
         &self,
         memory: &GuestMemory,
         options: &LoadOptions,
     ) -> Result<LoadedKernel, KernelError> {
-        let loaded = match &self.format {
-            Format::Elf(elf) => load_elf(&self.source, elf, memory, options.entry),
-            Format::Bzimage(image) => self.load_bzimage(image, memory, options),
-        };
-        loaded.map_err(|source| KernelError {
-            path: self.path.clone(),
-            source,
-        })
+        let unpacked = self.unpack(options.entry, memory::total_size(memory))?;
+        self.load_unpacked(unpacked.as_deref(), memory, options)
     }
 
-    fn load_bzimage(
+    /// As [`KernelImage::load`], with what [`KernelImage::unpack`] has returned for this image and
+    /// this entry, now or at an earlier time.
+    pub fn load_unpacked(
         &self,
-        image: &Bzimage,
+        unpacked: Option<&[u8]>,
         memory: &GuestMemory,
         options: &LoadOptions,
-    ) -> Result<LoadedKernel, KernelFault> {
-        if options.entry == KernelEntry::Bzimage {
-            return self.load_packed(image, memory);
-        }
-        let payload = image.payload(&self.source)?;
-        match unpack::unpack(&payload, memory::total_size(memory)) {
-            Ok(unpacked) => load_unpacked(unpacked, image, memory, options),
-            Err(KernelFault::UnknownCompression { .. }) if options.entry == KernelEntry::Auto => {
+    ) -> Result<LoadedKernel, KernelError> {
+        let entry = options.entry;
+        let loaded = match (&self.format, unpacked) {
+            (Format::Elf(elf), _) => load_elf(&self.source, elf, memory, entry),
+            (Format::Bzimage(image), _) if entry == KernelEntry::Bzimage => {
                 self.load_packed(image, memory)
             }
-            Err(fault) => Err(fault),
+            (Format::Bzimage(image), Some(bytes)) => load_unpacked(bytes, image, memory, options),
+            (Format::Bzimage(image), None) if entry == KernelEntry::Auto => {
+                self.load_packed(image, memory)
+            }
+            (Format::Bzimage(_), None) => Err(KernelFault::NoEntry {
+                wanted: entry,
+                hint: " before it is unpacked",
+            }),
+        };
+        loaded.map_err(|fault| self.error(fault))
+    }
+
+    fn error(&self, source: KernelFault) -> KernelError {
+        KernelError {
+            path: self.path.clone(),
+            source,
         }
     }
 
@@ -300,12 +335,16 @@ fn load_elf(
 
 /// Loads the ELF file from a bzImage, at a random place if it can be moved.
 fn load_unpacked(
-    unpacked: Vec<u8>,
+    unpacked: &[u8],
     image: &Bzimage,
     memory: &GuestMemory,
     options: &LoadOptions,
 ) -> Result<LoadedKernel, KernelFault> {
-    let mut source = Source::memory(unpacked)?;
+    let (need, ram) = (unpacked.len() as u64, memory::total_size(memory));
+    if need > ram {
+        return Err(KernelFault::MemoryTooSmall { need, ram });
+    }
+    let source = Source::memory(unpacked)?;
     if !source.head().starts_with(&elf::MAGIC) {
         return Err(KernelFault::PayloadNotElf);
     }
@@ -316,14 +355,21 @@ fn load_unpacked(
         wanted => wanted,
     };
     let (protocol, entry) = elf_entry(&elf, wanted)?;
-    let kaslr = match (protocol, options.kaslr_seed) {
+    let tail = unpacked.get(elf.file_end as usize..).unwrap_or_default();
+    let moved = match (protocol, options.kaslr_seed) {
         (Protocol::Linux64, Some(seed)) => {
-            randomise(&mut source, &elf, image, memory, options.initrd_size, seed)?
+            let end = kaslr_end(image, memory, options.initrd_size);
+            randomise(tail, &elf, image, need, end, seed)?
         }
         _ => None,
     };
-    let delta = kaslr.map_or(0, |kaslr| kaslr.phys_base - elf.start());
+    let delta = moved
+        .as_ref()
+        .map_or(0, |(kaslr, _)| kaslr.phys_base - elf.start());
     elf.load(&source, memory, delta)?;
+    if let Some((kaslr, relocations)) = &moved {
+        relocations.apply(memory, &elf, delta, kaslr.virt_offset)?;
+    }
     let kernel = LoadedKernel::new(
         protocol,
         entry + delta,
@@ -331,41 +377,38 @@ fn load_unpacked(
         elf.end() + delta,
     );
     Ok(LoadedKernel {
-        kaslr,
+        kaslr: moved.map(|(kaslr, _)| kaslr),
         ..with_header(kernel, image)
     })
 }
 
-/// Applies KASLR to an unpacked kernel, if it has relocations.
+/// First address that KASLR leaves free.
+fn kaslr_end(image: &Bzimage, memory: &GuestMemory, initrd_size: u64) -> u64 {
+    let initrd_end = u64::from(image.header.initrd_addr_max) + 1;
+    memory::low_end(memory).min(initrd_end).saturating_sub(
+        initrd_size
+            .checked_next_multiple_of(4096)
+            .unwrap_or(u64::MAX),
+    )
+}
+
+/// Chooses a place below `end` for an unpacked kernel of `size` bytes, if what follows its ELF
+/// file, `tail`, has the relocations to move it there.
 fn randomise(
-    source: &mut Source,
+    tail: &[u8],
     elf: &Elf,
     image: &Bzimage,
-    memory: &GuestMemory,
-    initrd_size: u64,
+    size: u64,
+    end: u64,
     seed: u64,
-) -> Result<Option<Kaslr>, KernelFault> {
+) -> Result<Option<(Kaslr, Relocations)>, KernelFault> {
     let alignment = image.alignment()?;
     if image.header.relocatable_kernel == 0 {
         return Ok(None);
     }
-    let initrd_end = u64::from(image.header.initrd_addr_max) + 1;
-    let end = memory::low_end(memory).min(initrd_end).saturating_sub(
-        initrd_size
-            .checked_next_multiple_of(4096)
-            .unwrap_or(u64::MAX),
-    );
-    let size = source.size();
-    let Some(bytes) = source.bytes_mut() else {
-        return Ok(None);
-    };
-    let tail = bytes.get(elf.file_end as usize..).unwrap_or_default();
-    let Some(relocations) = Relocations::parse(tail) else {
-        return Ok(None);
-    };
-    let Some(kaslr) = kaslr::choose(elf, size, alignment, end, seed) else {
-        return Ok(None);
-    };
-    let moved = kaslr::relocate(bytes, elf, &relocations, kaslr.virt_offset);
-    Ok(moved.then_some(kaslr))
+    let relocations = Relocations::parse(tail).filter(|lists| lists.all_inside(elf));
+    Ok(relocations.and_then(|lists| {
+        let kaslr = kaslr::choose(elf, size, alignment, end, seed)?;
+        Some((kaslr, lists))
+    }))
 }

@@ -5,8 +5,12 @@
 //! from 6.15 on have no inverse list (and its zero is gone), nor have those before 3.16. A word is
 //! the sign-extended virtual address of the place to change.
 
-use super::elf::{Elf, Segment, u32_at, u64_at};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
+
+use super::elf::{Elf, Segment};
+use super::error::KernelFault;
 use super::kaslr::START_KERNEL_MAP;
+use crate::memory::GuestMemory;
 
 /// The three lists, each of linked virtual addresses cut to 32 bits.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -48,51 +52,87 @@ impl Relocations {
     }
 
     /// True if every place lies within the file part of a segment.
-    pub(super) fn all_inside(&self, image: &[u8], elf: &Elf) -> bool {
+    pub(super) fn all_inside(&self, elf: &Elf) -> bool {
         let mut places = Places::new(elf);
-        let mut inside = |list: &[u32], size: usize| {
-            list.iter().all(|word| {
-                places
-                    .find(*word, size)
-                    .is_some_and(|offset| offset + size <= image.len())
-            })
-        };
+        let mut inside =
+            |list: &[u32], size: u64| list.iter().all(|word| places.find(*word, size).is_some());
         inside(&self.add_64, 8) && inside(&self.subtract_32, 4) && inside(&self.add_32, 4)
     }
 
-    /// Changes every place in `image`, the unpacked ELF file; false if one is out of bounds.
-    pub(super) fn apply(&self, image: &mut [u8], elf: &Elf, delta: u64) -> bool {
-        let mut places = Places::new(elf);
+    /// Changes every place of a kernel that lies in guest memory, `delta` above its linked
+    /// address, for a virtual offset. Places outside of its segments stay as they are.
+    pub(super) fn apply(
+        &self,
+        memory: &GuestMemory,
+        elf: &Elf,
+        delta: u64,
+        virt_offset: u64,
+    ) -> Result<(), KernelFault> {
         // The offset is below 1 GiB: it fits a 32-bit place.
-        let delta_32 = delta as u32;
-        let mut change = |list: &[u32], size: usize, new: &dyn Fn(&[u8]) -> u64| {
-            list.iter().all(|word| {
-                let Some(offset) = places.find(*word, size) else {
-                    return false;
-                };
-                let Some(place) = image.get_mut(offset..offset + size) else {
-                    return false;
-                };
-                let value = new(place).to_le_bytes();
-                place
-                    .iter_mut()
-                    .zip(value)
-                    .for_each(|(to, from)| *to = from);
-                true
-            })
-        };
-        change(&self.add_64, 8, &|place| {
-            u64_at(place, 0).wrapping_add(delta)
-        }) && change(&self.subtract_32, 4, &|place| {
-            u32_at(place, 0).wrapping_sub(delta_32).into()
-        }) && change(&self.add_32, 4, &|place| {
-            u32_at(place, 0).wrapping_add(delta_32).into()
+        let offset_32 = virt_offset as u32;
+        let image = Image::new(memory, elf, delta)?;
+        image.change(elf, &self.add_64, |value: u64| {
+            value.wrapping_add(virt_offset)
+        })?;
+        image.change(elf, &self.subtract_32, |value: u32| {
+            value.wrapping_sub(offset_32)
+        })?;
+        image.change(elf, &self.add_32, |value: u32| {
+            value.wrapping_add(offset_32)
         })
     }
 }
 
-/// Finds file offsets of linked addresses; relocations come sorted, so the last segment is tried
-/// first.
+/// A kernel in guest memory.
+struct Image<'a> {
+    bytes: VolatileSlice<'a>,
+    /// First byte.
+    address: u64,
+    /// Linked address of the first byte.
+    start: u64,
+}
+
+impl<'a> Image<'a> {
+    fn new(memory: &'a GuestMemory, elf: &Elf, delta: u64) -> Result<Self, KernelFault> {
+        let start = elf.start();
+        let address = start + delta;
+        let size = (elf.end() - start) as usize;
+        let bytes = memory
+            .get_slice(GuestAddress(address), size)
+            .map_err(|source| KernelFault::Write { address, source })?;
+        Ok(Image {
+            bytes,
+            address,
+            start,
+        })
+    }
+
+    fn change<T: ByteValued>(
+        &self,
+        elf: &Elf,
+        list: &[u32],
+        new: impl Fn(T) -> T,
+    ) -> Result<(), KernelFault> {
+        let mut places = Places::new(elf);
+        for word in list {
+            let Some(phys) = places.find(*word, size_of::<T>() as u64) else {
+                continue;
+            };
+            let offset = phys - self.start;
+            let place =
+                self.bytes
+                    .get_ref::<T>(offset as usize)
+                    .map_err(|source| KernelFault::Write {
+                        address: self.address + offset,
+                        source: source.into(),
+                    })?;
+            place.store(new(place.load()));
+        }
+        Ok(())
+    }
+}
+
+/// Finds linked physical addresses; relocations come sorted, so the last segment is tried first.
 struct Places<'a> {
     segments: &'a [Segment],
     last: Option<Segment>,
@@ -106,13 +146,13 @@ impl<'a> Places<'a> {
         }
     }
 
-    fn find(&mut self, word: u32, size: usize) -> Option<usize> {
+    fn find(&mut self, word: u32, size: u64) -> Option<u64> {
         // Sign-extended to 64 bits, then from the kernel's mapping to the linked physical address.
         let virt = i64::from(word as i32) as u64;
         let phys = virt.checked_sub(START_KERNEL_MAP)?;
         let inside = |s: &Segment| {
             phys.checked_sub(s.paddr)
-                .and_then(|offset| offset.checked_add(size as u64))
+                .and_then(|offset| offset.checked_add(size))
                 .is_some_and(|end| end <= s.filesz)
         };
         if !self.last.as_ref().is_some_and(inside) {
@@ -122,7 +162,6 @@ impl<'a> Places<'a> {
                 .find(|segment| inside(segment))
                 .copied();
         }
-        let segment = self.last?;
-        usize::try_from(segment.offset + (phys - segment.paddr)).ok()
+        self.last.map(|_| phys)
     }
 }

@@ -1,5 +1,6 @@
 //! Where the bytes of a kernel image come from: a file read piecewise, or memory.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -14,18 +15,18 @@ use crate::memory::GuestMemory;
 const HEAD_SIZE: usize = 4096;
 
 /// A kernel image, its first bytes at hand.
-pub(super) struct Source {
-    bytes: Backing,
+pub(super) struct Source<'a> {
+    bytes: Backing<'a>,
     head: Vec<u8>,
     size: u64,
 }
 
-enum Backing {
+enum Backing<'a> {
     File(File),
-    Memory(Vec<u8>),
+    Memory(Cow<'a, [u8]>),
 }
 
-impl Source {
+impl<'a> Source<'a> {
     /// Opens a regular, non-empty file and reads its head.
     pub(super) fn open(path: &Path) -> Result<Self, KernelFault> {
         // Looked at before it is opened, because opening a pipe would wait for its writer.
@@ -55,7 +56,8 @@ impl Source {
     }
 
     /// Takes an image that is in memory already.
-    pub(super) fn memory(bytes: Vec<u8>) -> Result<Self, KernelFault> {
+    pub(super) fn memory(bytes: impl Into<Cow<'a, [u8]>>) -> Result<Self, KernelFault> {
+        let bytes = bytes.into();
         if bytes.is_empty() {
             return Err(KernelFault::Empty);
         }
@@ -154,11 +156,11 @@ impl Source {
         }
     }
 
-    /// The image in memory, to be changed before it is loaded; `None` for a file.
-    pub(super) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
-        match &mut self.bytes {
-            Backing::File(_) => None,
-            Backing::Memory(bytes) => Some(bytes),
+    /// The file, if it is one.
+    pub(super) fn file(&self) -> Option<&File> {
+        match &self.bytes {
+            Backing::File(file) => Some(file),
+            Backing::Memory(_) => None,
         }
     }
 }

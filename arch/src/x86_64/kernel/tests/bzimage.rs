@@ -151,3 +151,62 @@ fn header_behind_its_own_length_is_ignored() {
     let (handover, init_size) = (header.handover_offset, header.init_size);
     assert_eq!((handover, init_size), (0, 0x40_0000));
 }
+
+#[test]
+fn unpacked_once_loads_any_time() {
+    let packed = linux_bzimage(Compression::Zstd);
+    let image = KernelImage::from_bytes(packed.clone()).unwrap();
+    let ram = 64 * MIB;
+    let unpacked = image.unpack(KernelEntry::Auto, ram).unwrap().unwrap();
+    let options = LoadOptions {
+        kaslr_seed: Some(11),
+        ..LoadOptions::default()
+    };
+    let (expected, got) = (memory(ram), memory(ram));
+    let kernel = load(&packed, &expected, &options);
+    for _ in 0..2 {
+        let again = image
+            .load_unpacked(Some(&unpacked), &memory(ram), &options)
+            .unwrap();
+        assert_eq!((again.kaslr, again.entry), (kernel.kaslr, kernel.entry));
+    }
+    image
+        .load_unpacked(Some(&unpacked), &got, &options)
+        .unwrap();
+    assert!(read(&got, 0, ram as usize) == read(&expected, 0, ram as usize));
+
+    let own = image.unpack(KernelEntry::Bzimage, ram).unwrap();
+    assert!(image.is_bzimage() && own.is_none());
+    let wanted = entry(KernelEntry::Bzimage);
+    let kernel = image.load_unpacked(Some(&unpacked), &got, &wanted).unwrap();
+    assert_eq!(kernel.entry.0, kernel.start + 0x200);
+}
+
+#[test]
+fn unpacked_kernels_are_checked_as_packed_ones() {
+    let image = KernelImage::from_bytes(linux_bzimage(Compression::Zstd)).unwrap();
+    let fault = |unpacked: Option<&[u8]>, ram, wanted| {
+        let result = image.load_unpacked(unpacked, &memory(ram), &entry(wanted));
+        result.unwrap_err().source
+    };
+    let (auto, ram) = (KernelEntry::Auto, 64 * MIB);
+    let large = vec![0x7f; ram as usize + 1];
+    assert!(matches!(
+        fault(Some(&large), ram, auto),
+        KernelFault::MemoryTooSmall { need, ram: 0x400_0000 } if need == ram + 1
+    ));
+    assert!(matches!(
+        fault(Some(b"cpio"), ram, auto),
+        KernelFault::PayloadNotElf
+    ));
+    assert!(matches!(fault(Some(&[]), ram, auto), KernelFault::Empty));
+    let wanted = KernelEntry::Linux64;
+    assert!(matches!(
+        fault(None, ram, wanted),
+        KernelFault::NoEntry { .. }
+    ));
+
+    let elf = KernelImage::from_bytes(linux_elf().build()).unwrap();
+    assert!(!elf.is_bzimage() && elf.file().is_none());
+    assert!(elf.unpack(auto, ram).unwrap().is_none());
+}
