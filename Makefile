@@ -29,7 +29,9 @@ lint: ## Formatting, clippy, licences and sources of dependencies
 	@tests/setup lint
 	@tests/lint
 
-bench: build ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths)
+bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths)
+	@tests/setup bench
+	@$(MAKE) --no-print-directory build
 	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start
 
 install: build ## Install the binary below PREFIX (/usr/local)

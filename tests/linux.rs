@@ -48,7 +48,8 @@ fn one_processor(flavour: &str) {
     let before = now();
     let script =
         "echo release $(uname -r); echo cpus $(nproc); echo time $(date +%s); echo cwd $(pwd);
-        echo env $GREETING; echo pid1 $(cat /proc/1/comm); echo to stderr >&2; exit 37";
+        echo env $GREETING; echo pid1 $(cat /proc/1/comm); echo name $(uname -n);
+        echo to stderr >&2; exit 37";
     let options = ["--env", "GREETING=hello there", "--cwd", "/proc"];
     let outcome = shell(flavour, &options, script).exits(37);
     let release = kernel(flavour)
@@ -63,6 +64,7 @@ fn one_processor(flavour: &str) {
     assert_eq!(outcome.value("cpus"), "1");
     assert_eq!(outcome.value("cwd"), "/proc");
     assert_eq!(outcome.value("env"), "hello there");
+    assert_eq!(outcome.value("name"), "bulle");
     let time: u64 = outcome.value("time").parse().unwrap();
     assert!(
         (before - 1..=now() + 1).contains(&time),
@@ -70,7 +72,7 @@ fn one_processor(flavour: &str) {
         now()
     );
     // Nothing but the command's own: no kernel messages, no carriage returns.
-    assert_eq!(outcome.stdout.lines().count(), 6, "{outcome:#?}");
+    assert_eq!(outcome.stdout.lines().count(), 7, "{outcome:#?}");
     assert_eq!(outcome.stderr, "to stderr\n");
     assert!(!outcome.stdout.contains('\r'), "{outcome:#?}");
 }
@@ -171,6 +173,12 @@ fn timeout() {
 #[test]
 fn a_guest_that_switches_itself_off_is_0() {
     let outcome = shell("cloud-amd64", &[], "poweroff -f; sleep 100").exits(0);
+    outcome.within(Duration::from_secs(90));
+}
+
+#[test]
+fn a_guest_that_halts_ends_too() {
+    let outcome = shell("cloud-amd64", &[], "halt; sleep 100").exits(0);
     outcome.within(Duration::from_secs(90));
 }
 

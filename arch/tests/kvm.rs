@@ -214,7 +214,7 @@ fn lines_do_not_reach_a_guest_through_the_pic() {
     ];
     const HANDLER: &[u8] = &[0xe6, 0x11, 0xcf]; // out 0x11, al; iret
     let Some(kvm) = kvm() else { return };
-    let mut guest = real_mode(&kvm, Topology::flat(1).unwrap(), CODE);
+    let mut guest = real_mode(&kvm, Topology::new(1, 1, 1, 1, 1).unwrap(), CODE);
     guest
         .memory
         .write_slice(HANDLER, GuestAddress(0x2000))

@@ -9,8 +9,6 @@ const PANIC: &[u8] = b"Kernel panic - not syncing";
 const PANIC_END: &[u8] = b"---[ end Kernel panic";
 /// Bytes of a line that are looked at: room for all that printk puts before the text.
 const MAX_LINE: usize = 128;
-/// Bytes kept of a panic's message. Linux prints at most 1024 in a line.
-const MAX_MESSAGE: usize = 1024;
 
 /// How far a kernel panic has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,8 +28,6 @@ pub enum PanicMark {
 pub struct PanicDetector {
     line: Vec<u8>,
     seen: Option<PanicMark>,
-    in_message: bool,
-    message: Vec<u8>,
 }
 
 impl PanicDetector {
@@ -49,20 +45,10 @@ impl PanicDetector {
         self.seen.filter(|_| self.seen != before)
     }
 
-    /// The first panic's line from "Kernel panic" on, as far as it has come; without control
-    /// characters.
-    pub fn message(&self) -> Option<String> {
-        self.seen.map(|_| clean(&self.message))
-    }
-
     fn push(&mut self, byte: u8) {
         if matches!(byte, b'\n' | b'\r') {
             self.line.clear();
-            self.in_message = false;
             return;
-        }
-        if self.in_message && self.message.len() < MAX_MESSAGE {
-            self.message.push(byte);
         }
         if self.line.len() >= MAX_LINE {
             return;
@@ -73,10 +59,6 @@ impl PanicDetector {
             text if text == PANIC_END => PanicMark::End,
             _ => return,
         };
-        if self.seen.is_none() {
-            self.message = PANIC.to_vec();
-            self.in_message = true;
-        }
         self.seen = self.seen.max(Some(reached));
     }
 }
@@ -143,15 +125,16 @@ impl LastLines {
     }
 }
 
-/// Text without escape sequences and control characters.
-fn clean(bytes: &[u8]) -> String {
+/// A guest's text as safe to print on a terminal: in one line, without escape sequences and control
+/// characters; a tab or newline becomes a space.
+pub fn clean(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut cleaned = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
         match c {
             '\x1b' => skip_escape(&mut chars),
-            '\t' => cleaned.push(' '),
+            '\t' | '\n' => cleaned.push(' '),
             c if c.is_control() => {}
             c => cleaned.push(c),
         }

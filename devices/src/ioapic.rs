@@ -57,7 +57,8 @@ pub trait MsiSink: Send + Sync {
     fn send(&self, address: u64, data: u32);
 
     /// The guest changed how `pin` is delivered. KVM reports the end of a level interrupt
-    /// (`KVM_EXIT_IOAPIC_EOI`) only for vectors in its GSI routes, so those must follow.
+    /// (`KVM_EXIT_IOAPIC_EOI`) only for vectors in its GSI routes, so those must follow. A sink without
+    /// routes serves pulses only.
     /// Of two vCPUs that write one entry at once, either may be reported last.
     fn route_changed(&self, pin: usize, message: MsiMessage) {
         let _ = (pin, message);
@@ -171,7 +172,9 @@ impl IoApicState {
             return None;
         }
         self.pending &= !bit;
-        if level {
+        // Only a held line waits for the end of its interrupt. A pulse is over: nothing may ever tell
+        // its end, see [`MsiSink::route_changed`].
+        if level && self.level & bit != 0 {
             *entry |= REMOTE_IRR;
         }
         Some(MsiMessage::new(*entry))
@@ -216,7 +219,7 @@ impl IoApic {
         lock(&self.state).clone()
     }
 
-    /// An edge on `pin`. On a pin the guest set to level it counts as one interrupt.
+    /// An edge on `pin`. On a pin the guest set to level it is one interrupt too.
     pub fn pulse(&self, pin: usize) {
         let Some(bit) = bit(pin) else { return };
         let mut state = lock(&self.state);

@@ -14,7 +14,8 @@ use agent_protocol::{
     Decoder, FromGuest, FromHost, GUEST_WINDOW, HOST_WINDOW, OVERHEAD, Start, StartError, VERSION,
 };
 pub use agent_protocol::{Exit, Level, Power, Stage, WinSize, features};
-pub use types::{AgentEvent, AgentFailure, ProtocolError, RequestError, StartRequest, exit_code};
+use devices::console::clean;
+pub use types::{AgentEvent, AgentFailure, ProtocolError, RequestError, StartRequest};
 
 /// Largest piece of input in one frame.
 const PIECE: usize = 1024;
@@ -155,7 +156,7 @@ impl AgentClient {
                 self.credit = hello.window.min(GUEST_WINDOW);
                 AgentEvent::Hello {
                     features: hello.features,
-                    release: lossy(hello.release),
+                    release: clean(hello.release),
                 }
             }
             (FromGuest::Started { pid }, Starting) if started => {
@@ -179,12 +180,12 @@ impl AgentClient {
                 AgentEvent::Failed(AgentFailure {
                     stage,
                     errno,
-                    text: lossy(text),
+                    text: clean(text),
                 })
             }
             (FromGuest::Log { level, text }, Starting | Running | Ended) => AgentEvent::Log {
                 level,
-                text: lossy(text),
+                text: clean(text),
             },
             (FromGuest::Stopping(power), Starting | Running | Ended) => AgentEvent::Stopping(power),
             (FromGuest::Credit(n), Starting | Running | Ended) => {
@@ -359,10 +360,6 @@ fn request_error(error: StartError) -> RequestError {
         StartError::TooMany(count) => RequestError::TooMany { count },
         StartError::TooLong(bytes) => RequestError::TooLong { bytes },
     }
-}
-
-fn lossy(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 fn name(message: &FromGuest<'_>) -> &'static str {

@@ -1,8 +1,7 @@
 //! Packs a guest's initramfs: the agent, kernel modules, and a root that is either made of given
 //! nodes or copied from a directory of the host. Not compressed, since this is on the way to launch.
 //!
-//! The result is a complete newc archive; the kernel also takes it behind another one, see
-//! [`append`]. Extended attributes (file capabilities) have no place in the format and are lost.
+//! The result is a complete newc archive. Extended attributes (file capabilities) have no place in the format and are lost.
 
 mod archive;
 mod walk;
@@ -81,7 +80,7 @@ pub enum Content {
     Directory,
     /// A file with these bytes.
     Bytes(Cow<'static, [u8]>),
-    /// A file with the bytes of a file of the host.
+    /// A file with the bytes of a file of the host, links followed.
     HostFile(PathBuf),
     /// A symbolic link to this target.
     Symlink(String),
@@ -197,7 +196,14 @@ fn pack_node(archive: &mut Archive<'_>, node: &Node) -> Result<(), InitramfsErro
     match &node.content {
         Content::Directory => archive.bytes(&Meta::directory(node.mode), name, b""),
         Content::Bytes(bytes) => archive.bytes(&Meta::file(node.mode), name, bytes),
-        Content::HostFile(path) => archive.host_file(&Meta::file(node.mode), name, path),
+        Content::HostFile(path) => {
+            let read = |source| InitramfsError::Read {
+                path: path.clone(),
+                source,
+            };
+            let real = path.canonicalize().map_err(read)?;
+            archive.host_file(&Meta::file(node.mode), name, &real)
+        }
         Content::Symlink(target) => archive.bytes(&Meta::symlink(), name, target.as_bytes()),
     }
 }
@@ -211,14 +217,6 @@ fn pack_modules(archive: &mut Archive<'_>, modules: &[Module]) -> Result<(), Ini
         list.push_str(&format!("/{name}\n"));
     }
     archive.bytes(&Meta::file(0o644), MODULE_LIST.as_bytes(), list.as_bytes())
-}
-
-/// Puts an archive behind a user's initrd, compressed or not: the kernel unpacks both, and what is
-/// in the archive wins.
-pub fn append(initrd: &mut Vec<u8>, archive: &[u8]) {
-    initrd.reserve(archive.len() + 3);
-    initrd.resize(initrd.len().next_multiple_of(4), 0);
-    initrd.extend_from_slice(archive);
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 //!
 //! `create_vm → memory slots → irqchip → PIT → vCPUs → irqfd/ioeventfd`: a memory slot registered
 //! after the interrupt controller waits for an SRCU grace period, about 7 ms each on current
-//! kernels, against less than 0.2 ms before it. `tests/bench` guards the order. All of it runs on one
-//! thread: a second one meanwhile was measured to cost more, in TLB shootdowns and locks, than the
-//! overlap gains.
+//! kernels, against less than 0.2 ms before it. The benchmark shows it (`make bench`). All of it runs
+//! on one thread: a second one meanwhile was measured to cost more, in TLB shootdowns and locks, than
+//! the overlap gains.
 
 use std::fs::File;
 use std::io;

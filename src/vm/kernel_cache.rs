@@ -115,32 +115,63 @@ fn unpack_with(
 fn user_directory() -> Result<PathBuf, CacheError> {
     let variable = |name| std::env::var_os(name).map(PathBuf::from);
     let root = geteuid().is_root();
-    let directory = place(variable("XDG_CACHE_HOME"), variable("HOME"), root);
-    let directory = directory.ok_or(CacheError::NoPlace)?;
-    prepare(&directory)?;
+    let place = place(variable("XDG_CACHE_HOME"), variable("HOME"), root);
+    prepare(&place.ok_or(CacheError::NoPlace)?)
+}
+
+/// Where caches are to be, by the XDG Base Directory Specification (which ignores relative paths).
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// In this directory.
+    Base(PathBuf),
+    /// In `.cache` of this home.
+    Home(PathBuf),
+}
+
+fn place(xdg: Option<PathBuf>, home: Option<PathBuf>, root: bool) -> Option<Place> {
+    let absolute = |path: &PathBuf| path.is_absolute();
+    xdg.filter(absolute)
+        .map(Place::Base)
+        .or_else(|| home.filter(absolute).map(Place::Home))
+        .or_else(|| root.then(|| Place::Base(PathBuf::from("/var/cache"))))
+}
+
+/// The directory of the kernels there, made if need be: below a directory of this user, and nothing
+/// above that. So root with another user's HOME (`sudo -E`) leaves nothing there.
+fn prepare(place: &Place) -> Result<PathBuf, CacheError> {
+    let base = match place {
+        Place::Base(base) => base.clone(),
+        Place::Home(home) => {
+            check_user(home)?;
+            create(home.join(".cache"))?
+        }
+    };
+    check_user(&base)?;
+    let own = create(base.join("bulle"))?;
+    check_user(&own)?;
+    let directory = create(own.join("kernels"))?;
+    check_owner(
+        &directory,
+        &fs::metadata(&directory).map_err(io_at(&directory))?,
+    )?;
     Ok(directory)
 }
 
-/// Where the cache is to be, by the XDG Base Directory Specification (which ignores relative
-/// paths).
-fn place(xdg: Option<PathBuf>, home: Option<PathBuf>, root: bool) -> Option<PathBuf> {
-    let absolute = |path: &PathBuf| path.is_absolute();
-    xdg.filter(absolute)
-        .or_else(|| home.filter(absolute).map(|home| home.join(".cache")))
-        .or_else(|| root.then(|| PathBuf::from("/var/cache")))
-        .map(|base| base.join("bulle/kernels"))
+/// Makes a directory, for this user alone, unless there is one.
+fn create(directory: PathBuf) -> Result<PathBuf, CacheError> {
+    match DirBuilder::new().mode(0o700).create(&directory) {
+        Err(error) if !directory.is_dir() => Err(io_at(&directory)(error)),
+        _ => Ok(directory),
+    }
 }
 
-fn prepare(directory: &Path) -> Result<(), CacheError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(io_at(directory))?;
-    check_owner(
-        directory,
-        &fs::metadata(directory).map_err(io_at(directory))?,
-    )
+/// It must belong to this user.
+fn check_user(path: &Path) -> Result<(), CacheError> {
+    if fs::metadata(path).map_err(io_at(path))?.uid() == geteuid().as_raw() {
+        Ok(())
+    } else {
+        Err(CacheError::NotOurs(path.to_path_buf()))
+    }
 }
 
 /// Nobody but this user (and root) may be able to write.

@@ -47,6 +47,9 @@ pub enum MemoryError {
         page_kib: u64,
         /// Pages needed.
         pages: u64,
+        /// What went wrong.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
     },
     /// memfd_create or ftruncate failed.
     #[error("Cannot create a memory file of {mib} MiB for guest memory")]
@@ -133,6 +136,7 @@ fn map_region(
             page_mib,
             page_kib: page_mib << 10,
             pages: mib.div_ceil(page_mib),
+            source,
         },
         None => MemoryError::Map { mib, source },
     })?;
@@ -243,7 +247,9 @@ mod tests {
             huge_pages: HugePages::Huge1G,
             ..config(1 << 20)
         };
-        let error = map(&asked).unwrap_err().to_string();
+        let error = map(&asked).unwrap_err();
+        assert!(std::error::Error::source(&error).is_some());
+        let error = error.to_string();
         assert!(
             error.contains("1024 of them") && error.contains("1048576kB"),
             "{error}"

@@ -96,6 +96,8 @@ pub const I8042_IRQ: u32 = 1;
 pub const RTC_PORT: u16 = 0x70;
 /// Index and data.
 pub const RTC_PORT_SIZE: u16 = 2;
+/// Its register of the century.
+pub const RTC_CENTURY: u8 = 0x32;
 /// Interrupt line of the real-time clock.
 pub const RTC_IRQ: u32 = 8;
 /// Debug-exit port: a byte written here ends the VM with it as exit code.

@@ -1,8 +1,8 @@
 //! The model-specific registers a vCPU has when its guest starts.
 //!
-//! [`BootMsrs::new`] chooses them once for a host; each vCPU's thread then writes them all with one
-//! `KVM_SET_MSRS`. Invariant: a register in the list is one that KVM says it has, or one that the
-//! guest's CPUID promises.
+//! [`BootMsrs::new`] chooses them once for a host; the thread that builds the machine then writes
+//! them all with one `KVM_SET_MSRS` a vCPU. Invariant: a register in the list is one that KVM says
+//! it has, or one that the guest's CPUID promises.
 
 use std::sync::OnceLock;
 

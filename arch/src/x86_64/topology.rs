@@ -108,14 +108,6 @@ impl Topology {
         Ok(topology)
     }
 
-    /// The default: `vcpus` cores of one thread in one die of one socket.
-    ///
-    /// # Errors
-    /// [`TopologyError::Count`] when there are no or too many vCPUs.
-    pub fn flat(vcpus: u16) -> Result<Self, TopologyError> {
-        Self::new(vcpus, 1, vcpus, 1, 1)
-    }
-
     /// Number of vCPUs.
     #[must_use]
     pub fn vcpus(&self) -> u16 {
@@ -192,10 +184,15 @@ fn width(count: NonZeroU16) -> u32 {
 mod tests {
     use super::*;
 
+    /// Cores of one thread in one die of one socket.
+    fn flat(vcpus: u16) -> Result<Topology, TopologyError> {
+        Topology::new(vcpus, 1, vcpus, 1, 1)
+    }
+
     #[test]
     fn flat_ids_are_the_indices() {
         for vcpus in [1, 2, 3, 4, 64, 254] {
-            let topology = Topology::flat(vcpus).unwrap();
+            let topology = flat(vcpus).unwrap();
             assert_eq!(topology.vcpus(), vcpus);
             for index in 0..vcpus {
                 assert_eq!(topology.apic_id(index), u32::from(index));
@@ -222,11 +219,8 @@ mod tests {
 
     #[test]
     fn wrong_counts_are_refused() {
-        assert_eq!(Topology::flat(0), Err(TopologyError::Count { vcpus: 0 }));
-        assert_eq!(
-            Topology::flat(255),
-            Err(TopologyError::Count { vcpus: 255 })
-        );
+        assert_eq!(flat(0), Err(TopologyError::Count { vcpus: 0 }));
+        assert_eq!(flat(255), Err(TopologyError::Count { vcpus: 255 }));
         let text = Topology::new(4, 2, 3, 1, 1).unwrap_err().to_string();
         assert!(
             text.contains("2 threads") && text.contains("are 6") && text.contains("but 4"),

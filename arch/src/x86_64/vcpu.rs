@@ -1,10 +1,11 @@
 //! A vCPU's state when its guest starts.
 //!
-//! [`VcpuTemplate::new`] gathers once what all vCPUs share; [`configure`] runs on each vCPU's own
-//! thread. An ioctl costs several microseconds, so what a new vCPU has already is not written:
-//! the FPU (FCW 0x37f, MXCSR 0x1f80), the run state (the boot processor runs, the others wait for
-//! INIT and SIPI, with the local APICs in the kernel in both irqchip modes), and everything but
-//! CPUID and MSRs of the other processors, which INIT resets. arch/tests/kvm.rs holds KVM to that.
+//! [`VcpuTemplate::new`] gathers once what all vCPUs share; [`configure`] then runs once for each,
+//! on the thread that builds the machine. An ioctl costs several microseconds, so what a new vCPU
+//! has already is not written: the FPU (FCW 0x37f, MXCSR 0x1f80), the run state (the boot processor
+//! runs, the others wait for INIT and SIPI, with the local APICs in the kernel in both irqchip
+//! modes), and everything but CPUID and MSRs of the other processors, which INIT resets.
+//! arch/tests/kvm.rs holds KVM to that.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuFd};

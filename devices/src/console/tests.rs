@@ -43,9 +43,8 @@ fn what_is_no_panic() {
 }
 
 #[test]
-fn each_mark_is_reported_once_with_the_first_message() {
+fn each_mark_is_reported_once() {
     let mut detector = PanicDetector::new();
-    assert_eq!(detector.message(), None);
     assert_eq!(detector.feed(b"[ 1.0] Kernel panic - not sy"), None);
     assert_eq!(detector.feed(b"ncing"), Some(PanicMark::Begin));
     assert_eq!(
@@ -58,10 +57,6 @@ fn each_mark_is_reported_once_with_the_first_message() {
         Some(PanicMark::End)
     );
     assert_eq!(detector.feed(b"more"), None);
-    assert_eq!(
-        detector.message().unwrap(),
-        "Kernel panic - not syncing: VFS: Unable"
-    );
 }
 
 #[test]
@@ -73,7 +68,6 @@ fn a_line_without_end_is_bounded() {
     assert_eq!(detector.line.len(), MAX_LINE);
     detector.feed(b"\nKernel panic - not syncing");
     detector.feed(&[b'x'; 100_000]);
-    assert_eq!(detector.message.len(), MAX_MESSAGE);
     assert_eq!(detector.line.len(), MAX_LINE);
 }
 
@@ -112,7 +106,6 @@ proptest! {
         let mut parts = PanicDetector::new();
         prop_assert!(whole.feed(&text).is_some());
         prop_assert!(parts.feed(first).max(parts.feed(second)).is_some());
-        prop_assert_eq!(whole.message(), parts.message());
 
         let mut whole = LastLines::new(64);
         let mut parts = LastLines::new(64);

@@ -19,7 +19,7 @@ use crate::lock;
 pub const PORT: u64 = 0x70;
 /// Ports it takes.
 pub const LEN: u64 = 2;
-/// The CMOS register of the century, to be given in the FADT.
+/// The CMOS register of the century, as the FADT names it.
 pub const CENTURY: u8 = 0x32;
 
 const INDEX: u64 = 0;

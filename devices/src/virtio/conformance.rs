@@ -5,10 +5,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::tests::temporary_disk;
 use super::block::{BlockOptions, EngineKind};
+use super::console::tests::options as console_options;
 use super::core::{DRIVER_OK, Half, NEEDS_RESET, Reg, Ring, VirtioState};
 use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
 use super::registry::{DeviceConfig, build};
+use super::vsock::tests::options as vsock_options;
 
 /// Makes one device again and again, on the same host resources.
 type Make = Box<dyn Fn(&DeviceState) -> Box<dyn VirtioDevice>>;
@@ -30,6 +32,8 @@ fn devices() -> Vec<(&'static str, Make)> {
     };
     vec![
         ("entropy", make(|| DeviceConfig::Entropy)),
+        ("vsock", make(|| DeviceConfig::Vsock(vsock_options()))),
+        ("console", make(|| DeviceConfig::Console(console_options()))),
         ("block, io_uring", block(EngineKind::IoUring, 2, false)),
         ("block, read-only", block(EngineKind::Auto, 1, true)),
         ("block, sync", block(EngineKind::Sync, 1, false)),

@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
 use super::block::BlockState;
+use super::console::ConsoleState;
 use super::entropy::EntropyState;
 use super::io::Io;
+use super::vsock::VsockState;
 
 /// What the core must know of a device before a driver appears.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,6 +139,10 @@ pub enum DeviceState {
     Entropy(EntropyState),
     /// Block device.
     Block(BlockState),
+    /// Console device.
+    Console(ConsoleState),
+    /// Socket device.
+    Vsock(VsockState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

@@ -7,14 +7,18 @@
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.2".
 
 pub mod block;
+pub mod console;
 pub mod core;
 pub mod device;
 pub mod entropy;
 pub mod io;
+mod iovecs;
 pub mod limiter;
 pub mod notifier;
+mod poll;
 pub mod registry;
 pub mod transport;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]

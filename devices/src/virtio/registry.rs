@@ -3,8 +3,10 @@
 //! A new device is its module, an arm of [`DeviceConfig`] and one of [`DeviceState`].
 
 use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
+use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
+use super::vsock::{Vsock, VsockError, VsockOptions};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]
@@ -13,6 +15,10 @@ pub enum DeviceConfig {
     Entropy,
     /// Block device.
     Block(Disk, BlockOptions),
+    /// Console device.
+    Console(ConsoleOptions),
+    /// Socket device.
+    Vsock(VsockOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -22,6 +28,10 @@ pub enum DeviceHandle {
     Entropy,
     /// Resizing and limits.
     Block(BlockHandle),
+    /// Sizes and ports.
+    Console(ConsoleHandle),
+    /// Socket devices take no commands.
+    Vsock,
 }
 
 /// A device could not be made.
@@ -36,6 +46,12 @@ pub enum BuildError {
     /// A block device.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A console device.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// A socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -60,6 +76,24 @@ pub fn build(
             };
             let (block, handle) = Block::new(disk, options, state)?;
             Ok((Box::new(block), DeviceHandle::Block(handle)))
+        }
+        DeviceConfig::Console(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Console(state) => state.clone(),
+                _ => return Err(BuildError::State { device: "console" }),
+            };
+            let (console, handle) = Console::new(options, state)?;
+            Ok((Box::new(console), DeviceHandle::Console(handle)))
+        }
+        DeviceConfig::Vsock(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Vsock(state) => *state,
+                _ => return Err(BuildError::State { device: "vsock" }),
+            };
+            let vsock = Vsock::new(options, state)?;
+            Ok((Box::new(vsock), DeviceHandle::Vsock))
         }
     }
 }

@@ -133,14 +133,6 @@ impl std::fmt::Display for AgentFailure {
     }
 }
 
-/// The code with which a shell reports how a command ended: its own, or 128 + signal.
-pub fn exit_code(exit: Exit) -> u8 {
-    match exit {
-        Exit::Code(code) => code,
-        Exit::Signal(signal) => signal.saturating_add(128),
-    }
-}
-
 /// What the guest told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentEvent {

@@ -96,7 +96,7 @@ impl<'a> Archive<'a> {
         Ok(())
     }
 
-    /// Adds a regular file with the contents of a file of the host.
+    /// Adds a regular file with the contents of a file of the host, which is not a link.
     pub fn host_file(
         &mut self,
         meta: &Meta,
@@ -110,7 +110,7 @@ impl<'a> Archive<'a> {
         let at = self.out.len();
         self.header(meta, name, 0)?;
         // Not through a link, nor stuck on a FIFO, that took the file's place since it was seen.
-        let flags = libc::O_NONBLOCK | libc::O_CLOEXEC;
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(flags)

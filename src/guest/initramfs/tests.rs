@@ -235,12 +235,3 @@ fn progress_is_told() {
     assert_eq!(last.get().entries, 2);
     assert!(last.get().bytes > AGENT.len() as u64);
 }
-
-#[test]
-fn appended_archives_are_aligned() {
-    let archive = Initramfs::builder().agent().build(LIMIT).unwrap();
-    let mut initrd = vec![0x1f; 13];
-    append(&mut initrd, &archive);
-    assert_eq!(&initrd[13..16], [0; 3]);
-    assert_eq!(&initrd[16..], archive);
-}

@@ -20,12 +20,16 @@ impl Ground {
         let home = tempfile::tempdir().unwrap();
         fs::write(home.path().join("image"), b"packed").unwrap();
         let image = File::open(home.path().join("image")).unwrap();
-        prepare(&home.path().join("cache")).unwrap();
+        prepare(&Place::Home(home.path().into())).unwrap();
         Self { home, image }
     }
 
     fn directory(&self) -> PathBuf {
-        self.home.path().join("cache")
+        self.home.path().join(".cache/bulle/kernels")
+    }
+
+    fn prepare(&self) -> Result<PathBuf, CacheError> {
+        prepare(&Place::Home(self.home.path().into()))
     }
 
     /// The image's slot, as if the image had not changed for a while.
@@ -65,14 +69,37 @@ fn start(slot: &Slot) -> (Vec<u8>, bool) {
 #[test]
 fn directories_follow_the_environment() {
     let path = |text: &str| Some(PathBuf::from(text));
+    let base = |text| path(text).map(Place::Base);
     for (xdg, home, root, expected) in [
-        (path("/x"), path("/h"), false, path("/x/bulle/kernels")),
-        (path("x"), path("/h"), true, path("/h/.cache/bulle/kernels")),
-        (path(""), path(""), true, path("/var/cache/bulle/kernels")),
+        (path("/x"), path("/h"), false, base("/x")),
+        (path("x"), path("/h"), true, path("/h").map(Place::Home)),
+        (path(""), path(""), true, base("/var/cache")),
         (None, None, false, None),
         (None, path("h"), false, None),
     ] {
         assert_eq!(place(xdg, home, root), expected);
+    }
+}
+
+#[test]
+fn nothing_is_made_outside_a_directory_of_the_user() {
+    let ground = tempfile::tempdir().unwrap();
+    let base = ground.path().join("base");
+    for place in [Place::Base(base.clone()), Place::Home(base.clone())] {
+        assert!(matches!(prepare(&place), Err(CacheError::Io { .. })));
+        assert!(!base.exists());
+    }
+    fs::create_dir(&base).unwrap();
+    let made = prepare(&Place::Base(base.clone())).unwrap();
+    assert_eq!(made, base.join("bulle/kernels"));
+    assert!(made.is_dir());
+    if geteuid().is_root() {
+        fs::remove_dir_all(base.join("bulle")).unwrap();
+        chown(&base, Some(65534), None).unwrap();
+        for place in [Place::Base(base.clone()), Place::Home(base.clone())] {
+            assert!(matches!(prepare(&place), Err(CacheError::NotOurs(_))));
+        }
+        assert_eq!(fs::read_dir(&base).unwrap().count(), 0);
     }
 }
 
@@ -173,19 +200,16 @@ fn what_others_can_write_is_not_used() {
     }
     for bad in [0o770, 0o707] {
         mode(&ground.directory(), bad);
-        assert!(matches!(
-            prepare(&ground.directory()),
-            Err(CacheError::NotOurs(_))
-        ));
+        assert!(matches!(ground.prepare(), Err(CacheError::NotOurs(_))));
     }
     mode(&ground.directory(), 0o755);
-    prepare(&ground.directory()).unwrap();
+    ground.prepare().unwrap();
 
     let foreign = if geteuid().is_root() {
         chown(ground.directory(), Some(65534), None).unwrap();
-        ground.directory()
+        Place::Home(ground.home.path().into())
     } else {
-        PathBuf::from("/")
+        Place::Base(PathBuf::from("/"))
     };
     assert!(matches!(prepare(&foreign), Err(CacheError::NotOurs(_))));
 }
@@ -207,10 +231,7 @@ fn a_cache_that_fails_costs_nothing_but_time() {
     assert_eq!(start(&ground.slot()), (PAYLOAD.to_vec(), true));
     fs::write(ground.directory(), b"a file").unwrap();
     assert_eq!(start(&ground.slot()), (PAYLOAD.to_vec(), true));
-    assert!(matches!(
-        prepare(&ground.directory()),
-        Err(CacheError::Io { .. })
-    ));
+    assert!(matches!(ground.prepare(), Err(CacheError::Io { .. })));
 }
 
 #[test]

@@ -54,6 +54,9 @@ pub(super) fn fadt(facts: &AcpiFacts, dsdt: u64) -> Vec<u8> {
     for flag in flags {
         table = table.flag(flag);
     }
+    if facts.rtc.is_some() {
+        table.century = layout::RTC_CENTURY;
+    }
     table.iapc_boot_arch = boot_arch.into();
     table.reset_reg = register(layout::POWER_RESET);
     table.reset_value = layout::POWER_RESET_VALUE;

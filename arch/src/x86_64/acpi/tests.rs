@@ -136,6 +136,7 @@ fn registers_that_sleep_and_reset() {
     assert_eq!(fadt[244..256], register(0), "sleep control");
     assert_eq!(fadt[256..268], register(1), "sleep status");
     assert_eq!(fadt[46..108], [0; 62], "no legacy power management");
+    assert_eq!(fadt[108], 0x32, "century");
     assert_eq!(fadt[148..244], [0; 96], "nor its extended registers");
 }
 

@@ -52,6 +52,7 @@ fn init() -> ! {
     setup::load_modules(&mut notes);
     let trouble = root::enter().err();
     setup::mount_rest(&mut notes);
+    setup::set_host_name(&mut notes);
     setup::bring_up_loopback(&mut notes);
     power::take_ctrl_alt_del();
     let mut path = Text::<64>::new();

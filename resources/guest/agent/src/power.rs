@@ -26,9 +26,9 @@ pub fn take_ctrl_alt_del() {
 pub fn end(power: Power) -> ! {
     rustix::fs::sync();
     let _ = reboot(match power {
-        Power::Off => RebootCommand::PowerOff,
+        // A halted guest would keep its memory and its host process for nothing.
+        Power::Off | Power::Halt => RebootCommand::PowerOff,
         Power::Reboot => RebootCommand::Restart,
-        Power::Halt => RebootCommand::Halt,
     });
     // Only if the kernel refuses: the end of init is a panic, which the host notices.
     sys::exit(125)

@@ -1,4 +1,4 @@
-//! Preparing the guest: file systems, device links, modules, loopback.
+//! Preparing the guest: file systems, device links, modules, host name, loopback.
 //!
 //! Nothing here is fatal: a guest without cgroups still runs commands. What failed is noted and told
 //! to the host once it listens.
@@ -21,6 +21,13 @@ pub type Notes = Text<2048>;
 const MODULE_LIST: &str = "/.bulle/modules";
 /// Longest module list, and what is read of the command line.
 const MAX_LIST: usize = 16 * 1024;
+
+/// Where a root names its host.
+const HOST_NAME: &str = "/etc/hostname";
+/// The name of one that does not.
+const DEFAULT_HOST_NAME: &[u8] = b"bulle";
+/// Longest host name of Linux (`HOST_NAME_MAX`).
+const MAX_HOST_NAME: usize = 64;
 
 struct Mount {
     kind: &'static str,
@@ -157,6 +164,28 @@ fn load_module(path: &[u8]) -> Result<(), Errno> {
     }
 }
 
+/// Names the guest as its root says.
+pub fn set_host_name(notes: &mut Notes) {
+    let mut buffer = [0; 512];
+    let name = host_name(read_file(HOST_NAME, &mut buffer));
+    if let Err(errno) = rustix::system::sethostname(name) {
+        let errno = errno.raw_os_error();
+        note(
+            notes,
+            format_args!("cannot set the host name: error {errno}"),
+        );
+    }
+}
+
+/// The name in a hostname(5) file: its first line that is neither empty nor a comment.
+fn host_name(file: &[u8]) -> &[u8] {
+    let mut lines = file.split(|&b| b == b'\n').map(<[u8]>::trim_ascii);
+    lines
+        .find(|line| !line.is_empty() && !line.starts_with(b"#"))
+        .filter(|name| name.len() <= MAX_HOST_NAME && name.iter().all(u8::is_ascii_graphic))
+        .unwrap_or(DEFAULT_HOST_NAME)
+}
+
 /// Sets `lo` up.
 pub fn bring_up_loopback(notes: &mut Notes) {
     use rustix::net::{AddressFamily, SocketType, socket};
@@ -230,7 +259,9 @@ pub fn any_entry(directory: &str, mut wanted: impl FnMut(&[u8]) -> bool) -> bool
 /// What fits of a file; nothing if it cannot be read.
 pub fn read_file<'a>(path: &str, buffer: &'a mut [u8]) -> &'a [u8] {
     let mut length = 0;
-    if let Ok(file) = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+    // Not stuck on a FIFO.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::open(path, flags, Mode::empty()) {
         while let Ok(n @ 1..) = rustix::io::read(&file, &mut buffer[length..]) {
             length += n;
         }

@@ -83,7 +83,7 @@ pub enum Power {
     Off = 0,
     /// Restart.
     Reboot = 1,
-    /// Halt with the power on.
+    /// Halt; the agent powers off all the same, since nothing can wake a halted guest.
     Halt = 2,
 }
 

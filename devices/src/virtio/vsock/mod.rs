@@ -1,0 +1,311 @@
+//! Socket device (section 5.10): the guest's vsock as Unix sockets of the host.
+//!
+//! Host programs connect to `<path>` and say `CONNECT <port>`; the guest's connections to port P
+//! of CID 2 go to `<path>_P`. Packets are in `packet`, one connection in `conn`, all of them in
+//! `mux`, system calls in `host`. The device is owned by its I/O thread.
+
+mod conn;
+mod host;
+mod mux;
+mod packet;
+
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vmm_sys_util::timerfd::TimerFd;
+
+use self::conn::Packet;
+use self::host::{Listener, MAX_PATH};
+use self::mux::{Mux, TIMER};
+use self::packet::{Header, Kind};
+use super::device::{
+    ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice, read_config,
+};
+use super::io::{Io, write_at};
+
+/// Size of the queues.
+const QUEUE_SIZE: u16 = 256;
+const RX: usize = 0;
+const TX: usize = 1;
+const EVENT: usize = 2;
+
+const F_STREAM: u32 = 0;
+const F_SEQPACKET: u32 = 1;
+
+/// Longest that `_<port>` or the suffix of the other listener makes a path.
+const SUFFIX: usize = 11;
+/// Events of the host taken in one turn, in batches.
+const MAX_BATCHES: usize = 8;
+
+/// What a socket device is made of.
+#[derive(Clone, Debug)]
+pub struct VsockOptions {
+    /// The guest's CID, from 3 up to 2³² − 2.
+    pub cid: u32,
+    /// Where the host's programs connect to.
+    pub path: PathBuf,
+    /// SEQPACKET as well as STREAM sockets; the host's listener for those is `<path>.seqpacket`.
+    pub seqpacket: bool,
+    /// Most connections. No more than half the file descriptors that the process may have open.
+    pub max_connections: usize,
+}
+
+impl VsockOptions {
+    /// Both kinds of sockets, and up to 4096 connections.
+    pub fn new(cid: u32, path: impl Into<PathBuf>) -> Self {
+        Self {
+            cid,
+            path: path.into(),
+            seqpacket: true,
+            max_connections: 4096,
+        }
+    }
+}
+
+/// A socket device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VsockError {
+    /// A CID that no guest can have.
+    #[error("guest CID {cid}: want 3 to 4294967294")]
+    Cid {
+        /// Wanted CID.
+        cid: u32,
+    },
+    /// Unix sockets have short paths, and ports are added to this one.
+    #[error("socket path {path:?} is too long: want at most {} bytes", MAX_PATH - SUFFIX)]
+    Path {
+        /// Wanted path.
+        path: PathBuf,
+    },
+    /// The path is taken, or cannot be made.
+    #[error("cannot listen on {path:?}; if no VM uses it any more, remove it")]
+    Listen {
+        /// Wanted path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The host failed.
+    #[error("cannot {what} for a socket device")]
+    Host {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is saved of a socket device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The CID that the driver knows.
+    pub cid: u32,
+    /// The driver has connections, of which nothing else is saved.
+    pub connected: bool,
+}
+
+/// The guest's CID.
+#[derive(Debug)]
+struct Space(u64);
+
+impl ConfigSpace for Space {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        read_config(&self.0.to_le_bytes(), offset, data);
+    }
+}
+
+/// The socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    cid: u32,
+    seqpacket: bool,
+    mux: Mux,
+    timer: TimerFd,
+    /// What the timer is set to.
+    timer_at: Option<Instant>,
+    /// The driver has to forget its connections.
+    reset_due: bool,
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> VsockError {
+    move |source| VsockError::Host { what, source }
+}
+
+/// Connections, if each needs a file descriptor and the rest of the process some as well.
+fn fd_limit() -> usize {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: one valid structure for the length of the call.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
+        0 => usize::try_from(limit.rlim_cur / 2).unwrap_or(usize::MAX),
+        _ => usize::MAX,
+    }
+}
+
+impl Vsock {
+    /// Makes the device, which listens from now on.
+    pub fn new(options: VsockOptions, state: VsockState) -> Result<Self, VsockError> {
+        let VsockOptions {
+            cid,
+            path,
+            seqpacket,
+            max_connections,
+        } = options;
+        if !(3..u32::MAX).contains(&cid) {
+            return Err(VsockError::Cid { cid });
+        }
+        if path.as_os_str().as_bytes().len() + SUFFIX > MAX_PATH {
+            return Err(VsockError::Path { path });
+        }
+        let mut other = path.clone().into_os_string();
+        other.push(".seqpacket");
+        let wanted = [
+            (path.clone(), Kind::Stream),
+            (PathBuf::from(other), Kind::Seqpacket),
+        ];
+        let mut listeners = Vec::new();
+        for (path, kind) in wanted.into_iter().take(1 + usize::from(seqpacket)) {
+            let listener = Listener::bind(&path, kind);
+            listeners.push(listener.map_err(|source| VsockError::Listen { path, source })?);
+        }
+        let max = max_connections.min(fd_limit());
+        let mux = Mux::new(cid.into(), path, max, listeners);
+        let mux = mux.map_err(host("wait for sockets"))?;
+        let timer = TimerFd::new().map_err(io::Error::from);
+        let timer = timer.map_err(host("create a timer"))?;
+        let added = mux.poller.add(&timer, TIMER);
+        added.map_err(host("wait for a timer"))?;
+        Ok(Self {
+            cid,
+            seqpacket,
+            mux,
+            timer,
+            timer_at: None,
+            reset_due: state.connected || state.cid != 0 && state.cid != cid,
+        })
+    }
+
+    /// Tells the driver that its connections are gone (section 5.10.6.7).
+    fn send_event(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        while self.reset_due {
+            let Some(chain) = io.pop(EVENT)? else {
+                return Ok(());
+            };
+            // VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
+            let written = write_at(io.ram(), chain.writable(), 0, &0_u32.to_le_bytes())?;
+            io.complete(chain, written as u32)?;
+            self.reset_due = written < 4;
+        }
+        Ok(())
+    }
+
+    fn take_packets(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let seqpacket = self.seqpacket && io.has(F_SEQPACKET);
+        while let Some(chain) = io.pop(TX)? {
+            let ram = io.ram();
+            if let Some(header) = Header::read(ram, &chain)? {
+                let packet = Packet {
+                    header,
+                    ram,
+                    chain: &chain,
+                };
+                self.mux.take(packet, seqpacket)?;
+            }
+            io.complete(chain, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the guest what there is, and sets the timer.
+    fn settle(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.mux.pump(RX, io)?;
+        let at = self.mux.deadline();
+        if let Some(at) = at.filter(|_| at != self.timer_at) {
+            // Zero would disarm it.
+            let wait = at.saturating_duration_since(Instant::now());
+            let set = self.timer.reset(wait.max(Duration::from_nanos(1)), None);
+            set.map_err(|error| DeviceError::Host {
+                what: "set a timer",
+                source: error.into(),
+            })?;
+        }
+        self.timer_at = at;
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn traits(&self) -> Traits {
+        let seqpacket = u64::from(self.seqpacket) << F_SEQPACKET;
+        Traits {
+            id: VIRTIO_ID_VSOCK,
+            features: 1 << F_STREAM | seqpacket,
+            queues: vec![QUEUE_SIZE; 3],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(Space(self.cid.into()))
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        vec![Source {
+            token: 0,
+            fd: self.mux.poller.fd(),
+            writable: false,
+        }]
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        match queue {
+            TX => self.take_packets(io)?,
+            EVENT => self.send_event(io)?,
+            _ => self.mux.accept(),
+        }
+        self.settle(io)
+    }
+
+    fn on_source(&mut self, _: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        for _ in 0..MAX_BATCHES {
+            let ready = self.mux.poller.take().map_err(|source| DeviceError::Host {
+                what: "look at sockets",
+                source,
+            })?;
+            if ready.is_empty() {
+                break;
+            }
+            for ready in ready {
+                if ready.token == TIMER {
+                    self.timer_at = None;
+                }
+                self.mux.event(ready);
+            }
+        }
+        self.settle(io)
+    }
+
+    fn reset(&mut self) {
+        self.mux.clear();
+        self.reset_due = false;
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(VsockState {
+            cid: self.cid,
+            connected: self.reset_due || !self.mux.is_empty(),
+        })
+    }
+}

@@ -1,0 +1,149 @@
+//! What is refused, and what does not grow.
+
+use super::*;
+use crate::virtio::vsock::mux::Times;
+
+#[test]
+fn everything_is_bounded() {
+    let mut options = options();
+    options.max_connections = 20;
+    let mut guest = Guest::new(options);
+    let _listener = guest.listen(5);
+    let mut answers = Vec::new();
+    for port in 100..130 {
+        guest.op(op::REQUEST, (5, port));
+        answers.extend(guest.packets().iter().map(|(h, _)| h.op));
+    }
+    assert_eq!(answers.iter().filter(|op| **op == op::RESPONSE).count(), 20);
+    assert_eq!(answers.iter().filter(|op| **op == op::RST).count(), 10);
+    // Clients of the host wait until there is room.
+    let mut stream = UnixStream::connect(&guest.path).unwrap();
+    stream.write_all(b"CONNECT 9\n").unwrap();
+    guest.nothing();
+    guest.op(op::RST, (5, 100));
+    assert_eq!(guest.packet().0.op, op::REQUEST);
+
+    // A guest that comes and goes without taking the answers, and one that only makes noise.
+    let vqs = guest.rig.start(None);
+    guest.vqs = vqs;
+    for i in 0..5000 {
+        guest.op(op::REQUEST, (5, 200));
+        guest.op(op::RST, (5, 200));
+        guest.op(op::RW, (5, 1000 + i));
+    }
+    for slot in 0..15 {
+        guest.offer(RX_BASE + SLOT * slot, SLOT as u32);
+    }
+    guest.rig.kick(&guest.vqs[RX]);
+    assert_eq!(guest.packets().len(), 1024);
+}
+
+#[test]
+fn options_are_checked() {
+    for cid in [0, 1, 2, u32::MAX] {
+        let options = VsockOptions { cid, ..options() };
+        let result = Vsock::new(options, VsockState::default());
+        assert!(matches!(result, Err(VsockError::Cid { .. })));
+    }
+    let long = VsockOptions::new(CID, "/tmp/".to_owned() + &"x".repeat(92));
+    let result = Vsock::new(long, VsockState::default());
+    assert!(matches!(result, Err(VsockError::Path { .. })));
+    let first = options();
+    let device = Vsock::new(first.clone(), VsockState::default()).unwrap();
+    let error = Vsock::new(first.clone(), VsockState::default()).unwrap_err();
+    assert!(error.to_string().contains("remove it"), "{error}");
+    assert!(first.path.exists(), "the path belongs to the first");
+    drop(device);
+    assert!(!first.path.exists());
+    let mut config = [0; 8];
+    Vsock::new(first, VsockState::default())
+        .unwrap()
+        .config()
+        .read(0, &mut config);
+    assert_eq!(config, [52, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+/// A guest whose device has next to no time.
+fn hurried() -> Guest {
+    let options = options();
+    let mut vsock = Vsock::new(options.clone(), VsockState::default()).unwrap();
+    let short = Duration::from_millis(150);
+    vsock.mux.times = Times {
+        handshake: short,
+        request: short,
+        close: short,
+        drain: short,
+        dial: short,
+        ..Times::default()
+    };
+    Guest::with(options.path, vsock)
+}
+
+/// Packets that come within some time.
+fn wait(guest: &mut Guest) -> Vec<u16> {
+    std::thread::sleep(Duration::from_millis(200));
+    guest.packets().iter().map(|(h, _)| h.op).collect()
+}
+
+#[test]
+fn nobody_waits_for_ever() {
+    let mut guest = hurried();
+    // A client that says nothing.
+    let mut silent = UnixStream::connect(&guest.path).unwrap();
+    guest.nothing();
+    assert!(wait(&mut guest).is_empty());
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0);
+    // A guest that does not answer.
+    let mut client = UnixStream::connect(&guest.path).unwrap();
+    client.write_all(b"CONNECT 4\n").unwrap();
+    assert_eq!(guest.packet().0.op, op::REQUEST);
+    assert_eq!(wait(&mut guest), [op::RST]);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    // One that does not agree to the end, nor to anything else.
+    drop(guest.connect((10, 20)));
+    assert_eq!(guest.packet().0.op, op::SHUTDOWN);
+    guest.data((10, 20), b"late");
+    guest.nothing();
+    assert_eq!(wait(&mut guest), [op::RST]);
+    // A host that does not read what the guest left.
+    let mut stream = guest.connect((10, 20));
+    for _ in 0..30 {
+        guest.data((10, 20), &[7; 10_000]);
+    }
+    guest.packets();
+    let flags = SHUTDOWN_BOTH;
+    guest.send(
+        Header {
+            flags,
+            ..Guest::header(op::SHUTDOWN, (10, 20))
+        },
+        &[],
+    );
+    assert_eq!(wait(&mut guest), [op::RST]);
+    let mut all = Vec::new();
+    assert!(stream.read_to_end(&mut all).unwrap() < 300_000);
+    // And an idle connection is nothing that ends.
+    let _idle = guest.connect((10, 20));
+    assert!(wait(&mut guest).is_empty());
+    guest.op(op::CREDIT_REQUEST, (10, 20));
+    assert_eq!(guest.packet().0.op, op::CREDIT_UPDATE);
+}
+
+#[test]
+fn a_listener_with_many_waiting_is_tried_again() {
+    let mut guest = hurried();
+    let listener = guest.listen(5);
+    // SAFETY: no memory is involved.
+    unsafe { libc::listen(std::os::fd::AsRawFd::as_raw_fd(&listener), 0) };
+    for port in 1..4 {
+        guest.op(op::REQUEST, (5, port));
+    }
+    let mut answers = Vec::new();
+    answers.extend(guest.packets().iter().map(|(h, _)| h.op));
+    assert_eq!(answers, [op::RESPONSE]);
+    let _first = listener.accept().unwrap();
+    std::thread::sleep(Duration::from_millis(15));
+    answers.extend(guest.packets().iter().map(|(h, _)| h.op));
+    assert_eq!(answers, [op::RESPONSE, op::RESPONSE]);
+    assert_eq!(wait(&mut guest), [op::RST]);
+}
