@@ -12,6 +12,7 @@ use vm_memory::GuestAddress;
 
 use super::block::BlockState;
 use super::entropy::EntropyState;
+use super::fs::FsState;
 use super::io::Io;
 
 /// What the core must know of a device before a driver appears.
@@ -137,6 +138,8 @@ pub enum DeviceState {
     Entropy(EntropyState),
     /// Block device.
     Block(BlockState),
+    /// Shared directory.
+    Fs(FsState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

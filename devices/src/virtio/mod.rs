@@ -10,6 +10,7 @@ pub mod block;
 pub mod core;
 pub mod device;
 pub mod entropy;
+pub mod fs;
 pub mod io;
 pub mod limiter;
 pub mod notifier;

@@ -5,6 +5,7 @@
 use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
+use super::fs::{Fs, FsError, FsOptions, FsState};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]
@@ -13,6 +14,8 @@ pub enum DeviceConfig {
     Entropy,
     /// Block device.
     Block(Disk, BlockOptions),
+    /// Shared directory.
+    Fs(FsOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -22,6 +25,8 @@ pub enum DeviceHandle {
     Entropy,
     /// Resizing and limits.
     Block(BlockHandle),
+    /// Shared directories take no commands.
+    Fs,
 }
 
 /// A device could not be made.
@@ -36,6 +41,9 @@ pub enum BuildError {
     /// A block device.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A shared directory.
+    #[error(transparent)]
+    Fs(#[from] FsError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -60,6 +68,14 @@ pub fn build(
             };
             let (block, handle) = Block::new(disk, options, state)?;
             Ok((Box::new(block), DeviceHandle::Block(handle)))
+        }
+        DeviceConfig::Fs(options) => {
+            let fs = match state {
+                DeviceState::Reset => Fs::new(options, &FsState::default())?,
+                DeviceState::Fs(state) => Fs::new(options, state)?,
+                _ => return Err(BuildError::State { device: "fs" }),
+            };
+            Ok((Box::new(fs), DeviceHandle::Fs))
         }
     }
 }
