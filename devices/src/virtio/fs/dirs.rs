@@ -106,10 +106,11 @@ impl Server {
         if plus {
             // No node: the guest looks it up itself when it needs it, and sees the error.
             let mut found = fuse_entry_out::default();
-            if name != b"." && name != b".." {
-                if let Ok((id, stat)) = self.nodes.look_up(node, entry.file_name()) {
-                    found = self.entry(id, &stat);
-                }
+            if name != b"."
+                && name != b".."
+                && let Ok((id, stat)) = self.nodes.look_up(node, entry.file_name())
+            {
+                found = self.entry(id, &stat);
             }
             self.out.extend_from_slice(found.as_bytes());
         }

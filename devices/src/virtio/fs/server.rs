@@ -406,7 +406,8 @@ fn is_silent(opcode: fuse_opcode) -> bool {
     )
 }
 
-/// Requests that change the host's files whatever they say. OPEN and ACCESS look for themselves.
+/// Requests that change the host's files whatever they say. OPEN and ACCESS look for themselves;
+/// what is not offered at all must say so: overlayfs cannot copy a file whose IOCTL fails otherwise.
 fn changes(opcode: fuse_opcode) -> bool {
     use fuse_opcode as op;
     matches!(
@@ -424,10 +425,7 @@ fn changes(opcode: fuse_opcode) -> bool {
             | op::FUSE_SETXATTR
             | op::FUSE_REMOVEXATTR
             | op::FUSE_CREATE
-            | op::FUSE_TMPFILE
             | op::FUSE_FALLOCATE
             | op::FUSE_COPY_FILE_RANGE
-            | op::FUSE_SETUPMAPPING
-            | op::FUSE_IOCTL
     )
 }

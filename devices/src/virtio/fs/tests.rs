@@ -1,6 +1,7 @@
 //! A guest that sends raw FUSE requests, and what it must get.
 
 mod confinement;
+mod kernel;
 mod limits;
 mod ops;
 mod random;
@@ -10,8 +11,8 @@ use std::ffi::CString;
 use std::path::Path;
 
 use fuse_abi::os::{
-    FUSE_INIT_EXT, fuse_entry_out, fuse_init_in, fuse_opcode as op, fuse_open_in, fuse_open_out,
-    fuse_out_header, fuse_read_in, fuse_release_in, fuse_write_in, fuse_write_out,
+    fuse_entry_out, fuse_init_in, fuse_opcode as op, fuse_open_in, fuse_open_out, fuse_out_header,
+    fuse_read_in, fuse_release_in, fuse_write_in, fuse_write_out,
 };
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
@@ -24,7 +25,7 @@ use crate::virtio::driver::{RAM, RAM_LEN, reused_ram};
 use crate::virtio::io::Segment;
 
 pub const ROOT: u64 = 1;
-/// Every opcode there is, and some that are not.
+/// Where requests are put, and where answers are expected.
 const REQUEST: u64 = 0x1000;
 const REPLY: u64 = RAM[1];
 
@@ -99,7 +100,7 @@ impl Guest {
         let init = fuse_init_in {
             major: 7,
             minor: 38,
-            flags: u32::MAX & !FUSE_INIT_EXT | FUSE_INIT_EXT,
+            flags: u32::MAX,
             flags2: u32::MAX,
             ..Default::default()
         };

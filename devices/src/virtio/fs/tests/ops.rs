@@ -5,12 +5,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use fuse_abi::os::{
     FATTR_ATIME, FATTR_FH, FATTR_GID, FATTR_MODE, FATTR_MTIME, FATTR_MTIME_NOW, FATTR_SIZE,
     FATTR_UID, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FUSE_GETATTR_FH, FUSE_HANDLE_KILLPRIV_V2,
-    FUSE_POSIX_ACL, FUSE_SUBMOUNTS, FUSE_WRITE_KILL_SUIDGID, FUSE_WRITEBACK_CACHE, fuse_access_in,
-    fuse_attr_out, fuse_copy_file_range_in, fuse_create_in, fuse_entry_out, fuse_fallocate_in,
-    fuse_flush_in, fuse_fsync_in, fuse_getattr_in, fuse_getxattr_in, fuse_getxattr_out,
-    fuse_init_in, fuse_init_out, fuse_link_in, fuse_lseek_in, fuse_lseek_out, fuse_mkdir_in,
-    fuse_mknod_in, fuse_opcode as op, fuse_open_in, fuse_open_out, fuse_read_in, fuse_rename_in,
-    fuse_rename2_in, fuse_setattr_in, fuse_statfs_out, fuse_write_in, fuse_write_out,
+    FUSE_INIT_EXT, FUSE_POSIX_ACL, FUSE_SUBMOUNTS, FUSE_WRITE_KILL_SUIDGID, FUSE_WRITEBACK_CACHE,
+    fuse_access_in, fuse_attr_out, fuse_copy_file_range_in, fuse_create_in, fuse_entry_out,
+    fuse_fallocate_in, fuse_flush_in, fuse_fsync_in, fuse_getattr_in, fuse_getxattr_in,
+    fuse_getxattr_out, fuse_init_in, fuse_init_out, fuse_link_in, fuse_lseek_in, fuse_lseek_out,
+    fuse_mkdir_in, fuse_mknod_in, fuse_opcode as op, fuse_open_in, fuse_open_out, fuse_read_in,
+    fuse_rename_in, fuse_rename2_in, fuse_setattr_in, fuse_statfs_out, fuse_write_in,
+    fuse_write_out,
 };
 use zerocopy::IntoBytes;
 
@@ -60,7 +61,7 @@ fn sessions_agree_on_what_both_know() {
     assert_eq!(get::<fuse_init_out>(&newer).major, 7);
     assert_eq!(guest.look_up(ROOT, "a"), Err(libc::ENOTCONN));
     // 16 bytes, as guests before 7.36 send it.
-    let old = init(7, 31, u32::MAX & !fuse_abi::os::FUSE_INIT_EXT);
+    let old = init(7, 31, !FUSE_INIT_EXT);
     let answer = guest
         .call(op::FUSE_INIT, 0, &[&old.as_bytes()[..16]])
         .unwrap();
@@ -70,7 +71,7 @@ fn sessions_agree_on_what_both_know() {
         (31, 1 << 20, 256)
     );
     assert_eq!(out.max_readahead, 4096);
-    assert_eq!((out.flags & FUSE_INIT_EXT_BIT, out.flags2), (0, 0));
+    assert_eq!((out.flags & FUSE_INIT_EXT, out.flags2), (0, 0));
     let full = fuse_init_in {
         flags2: u32::MAX,
         ..init(7, 99, u32::MAX)
@@ -89,8 +90,6 @@ fn sessions_agree_on_what_both_know() {
     guest.call(op::FUSE_DESTROY, 0, &[]).unwrap();
     assert_eq!(guest.look_up(ROOT, "a"), Err(libc::ENOTCONN));
 }
-
-const FUSE_INIT_EXT_BIT: u32 = 1 << 30;
 
 #[test]
 fn files_are_created_written_and_read() {
@@ -555,6 +554,9 @@ fn holes_copies_and_room() {
     ] {
         assert_eq!(guest.call(other, node, &[&[0; 128]]), Err(libc::ENOSYS));
     }
+    let mut read_only = Guest::new(|_| {});
+    let ioctl = read_only.call(op::FUSE_IOCTL, ROOT, &[&[0; 128]]);
+    assert_eq!(ioctl, Err(libc::ENOSYS), "overlayfs asks");
     // Nothing is answered to these.
     assert_eq!(
         guest.call(op::FUSE_INTERRUPT, node, &[&[0; 8]]),
