@@ -196,14 +196,7 @@ fn pack_node(archive: &mut Archive<'_>, node: &Node) -> Result<(), InitramfsErro
     match &node.content {
         Content::Directory => archive.bytes(&Meta::directory(node.mode), name, b""),
         Content::Bytes(bytes) => archive.bytes(&Meta::file(node.mode), name, bytes),
-        Content::HostFile(path) => {
-            let read = |source| InitramfsError::Read {
-                path: path.clone(),
-                source,
-            };
-            let real = path.canonicalize().map_err(read)?;
-            archive.host_file(&Meta::file(node.mode), name, &real)
-        }
+        Content::HostFile(path) => archive.host_file(&Meta::file(node.mode), name, path, 0),
         Content::Symlink(target) => archive.bytes(&Meta::symlink(), name, target.as_bytes()),
     }
 }

@@ -96,12 +96,13 @@ impl<'a> Archive<'a> {
         Ok(())
     }
 
-    /// Adds a regular file with the contents of a file of the host, which is not a link.
+    /// Adds a regular file with the contents of a file of the host, opened with these flags too.
     pub fn host_file(
         &mut self,
         meta: &Meta,
         name: &[u8],
         path: &Path,
+        flags: i32,
     ) -> Result<(), InitramfsError> {
         let read = |source| InitramfsError::Read {
             path: path.to_owned(),
@@ -109,8 +110,8 @@ impl<'a> Archive<'a> {
         };
         let at = self.out.len();
         self.header(meta, name, 0)?;
-        // Not through a link, nor stuck on a FIFO, that took the file's place since it was seen.
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        // Not stuck on a FIFO that took the file's place since it was seen.
+        let flags = flags | libc::O_NONBLOCK | libc::O_CLOEXEC;
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(flags)

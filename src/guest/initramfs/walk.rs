@@ -112,7 +112,8 @@ impl Walk {
             self.links.insert(metadata.ino(), inode);
             meta.link = Some((inode, links));
         }
-        archive.host_file(&meta, &name, &path)
+        // Not through a link that took the file's place: it may lead out of the directory.
+        archive.host_file(&meta, &name, &path, libc::O_NOFOLLOW)
     }
 }
 
