@@ -1,4 +1,6 @@
 //! Operations on open files.
+//!
+//! `unsafe` is for closing a file descriptor and seeing the error, which dropping it hides.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;

@@ -22,7 +22,7 @@ pub(super) const NAME_MAX: usize = 255;
 const CONFINED: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_SYMLINKS);
-/// /proc/self/fd itself is a magic link of nobody's making.
+/// The magic number of /proc.
 const PROC_SUPER_MAGIC: u32 = 0x9fa0;
 
 /// Filesystems that are windows into the host's kernel, by magic number. Writing to /proc/self/mem

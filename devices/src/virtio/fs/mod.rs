@@ -36,8 +36,9 @@ use self::nodes::NodeState;
 use self::owner::Owners;
 pub use self::owner::Ownership;
 use self::server::{Policy, Server, Session};
+use super::GuestRam;
 use super::device::{ConfigSpace, DeviceError, DeviceState, Traits, VirtioDevice, read_config};
-use super::io::Io;
+use super::io::{Io, Segment};
 
 /// Longest tag in bytes.
 pub const MAX_TAG: usize = 36;
@@ -87,7 +88,8 @@ pub struct FsOptions {
     pub ownership: Ownership,
     /// Number of request queues, 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Size of each queue, a power of two from 2 to 32768.
+    /// Size of each queue, a power of two from 2 to 32768. Linux sends requests of up to this many
+    /// pages less 4.
     pub queue_size: u16,
     /// Most file descriptors to be open for the guest, at least [`MIN_FDS`]; `None` is a quarter
     /// of what this process may open, up to 65536.
@@ -109,7 +111,7 @@ impl FsOptions {
             xattr: true,
             ownership: Ownership::default(),
             queues: 1,
-            queue_size: 128,
+            queue_size: 1024,
             max_fds: None,
             max_nodes: 1 << 20,
         }
@@ -290,6 +292,18 @@ impl Fs {
             queue_size,
         })
     }
+
+    /// Carries out one FUSE request, which is in `readable`, and answers in `writable`; returns
+    /// how many bytes were written there. This is all that the queues do, and can be fuzzed
+    /// without them. Fails where a buffer is not in RAM.
+    pub fn serve(
+        &mut self,
+        ram: &GuestRam,
+        readable: &[Segment],
+        writable: &[Segment],
+    ) -> Result<u32, DeviceError> {
+        self.server.serve(ram, readable, writable)
+    }
 }
 
 /// A quarter of what this process may open.
@@ -326,8 +340,7 @@ impl VirtioDevice for Fs {
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         while let Some(chain) = io.pop(queue)? {
-            let (readable, writable) = (chain.readable(), chain.writable());
-            let len = self.server.serve(io.ram(), readable, writable)?;
+            let len = self.serve(io.ram(), chain.readable(), chain.writable())?;
             io.complete(chain, len)?;
         }
         Ok(())

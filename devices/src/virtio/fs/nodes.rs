@@ -340,6 +340,17 @@ impl Nodes {
         Ok(())
     }
 
+    /// Closes what can be found again.
+    #[cfg(test)]
+    pub fn close_all(&mut self) {
+        for id in std::mem::take(&mut self.open) {
+            let node = self.nodes.get_mut(&id);
+            if node.and_then(|node| node.fd.take()).is_some() {
+                self.node_fds -= 1;
+            }
+        }
+    }
+
     /// Nodes, and file descriptors of them, without the root.
     #[cfg(test)]
     pub fn counts(&self) -> (usize, usize) {

@@ -1,9 +1,11 @@
 //! A guest that sends raw FUSE requests, and what it must get.
 
 mod confinement;
+mod device;
 mod kernel;
 mod limits;
 mod ops;
+mod policy;
 mod random;
 mod state;
 
@@ -126,8 +128,7 @@ impl Guest {
         ];
         let cut = room.min(OUT_HEADER + 5);
         let writable = [segment(REPLY, cut), segment(REPLY + cut as u64, room - cut)];
-        let server = &mut self.fs.server;
-        let len = server.serve(&self.ram, &readable, &writable).unwrap();
+        let len = self.fs.serve(&self.ram, &readable, &writable).unwrap();
         let mut answer = vec![0; room];
         self.ram
             .read_slice(&mut answer, GuestAddress(REPLY))

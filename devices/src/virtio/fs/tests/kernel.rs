@@ -44,7 +44,7 @@ fn serve(mut device: File, options: FsOptions) {
         ram.write_slice(&bytes[..len], GuestAddress(0)).unwrap();
         let readable = [segment(0, len)];
         let writable = [segment(REPLY as u64, 2 * MIB)];
-        let len = fs.server.serve(&ram, &readable, &writable).unwrap() as usize;
+        let len = fs.serve(&ram, &readable, &writable).unwrap() as usize;
         if len > 0 {
             let mut answer = vec![0; len];
             ram.read_slice(&mut answer, GuestAddress(REPLY as u64))

@@ -244,7 +244,7 @@ fn buffers_outside_of_ram_break_the_device() {
         let bad = segment(bad, 64);
         let reply = [segment(0x8000, OUT_HEADER), bad];
         for (readable, writable) in [(&[good][..], &reply[..]), (&[bad][..], &[good][..])] {
-            let served = guest.fs.server.serve(&guest.ram, readable, writable);
+            let served = guest.fs.serve(&guest.ram, readable, writable);
             assert!(matches!(served, Err(DeviceError::Memory { .. })));
         }
     }
