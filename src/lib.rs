@@ -4,13 +4,14 @@
 //! prepares what goes into the guest ([`guest`]), builds a [`vm::Vm`] and serves its host side on
 //! the vmm thread until it ends. A `Vm` is guest memory, an interrupt controller, the devices of
 //! [`board`] and one thread for each of the [`vcpu`]s, which answer the guest's exits on the
-//! frozen bus. What the processor architecture decides is in the crate `arch`, device models are
+//! frozen bus; virtio devices run on a thread of [`io`]. What the processor architecture decides is in the crate `arch`, device models are
 //! in `devices`; neither knows this crate. Threads are made in [`sandbox::thread`] alone.
 
 pub mod board;
 pub mod cli;
 pub mod config;
 pub mod guest;
+pub mod io;
 pub mod sandbox;
 pub mod session;
 pub mod telemetry;

@@ -391,3 +391,52 @@ fn two_at_once_do_not_meet() {
     Bulle::payload("hello").outcome().exits(7);
     first.signal(Signal::SIGINT).finish().exits(130);
 }
+
+/// `hello` with `count` disks, on KVM.
+fn hello_with_disks(count: usize, more: &[&str]) -> common::Outcome {
+    let dir = tempfile::tempdir().unwrap();
+    let mut hello = Bulle::payload("hello").args(more);
+    for n in 0..count {
+        let path = dir.path().join(n.to_string());
+        std::fs::write(&path, [0; 512]).unwrap();
+        hello = hello.arg("--disk").arg(format!("path={}", path.display()));
+    }
+    hello.outcome()
+}
+
+#[test]
+fn as_many_disks_as_the_transport_holds() {
+    for irqchip in IRQCHIPS {
+        let outcome = hello_with_disks(17, &["--irqchip", irqchip]).exits(7);
+        assert_eq!(outcome.stderr, "");
+        hello_with_disks(31, &["--pci", "--irqchip", irqchip]).exits(7);
+    }
+    let outcome = hello_with_disks(18, &[]).exits(125);
+    outcome.complains("'disk17' has no place; use --pci");
+    let outcome = hello_with_disks(32, &["--pci"]).exits(125);
+    outcome.complains("'disk31' on the PCI bus: no free slot");
+}
+
+#[test]
+fn a_disk_serves_a_driver_and_survives_a_hostile_one() {
+    for options in [["--irqchip", "split"], ["--irqchip", "kernel"]] {
+        for engine in ["io_uring", "sync"] {
+            let dir = tempfile::tempdir().unwrap();
+            let image = dir.path().join("disk");
+            std::fs::write(&image, [7; 4096]).unwrap();
+            let disk = format!("path={},engine={engine}", image.display());
+            let outcome = Bulle::payload("virtio_disk")
+                .args(options)
+                .args(["--append", "reads=1000 attack=1", "--disk", &disk])
+                .outcome()
+                .exits(0)
+                .within(SOON * 4);
+            let lines = "status 15\nsectors 8\nsane true\nbeyond the end 1\nreads true\n\
+                         after the attack true\n";
+            assert_eq!(outcome.stdout, lines, "{outcome:#?}");
+            let image = std::fs::read(&image).unwrap();
+            let expected: Vec<u8> = [vec![7; 512], vec![0xa5; 512], vec![7; 3072]].concat();
+            assert!(image == expected, "only sector 1 was written");
+        }
+    }
+}

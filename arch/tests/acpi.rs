@@ -9,7 +9,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use arch::acpi::{AcpiFacts, MmioDevice, PortDevice, PowerFacts, write_tables};
+use arch::acpi::{AcpiFacts, MmioDevice, PciHost, PortDevice, PowerFacts, Window, write_tables};
 use arch::vm::IrqchipMode;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -47,6 +47,16 @@ fn facts(vcpus: u32, irqchip: IrqchipMode) -> AcpiFacts {
                 irq: 10 + n,
             })
             .collect(),
+        pci: Some(PciHost {
+            ecam: Window {
+                base: 0xe000_0000,
+                size: 0x10_0000,
+            },
+            memory: Window {
+                base: 0xe800_0000,
+                size: 0x800_0000,
+            },
+        }),
     }
 }
 
@@ -82,6 +92,7 @@ fn iasl_accepts_all_tables() {
         let xsdt: u64 = memory.read_obj(GuestAddress(rsdp.0 + 24)).unwrap();
         let fadt: u64 = memory.read_obj(GuestAddress(xsdt + 36)).unwrap();
         let madt: u64 = memory.read_obj(GuestAddress(xsdt + 44)).unwrap();
+        let mcfg: u64 = memory.read_obj(GuestAddress(xsdt + 52)).unwrap();
         let dsdt: u64 = memory.read_obj(GuestAddress(fadt + 140)).unwrap();
 
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("acpi-{vcpus}"));
@@ -90,6 +101,7 @@ fn iasl_accepts_all_tables() {
             ("xsdt", xsdt),
             ("facp", fadt),
             ("apic", madt),
+            ("mcfg", mcfg),
             ("dsdt", dsdt),
         ] {
             let binary = format!("{name}.aml");

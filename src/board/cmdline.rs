@@ -1,6 +1,6 @@
 //! bulle's own part of the kernel command line.
 
-use crate::config::{Config, Console};
+use crate::config::{Config, Console, Transport};
 
 /// Words for the board, then for the agent. The user's are appended after these and so override
 /// them where Linux takes the last.
@@ -12,13 +12,24 @@ pub fn kernel_words(config: &Config) -> String {
         "reboot=acpi",
         // A panic resets at once, so that it never waits for a time limit.
         "panic=-1",
-        // No PCI bus to probe.
-        "pci=off",
         // A keyboard and no mouse: spares the probes for the rest.
         "i8042.noaux",
         "i8042.nomux",
         "i8042.dumbkbd",
     ];
+    if config.machine_config.virtio_transport != Transport::Pci {
+        // No PCI bus to probe.
+        words.push("pci=off");
+    }
+    let root = config.root_drive();
+    let root = match (root, &config.guest) {
+        (Some(drive), Some(_)) => Some(format!("bulle.root={}", drive.serial())),
+        // The root drive is the first on the bus.
+        (Some(drive), None) if drive.is_read_only => Some("root=/dev/vda ro".to_string()),
+        (Some(_), None) => Some("root=/dev/vda rw".to_string()),
+        (None, _) => None,
+    };
+    words.extend(root.as_deref());
     if config.guest.is_some() {
         words.extend(["rdinit=/.bulle/init", "bulle.agent=ttyS1"]);
         if config.console() == Console::Off {
@@ -42,5 +53,18 @@ mod tests {
         assert!(kernel_words(&config).ends_with("bulle.agent=ttyS1"));
         config.guest = None;
         assert!(!kernel_words(&config).contains("bulle"));
+    }
+
+    #[test]
+    fn the_root_drive_is_named_to_the_agent_or_to_the_kernel() {
+        let text = r#"{"boot-source":{"kernel_image_path":"/k"},"guest":{"root":"drive"},
+            "drives":[{"drive_id":"a","path_on_host":"/a"},
+                      {"drive_id":"r","path_on_host":"/r","is_root_device":true}]}"#;
+        let mut config: Config = serde_json::from_str(text).unwrap();
+        assert!(kernel_words(&config).contains(" bulle.root=r "));
+        config.guest = None;
+        assert!(kernel_words(&config).ends_with(" root=/dev/vda rw"));
+        config.drives[1].is_read_only = true;
+        assert!(kernel_words(&config).ends_with(" root=/dev/vda ro"));
     }
 }

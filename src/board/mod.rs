@@ -3,7 +3,10 @@
 //! [`Board::new`] is the one place that knows both the address map (`arch::layout`) and the
 //! device models. Both buses are frozen here, before any vCPU exists.
 
+pub mod attach;
 mod cmdline;
+mod doorbell;
+pub mod plan;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -23,7 +26,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::vm::irq::Irqchip;
 
+use crate::config::Transport;
+use attach::{AttachError, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
+use plan::Plan;
 
 /// The board could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +43,9 @@ pub enum BoardError {
         #[source]
         source: BusError,
     },
+    /// A virtio device.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// A UART state that no UART can have.
     #[error("Cannot make a serial port")]
     Serial(#[from] SerialError),
@@ -56,6 +65,8 @@ pub struct Wiring {
     pub console: SerialEnd,
     /// COM2.
     pub agent: SerialEnd,
+    /// Virtio devices.
+    pub devices: Vec<Plan>,
 }
 
 /// Devices and buses of one machine.
@@ -72,6 +83,8 @@ pub struct Board {
     pub keyboard: Arc<I8042>,
     /// Power registers, for the power button.
     pub power: Arc<Power>,
+    /// Virtio devices.
+    pub devices: Devices,
 }
 
 impl Board {
@@ -82,7 +95,12 @@ impl Board {
     }
 
     /// Puts the devices at reset state on two buses.
-    pub fn new(irqchip: &Irqchip, wiring: Wiring) -> Result<Self, BoardError> {
+    pub fn new(
+        machine: &Machine<'_>,
+        transport: Transport,
+        wiring: Wiring,
+    ) -> Result<Self, BoardError> {
+        let irqchip = machine.irqchip;
         let console = serial(irqchip, layout::COM1_IRQ, wiring.console)?;
         let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
         let keyboard = Arc::new(I8042::new(
@@ -137,6 +155,15 @@ impl Board {
                     source,
                 })?;
         }
+        let devices = Devices::attach(
+            wiring.devices,
+            transport,
+            machine,
+            &mut Buses {
+                pio: &mut pio,
+                mmio: &mut mmio,
+            },
+        )?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
@@ -144,37 +171,39 @@ impl Board {
             agent,
             keyboard,
             power,
+            devices,
         })
     }
-}
 
-/// What the ACPI tables say of this board.
-pub fn acpi_facts(topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
-    let device = |port, irq| PortDevice {
-        port,
-        irq: Some(irq),
-    };
-    AcpiFacts {
-        apic_ids: (0..topology.vcpus())
-            .map(|index| topology.apic_id(index))
-            .collect(),
-        irqchip,
-        serial: vec![
-            device(layout::COM1_PORT, layout::COM1_IRQ),
-            device(layout::COM2_PORT, layout::COM2_IRQ),
-        ],
-        keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
-        // No interrupt: the clock raises none.
-        rtc: Some(PortDevice {
-            port: layout::RTC_PORT,
-            irq: None,
-        }),
-        pvpanic: Some(layout::PVPANIC_PORT),
-        power: PowerFacts {
-            port: layout::POWER_PORT,
-            irq: layout::GED_IRQ,
-        },
-        virtio: Vec::new(),
+    /// What the ACPI tables say of this board.
+    pub fn acpi_facts(&self, topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
+        let device = |port, irq| PortDevice {
+            port,
+            irq: Some(irq),
+        };
+        AcpiFacts {
+            apic_ids: (0..topology.vcpus())
+                .map(|index| topology.apic_id(index))
+                .collect(),
+            irqchip,
+            serial: vec![
+                device(layout::COM1_PORT, layout::COM1_IRQ),
+                device(layout::COM2_PORT, layout::COM2_IRQ),
+            ],
+            keyboard: Some(device(layout::I8042_PORT, layout::I8042_IRQ)),
+            // No interrupt: the clock raises none.
+            rtc: Some(PortDevice {
+                port: layout::RTC_PORT,
+                irq: None,
+            }),
+            pvpanic: Some(layout::PVPANIC_PORT),
+            power: PowerFacts {
+                port: layout::POWER_PORT,
+                irq: layout::GED_IRQ,
+            },
+            virtio: self.devices.windows().to_vec(),
+            pci: self.devices.pci_host(),
+        }
     }
 }
 

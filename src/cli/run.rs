@@ -1,6 +1,6 @@
 //! `bulle run`: from arguments to a configuration, and from that to a session.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 
 use super::kernel::default_kernel;
 use crate::config::{
-    BootSource, Config, Console, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
-    MemoryBacking, Root, parse_size,
+    BootSource, Config, Console, Drive, Entropy, Guest, HugePages, Irqchip, KernelEntry,
+    MachineConfig, MemoryBacking, Root, Transport, parse_list, parse_size,
 };
 use crate::session;
 use crate::telemetry;
@@ -67,10 +67,24 @@ pub struct RunArgs {
     /// Who emulates the interrupt controllers [default: split]
     #[arg(long, value_name = "WHO")]
     irqchip: Option<Irqchip>,
-    /// Directory that becomes the guest's root (copied into memory), or `none` for a guest
-    /// without bulle's agent [default: a minimal tree of the host's busybox]
-    #[arg(long, value_name = "DIR|none")]
+    /// The guest's root: a disk image with a file system (read-only, a tmpfs over it), a directory
+    /// (copied into memory), an initramfs, or `none` for a guest without bulle's agent [default:
+    /// a minimal tree of the host's busybox]
+    #[arg(long, value_name = "IMAGE|DIR|INITRAMFS|none")]
     root: Option<PathBuf>,
+    /// Let the guest write to the image given by --root
+    #[arg(long, requires = "root")]
+    root_rw: bool,
+    /// Disk (repeatable): path=FILE[,ro][,id=NAME][,cache=writeback|unsafe|none]
+    /// [,engine=io_uring|sync][,queues=N][,rate.bandwidth.size=BYTES][,rate.ops.size=N]
+    #[arg(long, value_name = "LIST", value_parser = parse_list::<Drive>)]
+    disk: Vec<Drive>,
+    /// Add a virtio entropy device
+    #[arg(long)]
+    entropy: bool,
+    /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
+    #[arg(long)]
+    pci: bool,
     /// Directory with the kernel's modules [default: /lib/modules/RELEASE]
     #[arg(long, value_name = "DIR")]
     modules: Option<PathBuf>,
@@ -160,12 +174,24 @@ impl RunArgs {
                     kernel_cache: true,
                 },
                 machine_config: MachineConfig::default(),
+                drives: Vec::new(),
+                entropy: None,
                 guest: None,
                 console: None,
                 timeout_ms: None,
             },
         };
         let from_file = self.config.is_some();
+        for drive in &self.disk {
+            let mut drive = drive.clone();
+            if drive.drive_id.is_empty() {
+                drive.drive_id = format!("disk{}", config.drives.len());
+            }
+            config.drives.push(drive);
+        }
+        if self.entropy {
+            config.entropy = Some(Entropy {});
+        }
         self.boot_source(&mut config.boot_source);
         self.machine(&mut config.machine_config);
         self.guest(&mut config, from_file)?;
@@ -208,6 +234,9 @@ impl RunArgs {
         machine.memory_backing = self.memory_backing.unwrap_or(machine.memory_backing);
         machine.huge_pages = self.huge_pages.unwrap_or(machine.huge_pages);
         machine.irqchip = self.irqchip.unwrap_or(machine.irqchip);
+        if self.pci {
+            machine.virtio_transport = Transport::Pci;
+        }
     }
 
     /// The guest section: from the file, changed by options; without either, a guest with agent
@@ -229,6 +258,10 @@ impl RunArgs {
             config.guest = None;
             return Ok(());
         }
+        let root = match &self.root {
+            Some(path) => Some(self.root_of(path, config)?),
+            None => None,
+        };
         let bare = self.root.is_none() && !asks;
         if bare && (from_file || self.initrd.is_some()) {
             return Ok(());
@@ -241,9 +274,7 @@ impl RunArgs {
             },
             ..Guest::default()
         });
-        if let Some(root) = &self.root {
-            guest.root = Root::Directory(root.clone());
-        }
+        guest.root = root.unwrap_or_else(|| guest.root.clone());
         if !self.command.is_empty() {
             guest.command.clone_from(&self.command);
         }
@@ -262,6 +293,55 @@ impl RunArgs {
         }
         Ok(())
     }
+}
+
+impl RunArgs {
+    /// What `--root` names, by what is there.
+    fn root_of(&self, path: &Path, config: &mut Config) -> Result<Root> {
+        let kind = fs::metadata(path)
+            .with_context(|| format!("Cannot use {} as the guest's root", path.display()))?
+            .file_type();
+        let is_archive = kind.is_file() && is_initramfs(path)?;
+        if self.root_rw && (kind.is_dir() || is_archive) {
+            bail!(
+                "--root-rw is for disk images: the guest has {} in memory only",
+                path.display()
+            );
+        }
+        if kind.is_dir() {
+            return Ok(Root::Directory(path.to_path_buf()));
+        }
+        if is_archive {
+            config.boot_source.initrd_path = Some(path.to_path_buf());
+            return Ok(Root::Initrd);
+        }
+        let drive = Drive {
+            is_root_device: true,
+            is_read_only: !self.root_rw,
+            ..Drive::new("root", path.to_path_buf())
+        };
+        config.drives.retain(|drive| !drive.is_root_device);
+        config.drives.insert(0, drive);
+        Ok(Root::Drive)
+    }
+}
+
+/// Whether the kernel would unpack this file: a cpio archive, compressed or not.
+fn is_initramfs(path: &Path) -> Result<bool> {
+    const MAGICS: [&[u8]; 7] = [
+        b"07070",
+        b"\x1f\x8b",
+        b"\xfd7zXZ",
+        b"\x28\xb5\x2f\xfd",
+        b"\x02\x21\x4c\x18",
+        b"BZh",
+        b"\x5d\0\0",
+    ];
+    let cannot = || format!("Cannot read {}", path.display());
+    let mut head = Vec::new();
+    let file = fs::File::open(path).with_context(cannot)?;
+    file.take(8).read_to_end(&mut head).with_context(cannot)?;
+    Ok(MAGICS.iter().any(|magic| head.starts_with(magic)))
 }
 
 fn read_config(path: &Path) -> Result<Config> {
@@ -305,8 +385,8 @@ mod tests {
             (guest.root, guest.command),
             (Root::Initrd, vec!["ls".to_string()])
         );
-        let guest = config(&["--root", "/r"]).guest.unwrap();
-        assert_eq!(guest.root, Root::Directory("/r".into()));
+        let guest = config(&["--root", "/"]).guest.unwrap();
+        assert_eq!(guest.root, Root::Directory("/".into()));
     }
 
     #[test]
@@ -349,6 +429,37 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("--root none"), "{error}");
+    }
+
+    #[test]
+    fn disks_and_root_images_become_drives() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        fs::write(&image, [0; 512]).unwrap();
+        let image = image.to_str().unwrap();
+        let disk = "path=/d,ro,rate.ops.size=9";
+        let made = config(&["--disk", disk, "--root", image, "--entropy"]);
+        assert_eq!(made.guest.as_ref().unwrap().root, Root::Drive);
+        let ids: Vec<_> = made.drives.iter().map(|d| d.drive_id.as_str()).collect();
+        assert_eq!(ids, ["root", "disk0"]);
+        assert_eq!(made.root_drive(), made.drives.first());
+        assert!(made.drives.iter().all(|d| d.is_read_only));
+        let text = serde_json::to_string(&made).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), made);
+        made.validate().unwrap();
+        assert!(!config(&["--root", image, "--root-rw"]).drives[0].is_read_only);
+
+        fs::write(image, "070701").unwrap();
+        let made = config(&["--root", image]);
+        assert_eq!(made.guest.unwrap().root, Root::Initrd);
+        assert_eq!(made.boot_source.initrd_path.unwrap(), Path::new(image));
+        for words in [["--root", image], ["--root", "/"]] {
+            let words = ["bulle", "--kernel", "/k", "--root-rw"]
+                .iter()
+                .chain(&words);
+            let error = Wrapper::parse_from(words).args.into_config().unwrap_err();
+            assert!(error.to_string().contains("in memory only"), "{error}");
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! [`Config::validate`] checks every number and combination and is the only way to a [`Spec`].
 //! Depends on nothing else in bulle.
 
+mod devices;
+mod list;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -14,7 +16,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use size::{SizeError, parse_size};
+pub use devices::{
+    CacheType, Drive, Entropy, Format, IoEngine, RateLimiter, TokenBucket, Transport,
+};
+pub use list::{ListError, parse_list};
+pub use size::{SizeError, parse_bytes, parse_size};
 pub use validate::{ConfigError, Spec};
 
 /// Fewest MiB of RAM.
@@ -33,6 +39,12 @@ pub struct Config {
     /// Processors, memory and interrupt controller.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// Disks, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<Drive>,
+    /// An entropy device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
@@ -105,6 +117,9 @@ pub struct MachineConfig {
     /// Who emulates the interrupt controllers.
     #[serde(default)]
     pub irqchip: Irqchip,
+    /// How the guest reaches its virtio devices.
+    #[serde(default)]
+    pub virtio_transport: Transport,
 }
 
 fn yes() -> bool {
@@ -129,6 +144,7 @@ impl Default for MachineConfig {
             memory_backing: MemoryBacking::default(),
             huge_pages: HugePages::default(),
             irqchip: Irqchip::default(),
+            virtio_transport: Transport::default(),
         }
     }
 }
@@ -223,6 +239,8 @@ pub enum Root {
     Initrd,
     /// A host directory, copied.
     Directory(PathBuf),
+    /// The drive with `is_root_device`, with a tmpfs over it if it is read-only.
+    Drive,
 }
 
 /// Where the guest's console goes.
@@ -238,6 +256,11 @@ pub enum Console {
 }
 
 impl Config {
+    /// The drive with the guest's root file system.
+    pub fn root_drive(&self) -> Option<&Drive> {
+        self.drives.iter().find(|drive| drive.is_root_device)
+    }
+
     /// Where the console goes when nothing was asked: to the terminal where the guest is on its
     /// own, nowhere where an agent speaks for it.
     pub fn console(&self) -> Console {

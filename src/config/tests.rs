@@ -132,6 +132,57 @@ fn limits_are_named() {
     );
 }
 
+#[test]
+fn drives_are_told_apart() {
+    let check = |drives: &[Drive], root: Root, words: &str| {
+        let mut config = minimal();
+        config.drives = drives.to_vec();
+        config.guest = Some(Guest {
+            root,
+            ..Guest::default()
+        });
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains(words), "{error} lacks {words}");
+    };
+    let drive = |id: &str| Drive::new(id, "/d".into());
+    let root = |id: &str| Drive {
+        is_root_device: true,
+        ..drive(id)
+    };
+    check(&[drive("a b")], Root::Busybox, "'a b'");
+    check(&[drive("")], Root::Busybox, "''");
+    let long = "a-name-of-twenty-byte";
+    let other = format!("{}x", &long[..20]);
+    check(
+        &[drive(long), drive("b"), drive(&other)],
+        Root::Busybox,
+        &other,
+    );
+    check(&[root("a"), root("b")], Root::Drive, "'a' and 'b' are both");
+    check(&[drive("a")], Root::Drive, "--root IMAGE");
+    check(&[root("a")], Root::Busybox, "--root IMAGE");
+    let queues = Drive {
+        num_queues: Some(257),
+        ..drive("a")
+    };
+    check(&[queues], Root::Busybox, "257 queues");
+}
+
+#[test]
+fn drives_as_firecracker_writes_them() {
+    let text = r#"{"boot-source":{"kernel_image_path":"/k"},"drives":[{"drive_id":"rootfs",
+        "path_on_host":"/r","is_root_device":true,"is_read_only":false,"cache_type":"Unsafe",
+        "io_engine":"Sync","rate_limiter":{"bandwidth":{"size":1000,"one_time_burst":0,
+        "refill_time":100}}}],"entropy":{}}"#;
+    let config: Config = serde_json::from_str(text).unwrap();
+    let drive = config.root_drive().unwrap();
+    assert_eq!(
+        (drive.cache_type, drive.io_engine),
+        (CacheType::Unsafe, IoEngine::Sync)
+    );
+    config.validate().unwrap();
+}
+
 proptest! {
     #[test]
     fn size_never_panics(text in ".{0,24}") {

@@ -5,6 +5,7 @@
 
 pub mod busybox;
 pub mod client;
+pub mod filesystem;
 pub mod initramfs;
 pub mod modules;
 pub mod prepare;

@@ -135,7 +135,9 @@ pub fn resolve(
         if names.is_empty() && index.is_builtin(want.name) {
             resolved.builtin.push(want.name.to_owned());
         } else if !names.is_empty() {
-            names.iter().for_each(|name| order.add(name));
+            for name in &names {
+                order.add(name)?;
+            }
         } else if !want.required {
             resolved.missing.push(want.name.to_owned());
         } else if directory.is_dir() {
@@ -251,21 +253,31 @@ struct Order<'a> {
 }
 
 impl<'a> Order<'a> {
-    fn add(&mut self, name: &str) {
+    fn add(&mut self, name: &str) -> Result<(), ModulesError> {
         let index = self.index;
         let Some((file, needs)) = index.line_of(name) else {
-            return;
+            return Ok(());
         };
         if !self.seen.insert(file) {
-            return;
+            return Ok(());
         }
         let (pre, post) = index.soft(name);
-        pre.into_iter().for_each(|name| self.add(name));
-        needs
-            .split_ascii_whitespace()
-            .for_each(|file| self.add(&name_of(file)));
+        self.add_soft(&pre)?;
+        for file in needs.split_ascii_whitespace() {
+            self.add(&name_of(file))?;
+        }
         self.files.push(file);
-        post.into_iter().for_each(|name| self.add(name));
+        self.add_soft(&post)
+    }
+
+    /// Adds what soft dependencies name, which may be aliases: ext4 wants `crypto-crc32c`.
+    fn add_soft(&mut self, names: &[&str]) -> Result<(), ModulesError> {
+        for name in names {
+            for name in self.index.names_of(name)? {
+                self.add(&name)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,31 +1,21 @@
 //! What a guest needs beside its kernel, decided from the configuration and packed.
 
+use std::io;
+use std::path::PathBuf;
+
 use arch::kernel::KernelImage;
 
 use super::busybox::{self, BusyboxError};
+use super::filesystem::module_for;
 use super::initramfs::{Initramfs, InitramfsError, Progress};
 use super::modules::{self, ModulesError, Resolved, Wanted};
-use crate::config::{Guest, Root, Spec};
+use crate::config::{Config, Guest, Root, Spec, Transport};
 use crate::vm::BuildError;
 use crate::vm::build::Initrd;
 
-/// Modules for what the board has. None is required: a guest runs its command without them.
-const MODULES: [Wanted<'static>; 3] = [
-    // Panics are reported at once.
-    Wanted {
-        name: "pvpanic-mmio",
-        required: false,
-    },
-    // The power button, and how the agent reads it.
-    Wanted {
-        name: "button",
-        required: false,
-    },
-    Wanted {
-        name: "evdev",
-        required: false,
-    },
-];
+/// Modules for what every board has: panics are reported at once; the power button, and how the
+/// agent reads it. None is required: a guest runs its command without them.
+const COMFORT: [&str; 3] = ["pvpanic-mmio", "button", "evdev"];
 
 /// What goes into a guest cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +29,15 @@ pub enum PrepareError {
     /// Packing.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
+    /// The image with the root.
+    #[error("Cannot read the root image {}", path.display())]
+    Root {
+        /// As given.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
     /// The user's initrd.
     #[error(transparent)]
     Initrd(#[from] BuildError),
@@ -56,18 +55,19 @@ pub fn prepare(
     };
     if let Some(guest) = spec.guest() {
         // What the unpacked tree and the archive both take has to fit beside the kernel.
-        initrd.archive = archive(guest, kernel, spec.ram_size() / 2, step)?;
+        initrd.archive = archive(spec.config(), guest, kernel, spec.ram_size() / 2, step)?;
     }
     Ok(initrd)
 }
 
 fn archive(
+    config: &Config,
     guest: &Guest,
     kernel: &KernelImage,
     limit: u64,
     step: impl Fn(String),
 ) -> Result<Vec<u8>, PrepareError> {
-    let modules = resolve(guest, kernel)?.modules;
+    let modules = resolve(guest, kernel, &wanted(config)?)?.modules;
     let packing = |progress: Progress| {
         if progress.entries.is_multiple_of(256) {
             step(format!("packing the root: {} files", progress.entries));
@@ -78,7 +78,7 @@ fn archive(
         .modules(&modules)
         .progress(&packing);
     let archive = match &guest.root {
-        Root::Initrd => builder.build(limit),
+        Root::Initrd | Root::Drive => builder.build(limit),
         Root::Directory(directory) => builder.directory(directory).build(limit),
         Root::Busybox => {
             let nodes = busybox::root(&busybox::find()?)?;
@@ -88,7 +88,44 @@ fn archive(
     Ok(archive?)
 }
 
-fn resolve(guest: &Guest, kernel: &KernelImage) -> Result<Resolved, PrepareError> {
+/// The modules for the devices of `config`, and for a root on one of them.
+fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
+    let mut required = Vec::new();
+    if !config.drives.is_empty() || config.entropy.is_some() {
+        required.push(match config.machine_config.virtio_transport {
+            Transport::Mmio => "virtio_mmio",
+            Transport::Pci => "virtio_pci",
+        });
+    }
+    if !config.drives.is_empty() {
+        required.push("virtio_blk");
+    }
+    if config.entropy.is_some() {
+        required.push("virtio-rng");
+    }
+    if let Some(drive) = config.root_drive() {
+        let path = &drive.path_on_host;
+        let module = module_for(path).map_err(|source| PrepareError::Root {
+            path: path.clone(),
+            source,
+        })?;
+        required.extend(module);
+        if drive.is_read_only {
+            required.push("overlay");
+        }
+    }
+    let wanted = |required| move |name| Wanted { name, required };
+    let comfort = COMFORT.into_iter().map(wanted(false));
+    Ok(comfort
+        .chain(required.into_iter().map(wanted(true)))
+        .collect())
+}
+
+fn resolve(
+    guest: &Guest,
+    kernel: &KernelImage,
+    wanted: &[Wanted<'_>],
+) -> Result<Resolved, PrepareError> {
     let release = kernel.version().unwrap_or_default();
     let directory = match &guest.modules_dir {
         Some(directory) if !directory.join("modules.dep").is_file() => {
@@ -105,7 +142,7 @@ fn resolve(guest: &Guest, kernel: &KernelImage) -> Result<Resolved, PrepareError
         );
         return Ok(Resolved::default());
     }
-    let resolved = modules::resolve(&directory, &release, &MODULES)?;
+    let resolved = modules::resolve(&directory, &release, wanted)?;
     for name in &resolved.missing {
         log::info!("kernel {release} has no module {name}: the guest goes without");
     }

@@ -10,12 +10,15 @@ use std::thread::{Builder, JoinHandle};
 pub enum Role {
     /// Runs the vCPU with this index.
     Vcpu(u16),
+    /// Runs virtio devices: the loop with this index.
+    Io(u16),
 }
 
 impl Role {
     fn name(self) -> String {
         match self {
             Self::Vcpu(index) => format!("vcpu{index}"),
+            Self::Io(index) => format!("io{index}"),
         }
     }
 }

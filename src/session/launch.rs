@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
+use devices::virtio::block::DiskError;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -18,6 +19,7 @@ use super::output::{Output, finish};
 use super::progress::Progress;
 use super::signals::Signals;
 use super::terminal::RawTerminal;
+use crate::board::plan::plan;
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
@@ -41,6 +43,9 @@ pub enum LaunchError {
     /// The command does not fit the agent's protocol.
     #[error(transparent)]
     Request(#[from] RequestError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The machine cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -66,6 +71,7 @@ pub enum LaunchError {
 pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     let started = Instant::now();
     let mut progress = Progress::new();
+    let devices = plan(&spec)?;
     let host = Host::open(spec.machine())?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
@@ -83,6 +89,7 @@ pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
             out: port.writer(),
             drained: clone(&events.agent_room)?,
         },
+        devices,
     };
     let signals = Signals::block().map_err(|error| session("signals", error.into()))?;
     let mut vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;

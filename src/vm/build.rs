@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arch::acpi::AcpiError;
+use arch::acpi::{AcpiError, AcpiFacts};
 use arch::boot::{self, BootError, BootParameters, EntryState};
 use arch::capabilities::{Capabilities, HostError};
 use arch::cmdline::{self, CmdlineError};
@@ -28,6 +28,7 @@ use super::irq::Irqchip;
 use super::limits::{self, LimitError};
 use super::memory::{self, MemoryError};
 use super::{ExitLatch, Vm, kernel_cache};
+use crate::board::attach::Machine;
 use crate::board::{self, Board, BoardError, Wiring};
 use crate::config::{self, MachineConfig, Spec};
 use crate::sandbox::thread::ThreadError;
@@ -108,6 +109,9 @@ pub enum BuildError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM_IRQFD failed.
+    #[error("KVM cannot connect the interrupt of a virtio device")]
+    Irqfd(#[source] kvm_ioctls::Error),
     /// KVM_GET_TSC_KHZ failed.
     #[error("KVM does not tell the frequency of the time-stamp counter")]
     TscFrequency(#[source] kvm_ioctls::Error),
@@ -246,8 +250,17 @@ impl Vm {
         }
         log::debug!("memory and interrupt controller in place");
         let irqchip = Irqchip::new(machine.irqchip, &vm);
-        let board = Board::new(&irqchip, wiring)?;
-        let entry = load(spec, &host.topology, kernel, initrd, &memory)?;
+        let board = Board::new(
+            &Machine {
+                vm: &vm,
+                irqchip: &irqchip,
+                memory: &memory,
+            },
+            machine.virtio_transport,
+            wiring,
+        )?;
+        let facts = board.acpi_facts(&host.topology, mode);
+        let entry = load(spec, &facts, kernel, initrd, &memory)?;
         log::debug!("devices in place, guest memory filled");
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
         let mut template = VcpuTemplate::new(&host.kvm, &host.topology, &host.capabilities, None)?;
@@ -275,6 +288,7 @@ impl Vm {
                 exit: exit.clone(),
             })?);
         }
+        board.devices.connect(&vm).map_err(BuildError::Irqfd)?;
         log::debug!("{} vCPUs ready", vcpus.len());
         Ok(Self {
             vcpus,
@@ -293,7 +307,7 @@ fn create_vcpu(vm: &VmFd, index: u16, topology: &Topology) -> Result<VcpuFd, Bui
 /// Fills guest memory: kernel, initial RAM disk, ACPI tables, boot parameters.
 fn load(
     spec: &Spec,
-    topology: &Topology,
+    facts: &AcpiFacts,
     kernel: &KernelImage,
     initrd: Initrd,
     memory: &GuestMemory,
@@ -325,8 +339,7 @@ fn load(
             Some((address, len))
         }
     };
-    let facts = board::acpi_facts(topology, mode(config.machine_config.irqchip));
-    let rsdp = arch::acpi::write_tables(memory, &facts)?;
+    let rsdp = arch::acpi::write_tables(memory, facts)?;
     let parameters = BootParameters {
         kernel: &loaded,
         cmdline: &line,

@@ -3,12 +3,14 @@
 //! With KVM's controller a line is an ioctl on its pin; with the split one bulle's I/O APIC turns
 //! the pin into a message for the local APICs in KVM. Lines are signalled on any thread.
 
+use std::io;
 use std::sync::Arc;
 
 use devices::ioapic::{IoApic, IoApicState, MsiSink};
 use devices::irq::Interrupt;
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config;
 use crate::telemetry::Limited;
@@ -46,6 +48,20 @@ impl Irqchip {
         }
     }
 
+    /// The edge-triggered line at `pin` for I/O threads, and the irqfd behind it where there is
+    /// one, to be registered once there are vCPUs.
+    pub fn fast_line(&self, pin: u32) -> io::Result<(Arc<dyn Interrupt>, Option<IrqFd>)> {
+        match self {
+            Self::Kernel(_) => {
+                let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+                let line = Arc::new(EventLine(event.try_clone()?));
+                Ok((line, Some(IrqFd { event, pin })))
+            }
+            // A message is a single system call already.
+            Self::Split(_) => Ok((self.line(pin), None)),
+        }
+    }
+
     /// bulle's own I/O APIC, where it has one.
     pub fn ioapic(&self) -> Option<&Arc<IoApic>> {
         match self {
@@ -53,6 +69,11 @@ impl Irqchip {
             Self::Split(ioapic) => Some(ioapic),
         }
     }
+}
+
+/// Where messages (MSI) of the devices of `vm` go, with either controller.
+pub fn messages(vm: &Arc<VmFd>) -> Arc<dyn MsiSink> {
+    Arc::new(KvmMsi(vm.clone()))
 }
 
 struct KernelLine {
@@ -68,6 +89,31 @@ impl Interrupt for KernelLine {
             {
                 log::warn!("interrupt {} not delivered: {error}", self.pin);
             }
+        }
+    }
+}
+
+/// An event descriptor that KVM turns into an edge on a pin.
+pub struct IrqFd {
+    event: EventFd,
+    pin: u32,
+}
+
+impl IrqFd {
+    /// Connects it. An edge that came before is delivered now.
+    pub fn register(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        vm.register_irqfd(&self.event, self.pin)
+    }
+}
+
+struct EventLine(EventFd);
+
+impl Interrupt for EventLine {
+    fn signal(&self) {
+        if let Err(error) = self.0.write(1)
+            && DELIVERY_FAILURES.allow()
+        {
+            log::warn!("an interrupt was not delivered: {error}");
         }
     }
 }

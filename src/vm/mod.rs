@@ -1,8 +1,8 @@
 //! One virtual machine: KVM objects, guest RAM, devices, vCPU threads.
 //!
 //! [`Vm::build`] makes it, parked; [`Vm::start`] lets it run. What ends it arrives once, in the
-//! [`ExitLatch`]. The owner is the vmm thread. Dropping a `Vm` stops and joins its vCPUs before
-//! guest memory goes.
+//! [`ExitLatch`]. The owner is the vmm thread. Dropping a `Vm` stops and joins its vCPUs, then its
+//! devices, before guest memory goes.
 
 pub mod build;
 mod exit;
@@ -52,12 +52,13 @@ impl Vm {
         }
     }
 
-    /// Gets every vCPU out of the guest, and ends its thread.
+    /// Gets every vCPU out of the guest and ends its thread; then brings the devices to rest.
     pub fn stop(&mut self) {
         for vcpu in &self.vcpus {
             vcpu.request_stop();
         }
         self.vcpus.clear();
+        self.board.devices.stop();
     }
 }
 

@@ -58,6 +58,24 @@ fn build_payloads() -> PathBuf {
     target.join("release")
 }
 
+/// The newest installed Debian kernel of a flavour.
+pub fn debian_kernel(flavour: &str) -> PathBuf {
+    let suffix = format!("-{flavour}");
+    let names = fs::read_dir("/boot")
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut found: Vec<(Vec<u32>, String)> = names
+        .filter(|name| name.starts_with("vmlinuz-") && name.ends_with(&suffix))
+        .filter(|name| flavour != "amd64" || !name.contains("-cloud-") && !name.contains("-rt-"))
+        .map(|name| (name.split(['.', '-']).flat_map(str::parse).collect(), name))
+        .collect();
+    found.sort();
+    let (_, name) = found
+        .pop()
+        .unwrap_or_else(|| panic!("no kernel in /boot: apt-get install linux-image-{flavour}"));
+    Path::new("/boot").join(name)
+}
+
 /// How a process ended and what it wrote.
 #[derive(Debug)]
 pub struct Outcome {

@@ -52,6 +52,14 @@ pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 /// Size of one virtio-mmio window.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// PCI configuration space of bus 0 (ECAM).
+pub const PCI_ECAM_START: u64 = 0xe000_0000;
+/// Bytes of one bus's configuration space.
+pub const PCI_ECAM_SIZE: u64 = 0x10_0000;
+/// Memory of PCI functions.
+pub const PCI_MEMORY_START: u64 = 0xe800_0000;
+/// End of the functions' memory.
+pub const PCI_MEMORY_END: u64 = 0xf000_0000;
 /// I/O APIC registers.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Size of the I/O APIC window.
@@ -94,6 +102,10 @@ pub const RTC_CENTURY: u8 = 0x32;
 pub const RTC_IRQ: u32 = 8;
 /// Debug-exit port: a byte written here ends the VM with it as exit code.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// PCI configuration by ports: address, then data.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// Ports of the address and the data.
+pub const PCI_CONFIG_PORT_SIZE: u16 = 8;
 /// pvpanic, as in QEMU.
 pub const PVPANIC_PORT: u16 = 0x505;
 /// ACPI power registers (see `devices::legacy::power`).

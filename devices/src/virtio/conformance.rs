@@ -9,6 +9,7 @@ use super::console::tests::options as console_options;
 use super::core::{DRIVER_OK, Half, NEEDS_RESET, Reg, Ring, VirtioState};
 use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
+use super::fs::FsOptions;
 use super::registry::{DeviceConfig, build};
 use super::vsock::tests::options as vsock_options;
 
@@ -37,6 +38,10 @@ fn devices() -> Vec<(&'static str, Make)> {
         ("block, io_uring", block(EngineKind::IoUring, 2, false)),
         ("block, read-only", block(EngineKind::Auto, 1, true)),
         ("block, sync", block(EngineKind::Sync, 1, false)),
+        (
+            "fs",
+            make(|| DeviceConfig::Fs(FsOptions::new("share", env!("CARGO_MANIFEST_DIR")))),
+        ),
     ]
 }
 

@@ -13,6 +13,7 @@ use vm_memory::GuestAddress;
 use super::block::BlockState;
 use super::console::ConsoleState;
 use super::entropy::EntropyState;
+use super::fs::FsState;
 use super::io::Io;
 use super::vsock::VsockState;
 
@@ -143,6 +144,8 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// Socket device.
     Vsock(VsockState),
+    /// Shared directory.
+    Fs(FsState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

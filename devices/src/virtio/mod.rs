@@ -11,6 +11,7 @@ pub mod console;
 pub mod core;
 pub mod device;
 pub mod entropy;
+pub mod fs;
 pub mod io;
 mod iovecs;
 pub mod limiter;

@@ -7,6 +7,7 @@ use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
 use super::vsock::{Vsock, VsockError, VsockOptions};
+use super::fs::{Fs, FsError, FsOptions, FsState};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub enum DeviceConfig {
     Console(ConsoleOptions),
     /// Socket device.
     Vsock(VsockOptions),
+    /// Shared directory.
+    Fs(FsOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -32,6 +35,8 @@ pub enum DeviceHandle {
     Console(ConsoleHandle),
     /// Socket devices take no commands.
     Vsock,
+    /// Shared directories take no commands.
+    Fs,
 }
 
 /// A device could not be made.
@@ -52,6 +57,9 @@ pub enum BuildError {
     /// A socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A shared directory.
+    #[error(transparent)]
+    Fs(#[from] FsError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -94,6 +102,14 @@ pub fn build(
             };
             let vsock = Vsock::new(options, state)?;
             Ok((Box::new(vsock), DeviceHandle::Vsock))
+        }
+        DeviceConfig::Fs(options) => {
+            let fs = match state {
+                DeviceState::Reset => Fs::new(options, &FsState::default())?,
+                DeviceState::Fs(state) => Fs::new(options, state)?,
+                _ => return Err(BuildError::State { device: "fs" }),
+            };
+            Ok((Box::new(fs), DeviceHandle::Fs))
         }
     }
 }

@@ -83,6 +83,10 @@ pub trait Backend: Send {
     fn reset(&mut self);
     /// State of the device, which is stopped.
     fn save(&mut self) -> DeviceState;
+    /// Many kicks came through the transport, where `kicks` as ioeventfds would be faster.
+    fn many_kicks(&mut self, kicks: &[EventFd]) {
+        let _ = kicks;
+    }
 }
 
 /// A device with its queues, in the hands of one thread.

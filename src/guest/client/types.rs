@@ -124,6 +124,7 @@ impl std::fmt::Display for AgentFailure {
             ),
             Stage::Exec if self.exit_code() == 127 => write!(f, "{text}: not found in the guest"),
             Stage::Exec => write!(f, "{text}: cannot execute in the guest: {reason}"),
+            Stage::Root => write!(f, "the guest has no root file system: {text}: {reason}"),
             Stage::Interpreter => write!(
                 f,
                 "{text}: its interpreter or dynamic loader is not found in the guest"

@@ -26,11 +26,11 @@ fn directory() -> tempfile::TempDir {
     );
     write(
         "modules.alias",
-        b"# comment\nalias acpi*:PNP0C0C:* pvpanic\nalias fs-top top\n",
+        b"# comment\nalias acpi*:PNP0C0C:* pvpanic\nalias fs-top top\nalias loop-alias a\n",
     );
     write(
         "modules.softdep",
-        b"softdep middle pre: pvpanic-mmio absent post: a\n",
+        b"softdep middle pre: pvpanic-mmio absent post: loop-alias\n",
     );
     write("kernel/misc/pvpanic.ko", b"PVPANIC");
     write("kernel/net/base.ko", b"BASE");

@@ -7,6 +7,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
+use super::pci;
 use super::tables::{bytes, table};
 use super::{AcpiError, AcpiFacts, MmioDevice, PortDevice, PowerFacts};
 use crate::layout;
@@ -19,7 +20,7 @@ pub(super) const MAX_SERIAL: usize = 9;
 const EVENTS: &[(u8, &str)] = &[(layout::POWER_EVENT_BUTTON, "\\_SB_.PWRB")];
 
 /// Objects that are AML already.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -56,6 +57,9 @@ pub(super) fn dsdt(facts: &AcpiFacts) -> Result<Vec<u8>, AcpiError> {
     }
     for (number, window) in (0u16..).zip(&facts.virtio) {
         devices.extend(virtio(number, *window)?);
+    }
+    if let Some(host) = &facts.pci {
+        devices.extend(pci::devices(host)?);
     }
     devices.extend(bytes(&Device::new(
         Path::new("PWRB"),

@@ -2,16 +2,18 @@
 //!
 //! [`write_tables`] puts RSDP, XSDT, FADT, MADT and DSDT into the room `layout` gives them. Guests
 //! find here what cannot be probed: processors, interrupt controllers, serial ports, virtio-mmio
-//! windows, the registers that sleep and reset, and the power button. There is no FACS and no
+//! windows, the PCI host bridge, the registers that sleep and reset, and the power button. There is no FACS and no
 //! legacy power management, which hardware-reduced ACPI does without.
 
 mod dsdt;
+mod pci;
 mod tables;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+pub use self::pci::PciHost;
 use crate::layout::{ACPI_TABLES_END, ACPI_TABLES_START, RSDP_START};
 use crate::vm::IrqchipMode;
 
@@ -79,6 +81,27 @@ pub struct MmioDevice {
     pub irq: u32,
 }
 
+/// A range of guest-physical addresses below 4 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First address.
+    pub base: u64,
+    /// Bytes, at least one.
+    pub size: u64,
+}
+
+impl Window {
+    /// First and last address.
+    fn bounds(self) -> Result<(u32, u32), AcpiError> {
+        let Self { base, size } = self;
+        let last = base.checked_add(size).and_then(|end| end.checked_sub(1));
+        match (u32::try_from(base), last.map(u32::try_from)) {
+            (Ok(first), Some(Ok(last))) if first <= last => Ok((first, last)),
+            _ => Err(AcpiError::Window { base, size }),
+        }
+    }
+}
+
 /// Everything the tables say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcpiFacts {
@@ -98,6 +121,8 @@ pub struct AcpiFacts {
     pub power: PowerFacts,
     /// virtio-mmio devices.
     pub virtio: Vec<MmioDevice>,
+    /// PCI host bridge.
+    pub pci: Option<PciHost>,
 }
 
 /// The registers by which a guest sleeps, resets and learns of events.
@@ -140,7 +165,11 @@ where
     let dsdt = room.put(dsdt::dsdt(facts)?);
     let fadt = room.put(tables::fadt(facts, dsdt));
     let madt = room.put(tables::madt(facts));
-    let xsdt = room.put(tables::xsdt(&[fadt, madt]));
+    let mut entries = vec![fadt, madt];
+    if let Some(host) = &facts.pci {
+        entries.push(room.put(pci::mcfg(host)));
+    }
+    let xsdt = room.put(tables::xsdt(&entries));
     if room.next > ACPI_TABLES_END {
         return Err(AcpiError::Room {
             needed: room.next - ACPI_TABLES_START,

@@ -36,6 +36,7 @@ fn facts(apic_ids: impl IntoIterator<Item = u32>, irqchip: IrqchipMode) -> AcpiF
             irq: 9,
         },
         virtio: (0..2).map(virtio).collect(),
+        pci: None,
     }
 }
 
@@ -265,6 +266,41 @@ fn absent_devices_are_not_described() {
 }
 
 #[test]
+fn a_pci_host_bridge() {
+    let mut facts = facts([0], IrqchipMode::Split);
+    facts.pci = Some(PciHost {
+        ecam: Window {
+            base: 0xe000_0000,
+            size: 0x10_0000,
+        },
+        memory: Window {
+            base: 0xe800_0000,
+            size: 0x800_0000,
+        },
+    });
+    let guest = Guest::with(&facts).unwrap();
+    let xsdt = guest.table(u64_at(&guest.read(RSDP_START, 36), 24), b"XSDT");
+    assert_eq!(xsdt.len(), 36 + 3 * 8);
+    let mcfg = guest.table(u64_at(&xsdt, 52), b"MCFG");
+    let entry = [0, 0, 0, 0xe0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(mcfg[44..], entry, "segment 0, bus 0");
+    let fadt = guest.table(u64_at(&xsdt, 36), b"FACP");
+    let dsdt = guest.table(u64_at(&fadt, 140), b"DSDT");
+    let has = |what: &str, needle: &[u8]| assert_eq!(count(&dsdt, needle), 1, "{what}");
+    has("the bridge", b"PCI0\x08_HID\x0c\x41\xd0\x0a\x08");
+    has(
+        "bus 0",
+        &[0x88, 13, 0, 2, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+    );
+    has("its ports", &[0x47, 1, 0xf8, 0x0c, 0xf8, 0x0c, 1, 8]);
+    let window = [
+        0, 0, 0, 0xe8, 0xff, 0xff, 0xff, 0xef, 0, 0, 0, 0, 0, 0, 0, 8,
+    ];
+    has("the memory", &window);
+    has("the ECAM", &[0x86, 9, 0, 1, 0, 0, 0, 0xe0, 0, 0, 0x10, 0]);
+}
+
+#[test]
 fn the_largest_machine_fits() {
     let mut facts = facts(0..254, IrqchipMode::Split);
     facts.virtio = vec![facts.virtio[0]; 64];
@@ -285,6 +321,18 @@ fn facts_that_cannot_be_said_are_refused() {
     assert!(error(&|facts| facts.virtio[0].base = 0x1_0000_0000).contains("below 4 GiB"));
     assert!(error(&|facts| facts.virtio[0].base = 0xffff_ffff).contains("below 4 GiB"));
     assert!(error(&|facts| facts.virtio[0].base = u64::MAX).contains("below 4 GiB"));
+    let bad = |base, size| {
+        move |facts: &mut AcpiFacts| {
+            let (good, bad) = (Window { base: 0, size: 1 }, Window { base, size });
+            facts.pci = Some(PciHost {
+                ecam: good,
+                memory: bad,
+            });
+        }
+    };
+    for (base, size) in [(0, 0), (u64::MAX, 2), (0xffff_ffff, 2), (1 << 32, 1)] {
+        assert!(error(&bad(base, size)).contains("below 4 GiB"));
+    }
     assert!(error(&|facts| facts.virtio = vec![facts.virtio[0]; 4096]).contains("room for 131008"));
     assert!(error(&|facts| facts.virtio = vec![facts.virtio[0]; 4097]).contains("4097 virtio"));
     assert!(error(&|facts| facts.apic_ids = vec![0; 4097]).contains("4097 vCPUs"));

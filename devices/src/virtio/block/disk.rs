@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::{Holder, LockError, lock};
+use super::lock::{Holder, LockError, lock, unlock};
 
 #[cfg(test)]
 mod tests;
@@ -139,6 +139,13 @@ pub struct Disk {
     physical: u32,
     /// Alignment of buffers in memory for O_DIRECT, else 1.
     memory_align: usize,
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // A ring may keep the file open for a while.
+        unlock(&self.file);
+    }
 }
 
 impl Disk {

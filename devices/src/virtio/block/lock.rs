@@ -8,6 +8,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long to wait for a lock that no process holds.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Between two attempts.
+const RETRY: Duration = Duration::from_millis(2);
 
 /// Who holds a lock, as far as this user may see.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,9 +36,42 @@ pub(super) enum LockError {
     Io(io::Error),
 }
 
-/// Locks `file` for one writer, or for readers only, until it is closed.
+/// Locks `file` for one writer, or for readers only, until it is closed or [`unlock`]ed.
+///
+/// A lock that no process holds is waited for: the kernel closes the files of an io_uring some
+/// time after the process that had it has ended.
 pub(super) fn lock(file: &File, write: bool) -> Result<(), LockError> {
     let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
+    let mut deadline = None;
+    loop {
+        let error = match set(file, kind) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) {
+            return Err(LockError::Io(error));
+        }
+        let now = Instant::now();
+        let first = deadline.is_none();
+        let end = *deadline.get_or_insert(now + PATIENCE);
+        if first || now >= end {
+            let holder = holder(file);
+            if holder.is_some() || now >= end {
+                return Err(LockError::Held(Holder(holder)));
+            }
+        }
+        thread::sleep(RETRY);
+    }
+}
+
+/// Gives the lock up at once, whoever still has the open file.
+pub(super) fn unlock(file: &File) {
+    if let Err(error) = set(file, libc::F_UNLCK) {
+        log::warn!("a disk stays locked until its file is closed: {error}");
+    }
+}
+
+fn set(file: &File, kind: libc::c_int) -> io::Result<()> {
     let range = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -40,13 +80,9 @@ pub(super) fn lock(file: &File, write: bool) -> Result<(), LockError> {
         l_pid: 0,
     };
     // SAFETY: the descriptor is open and `range` is a valid flock to read.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Err(LockError::Held(Holder(holder(file)))),
-        _ => Err(LockError::Io(error)),
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -104,5 +140,9 @@ mod tests {
         assert!(matches!(lock(&other, true), Err(LockError::Held(_))));
         drop(reader);
         lock(&other, true).unwrap();
+        let again = open();
+        assert!(matches!(lock(&again, true), Err(LockError::Held(_))));
+        unlock(&other);
+        lock(&again, true).unwrap();
     }
 }

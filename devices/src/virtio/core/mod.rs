@@ -15,6 +15,7 @@ mod state;
 mod tests;
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -37,6 +38,9 @@ use crate::lock;
 /// Features that the core implements for every device.
 pub const CORE_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// Kicks that come through the transport before the backend hears of it.
+const MANY_KICKS: u32 = 4000000000;
 
 /// A core could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +86,7 @@ pub struct VirtioCore {
     config: Arc<dyn ConfigSpace>,
     memory: Memory,
     kicks: Arc<[EventFd]>,
+    slow_kicks: AtomicU32,
     notifier: Arc<Notifier>,
     base_generation: u32,
     inner: Mutex<Inner>,
@@ -115,6 +120,7 @@ impl VirtioCore {
             config,
             memory,
             kicks,
+            slow_kicks: AtomicU32::new(0),
             inner: Mutex::new(Inner {
                 status: state.status & DRIVER_BITS,
                 device_features_sel: state.device_features_sel,
@@ -295,9 +301,13 @@ impl VirtioCore {
 
     /// Kicks a queue where no ioeventfd took the write.
     fn kick(&self, queue: u32) {
-        if let Some(kick) = self.kicks.get(queue as usize) {
-            // Only a counter at its maximum refuses, and then the queue is kicked already.
-            let _ = kick.write(1);
+        let Some(kick) = self.kicks.get(queue as usize) else {
+            return;
+        };
+        // Only a counter at its maximum refuses, and then the queue is kicked already.
+        let _ = kick.write(1);
+        if self.slow_kicks.fetch_add(1, Ordering::Relaxed) == MANY_KICKS {
+            lock(&self.inner).backend.many_kicks(&self.kicks);
         }
     }
 

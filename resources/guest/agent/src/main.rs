@@ -12,6 +12,7 @@ mod command;
 mod exec;
 mod link;
 mod power;
+mod root;
 mod rt;
 mod session;
 mod setup;
@@ -46,16 +47,20 @@ fn main(args: &mut dyn Iterator<Item = &'static CStr>) -> ! {
 fn init() -> ! {
     let mut notes = setup::Notes::new();
     setup::open_standard_files();
-    setup::mount_all(&mut notes);
+    setup::mount_first(&mut notes);
     setup::open_standard_files();
     setup::load_modules(&mut notes);
+    let trouble = root::enter().err();
+    setup::mount_rest(&mut notes);
     setup::set_host_name(&mut notes);
     setup::bring_up_loopback(&mut notes);
     power::take_ctrl_alt_del();
     let mut path = Text::<64>::new();
     let _ = write!(path, "/dev/{}", setup::channel_name().as_str());
     let end = match link::Link::open(path.as_str()) {
-        Ok(link) => session::Session::new(link, power::Buttons::open(), true).run(notes.as_bytes()),
+        Ok(link) => session::Session::new(link, power::Buttons::open(), true)
+            .without_root(trouble)
+            .run(notes.as_bytes()),
         Err(errno) => {
             sys::complain(format_args!(
                 "cannot open the channel to the host, {}: error {}; powering off",

@@ -17,6 +17,7 @@ use crate::command::{Command, Input};
 use crate::exec::Failure;
 use crate::link::Link;
 use crate::power::{Buttons, MAX_BUTTONS};
+use crate::root::Trouble;
 use crate::{setup, sys};
 
 const HUP: u32 = 1;
@@ -47,6 +48,8 @@ pub struct Session {
     buttons: Buttons,
     /// This is process 1 of a guest.
     is_init: bool,
+    /// Why no command can run.
+    trouble: Option<Trouble>,
     start: [u8; MAX_START],
     start_len: usize,
     command: Option<Command>,
@@ -97,6 +100,7 @@ impl Session {
             signals,
             buttons,
             is_init,
+            trouble: None,
             start: [0; MAX_START],
             start_len: 0,
             command: None,
@@ -106,6 +110,11 @@ impl Session {
             done_at: None,
             ending: None,
         }
+    }
+
+    /// Refuses the command for this reason, if there is one.
+    pub fn without_root(self, trouble: Option<Trouble>) -> Self {
+        Self { trouble, ..self }
     }
 
     /// Runs until the guest is to end, and says how. `notes` are lines for the host's log.
@@ -423,6 +432,14 @@ impl Session {
         };
         self.credit += u64::from(start.window);
         if self.ending.is_some() {
+            return true;
+        }
+        if let Some(Trouble { errno, text }) = self.trouble.take() {
+            self.finish(&FromGuest::Failed {
+                stage: Stage::Root,
+                errno: errno.raw_os_error() as u16,
+                text: text.as_bytes(),
+            });
             return true;
         }
         match Command::spawn(&start) {

@@ -80,6 +80,9 @@ const MOUNTS: [Mount; 8] = [
     on("cgroup2", "/sys/fs/cgroup", NOTHING_SPECIAL, c"nsdelegate"),
 ];
 
+/// How many of [`MOUNTS`] move with the root: proc, sysfs, devtmpfs.
+const FIRST: usize = 3;
+
 const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd", "/dev/fd"),
     ("/proc/self/fd/0", "/dev/stdin"),
@@ -101,9 +104,21 @@ pub fn open_standard_files() {
     }
 }
 
-/// Mounts the usual file systems and makes the usual links.
-pub fn mount_all(notes: &mut Notes) {
-    for m in &MOUNTS {
+/// Mounts what a root on a disk is found by.
+pub fn mount_first(notes: &mut Notes) {
+    mount_each(&MOUNTS[..FIRST], notes);
+}
+
+/// Mounts the other usual file systems and makes the usual links.
+pub fn mount_rest(notes: &mut Notes) {
+    mount_each(&MOUNTS[FIRST..], notes);
+    for (to, link) in LINKS {
+        let _ = rustix::fs::symlink(to, link);
+    }
+}
+
+fn mount_each(mounts: &[Mount], notes: &mut Notes) {
+    for m in mounts {
         let _ = rustix::fs::mkdir(m.target, Mode::from_raw_mode(0o755));
         if m.only_if_empty && any_entry(m.target, |_| true) {
             continue;
@@ -119,12 +134,9 @@ pub fn mount_all(notes: &mut Notes) {
             }
         }
     }
-    for (to, link) in LINKS {
-        let _ = rustix::fs::symlink(to, link);
-    }
 }
 
-/// Loads the modules that the host packed.
+/// Loads the modules that the host packed, and frees the memory that their files take.
 pub fn load_modules(notes: &mut Notes) {
     let mut buffer = [0; MAX_LIST];
     for line in read_file(MODULE_LIST, &mut buffer).split(|&b| b == b'\n') {
@@ -139,13 +151,15 @@ pub fn load_modules(notes: &mut Notes) {
                 format_args!("cannot load module {path}: error {errno}"),
             );
         }
+        let _ = rustix::fs::unlink(line);
     }
 }
 
 fn load_module(path: &[u8]) -> Result<(), Errno> {
     let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     match rustix::system::finit_module(&file, c"", 0) {
-        Err(Errno::EXIST) => Ok(()),
+        // Already there, or for hardware that this processor lacks.
+        Err(Errno::EXIST | Errno::NODEV) => Ok(()),
         other => other,
     }
 }
@@ -189,14 +203,23 @@ pub fn bring_up_loopback(notes: &mut Notes) {
 
 /// The device that `bulle.agent=` on the kernel command line names; `ttyS1` without it.
 pub fn channel_name() -> Text<32> {
+    command_line_word(b"bulle.agent=").unwrap_or_else(|| {
+        let mut name = Text::new();
+        name.push(b"ttyS1");
+        name
+    })
+}
+
+/// What follows `key` on the kernel command line, the last time.
+pub fn command_line_word(key: &[u8]) -> Option<Text<32>> {
     let mut buffer = [0; MAX_LIST];
-    let mut name = Text::new();
     let words = read_file("/proc/cmdline", &mut buffer).split(|b| b.is_ascii_whitespace());
-    let named = words
-        .filter_map(|word| word.strip_prefix(b"bulle.agent="))
-        .next_back();
-    name.push(named.unwrap_or(b"ttyS1"));
-    name
+    let value = words
+        .filter_map(|word| word.strip_prefix(key))
+        .next_back()?;
+    let mut text = Text::new();
+    text.push(value);
+    Some(text)
 }
 
 /// A pvpanic device is bound to a driver.
@@ -217,7 +240,7 @@ pub fn has_pty() -> bool {
 }
 
 /// Some name in the directory, other than `.` and `..`, satisfies `wanted`.
-fn any_entry(directory: &str, wanted: impl Fn(&[u8]) -> bool) -> bool {
+pub fn any_entry(directory: &str, mut wanted: impl FnMut(&[u8]) -> bool) -> bool {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let Ok(fd) = rustix::fs::open(directory, flags, Mode::empty()) else {
         return false;
@@ -234,7 +257,7 @@ fn any_entry(directory: &str, wanted: impl Fn(&[u8]) -> bool) -> bool {
 }
 
 /// What fits of a file; nothing if it cannot be read.
-fn read_file<'a>(path: &str, buffer: &'a mut [u8]) -> &'a [u8] {
+pub fn read_file<'a>(path: &str, buffer: &'a mut [u8]) -> &'a [u8] {
     let mut length = 0;
     // Not stuck on a FIFO.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;

@@ -52,6 +52,14 @@ pub fn now_ms() -> u64 {
     (time[0] as u64) * 1000 + (time[1] as u64) / 1_000_000
 }
 
+/// Waits.
+pub fn sleep_ms(ms: u64) {
+    let time = [ms / 1000, ms % 1000 * 1_000_000];
+    // SAFETY: struct timespec is two 64-bit integers; what is left of an interrupted sleep is not
+    // asked for.
+    let _ = unsafe { syscall!(Sysno::nanosleep, time.as_ptr(), 0) };
+}
+
 /// Makes a copy of this process; `None` in the child.
 pub fn fork() -> Result<Option<Pid>, Errno> {
     // SAFETY: with only SIGCHLD as flags, clone is fork; the program has one thread, so the child

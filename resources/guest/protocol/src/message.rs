@@ -59,6 +59,8 @@ pub enum Stage {
     Exec = 5,
     /// The command exists but its interpreter (`#!` or dynamic loader) does not.
     Interpreter = 6,
+    /// Entering the root file system; the text is a sentence without its end.
+    Root = 7,
 }
 
 /// Importance of a [`FromGuest::Log`].
@@ -188,6 +190,7 @@ impl Stage {
             Self::Cwd,
             Self::Exec,
             Self::Interpreter,
+            Self::Root,
         ]
         .into_iter()
         .find(|s| *s as u8 == n)

@@ -4,7 +4,9 @@
 //! lab, in which a boot takes about ten seconds; hence one boot checks several things where it can.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod disks;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,29 +16,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::{Bulle, Input, Outcome};
+use common::{Bulle, Input, Outcome, debian_kernel as kernel};
 use nix::sys::signal::Signal;
 
 /// Generous, for the lab: a boot there takes ten seconds alone and more beside others.
 const PATIENCE: Duration = Duration::from_secs(150);
-
-/// The newest installed Debian kernel of a flavour.
-fn kernel(flavour: &str) -> PathBuf {
-    let suffix = format!("-{flavour}");
-    let names = fs::read_dir("/boot")
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap());
-    let mut found: Vec<(Vec<u32>, String)> = names
-        .filter(|name| name.starts_with("vmlinuz-") && name.ends_with(&suffix))
-        .filter(|name| flavour != "amd64" || !name.contains("-cloud-") && !name.contains("-rt-"))
-        .map(|name| (name.split(['.', '-']).flat_map(str::parse).collect(), name))
-        .collect();
-    found.sort();
-    let (_, name) = found
-        .pop()
-        .unwrap_or_else(|| panic!("no kernel in /boot: apt-get install linux-image-{flavour}"));
-    Path::new("/boot").join(name)
-}
 
 fn linux(flavour: &str) -> Bulle {
     let bulle = Bulle::run()

@@ -1,0 +1,347 @@
+//! Puts virtio devices on the board: one way for all of them, over either transport.
+//!
+//! [`Devices::attach`] makes device, backend, core and transport and places the transport; the
+//! vmm thread owns the result. [`Devices::stop`] comes after the last vCPU: it brings every device
+//! back from the I/O thread, its host I/O finished, and ends the thread.
+
+use std::io;
+use std::sync::Arc;
+
+use arch::acpi::{MmioDevice, PciHost, Window};
+use arch::layout;
+use arch::memory::GuestMemory;
+use devices::bus::{Bus, BusError};
+use devices::pci::{ConfigPorts, Ecam, PciBus, PciError, PciWindow};
+use devices::virtio::Memory;
+use devices::virtio::core::{NewError, Parts, VirtioCore, VirtioState};
+use devices::virtio::device::VirtioDevice;
+use devices::virtio::notifier::VirtioInterrupt;
+use devices::virtio::registry::{self, DeviceHandle};
+use devices::virtio::transport::mmio::{LEN, Mmio, MmioInterrupt};
+use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, PciState, VirtioPci};
+use devices::virtio::worker::{LoopBackend, Worker};
+use event_manager::RemoteEndpoint;
+use kvm_ioctls::VmFd;
+
+use super::doorbell::{Armed, Doorbells};
+use super::plan::Plan;
+use crate::config::Transport;
+use crate::io::{IoError, IoThread};
+use crate::vm::irq::{self, IrqFd, Irqchip};
+
+/// Interrupt lines that virtio-mmio devices may have: those that no other device has.
+const LINES: [u32; 17] = [
+    5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
+];
+
+/// A device could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// More devices than there are interrupt lines.
+    #[error(
+        "There are more virtio devices than the {} that fit over MMIO: '{id}' has no place; use \
+         --pci, which has room for 31", LINES.len()
+    )]
+    NoLine {
+        /// The first without a place.
+        id: String,
+    },
+    /// More devices than there are slots on the PCI bus.
+    #[error("Cannot put the virtio device '{id}' on the PCI bus")]
+    Pci {
+        /// Its name.
+        id: String,
+        /// What went wrong.
+        #[source]
+        source: PciError,
+    },
+    /// The device cannot be made.
+    #[error("Cannot make the virtio device '{id}'")]
+    Build {
+        /// Its name.
+        id: String,
+        /// What went wrong.
+        #[source]
+        source: registry::BuildError,
+    },
+    /// Its registers cannot be made.
+    #[error("Cannot make the registers of the virtio device '{id}'")]
+    Core {
+        /// Its name.
+        id: String,
+        /// What went wrong.
+        #[source]
+        source: NewError,
+    },
+    /// Registers have no place.
+    #[error("Cannot place {what}")]
+    Place {
+        /// Whose registers.
+        what: String,
+        /// What went wrong.
+        #[source]
+        source: BusError,
+    },
+    /// No event descriptor for its interrupt.
+    #[error("Cannot create an event descriptor for the virtio device '{id}'")]
+    Event {
+        /// Its name.
+        id: String,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// No I/O thread.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+/// A virtio device on the board.
+pub struct Attached {
+    /// What people call it.
+    pub id: String,
+    /// Its registers and state.
+    pub core: Arc<VirtioCore>,
+    /// What it takes commands by.
+    pub handle: DeviceHandle,
+}
+
+/// What devices are connected to.
+pub struct Machine<'a> {
+    /// The virtual machine.
+    pub vm: &'a Arc<VmFd>,
+    /// Its interrupt lines.
+    pub irqchip: &'a Irqchip,
+    /// Its RAM.
+    pub memory: &'a GuestMemory,
+}
+
+/// The buses that registers are placed on.
+pub struct Buses<'a> {
+    /// I/O ports.
+    pub pio: &'a mut Bus,
+    /// Memory.
+    pub mmio: &'a mut Bus,
+}
+
+/// All virtio devices of a machine, with the I/O thread they run on.
+#[derive(Default)]
+pub struct Devices {
+    list: Vec<Attached>,
+    windows: Vec<MmioDevice>,
+    pci: Option<PciHost>,
+    irqfds: Vec<IrqFd>,
+    io: Option<IoThread>,
+}
+
+impl Devices {
+    /// Makes the devices of `plans` and puts them on `buses`. Without any there is no I/O thread.
+    pub fn attach(
+        plans: Vec<Plan>,
+        transport: Transport,
+        machine: &Machine<'_>,
+        buses: &mut Buses<'_>,
+    ) -> Result<Self, AttachError> {
+        let mut devices = Self::default();
+        let mut pci = PciBus::new();
+        if !plans.is_empty() {
+            let io = IoThread::start(0)?;
+            for plan in plans {
+                let slot = Slot::new(plan, machine, &io)?;
+                match transport {
+                    Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
+                    Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
+                }
+            }
+            devices.io = Some(io);
+        }
+        if transport == Transport::Pci {
+            devices.pci = Some(place_pci(pci, buses)?);
+        }
+        Ok(devices)
+    }
+
+    fn attach_mmio(
+        &mut self,
+        slot: Slot,
+        machine: &Machine<'_>,
+        mmio: &mut Bus,
+    ) -> Result<(), AttachError> {
+        let index = self.windows.len();
+        let Some(irq) = LINES.get(index).copied() else {
+            return Err(AttachError::NoLine { id: slot.id });
+        };
+        let window = MmioDevice {
+            base: layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_SIZE,
+            size: LEN,
+            irq,
+        };
+        let (line, irqfd) = match machine.irqchip.fast_line(irq) {
+            Ok(line) => line,
+            Err(source) => {
+                let id = slot.id;
+                return Err(AttachError::Event { id, source });
+            }
+        };
+        let (doorbells, attached) = slot.finish(Arc::new(MmioInterrupt::new(line)))?;
+        let transport = Arc::new(Mmio::new(attached.core.clone()));
+        doorbells.place(window.base, transport.kicks());
+        let what = || format!("the virtio device '{}'", attached.id);
+        mmio.insert(window.base, window.size, transport)
+            .map_err(|source| AttachError::Place {
+                what: what(),
+                source,
+            })?;
+        self.windows.push(window);
+        self.irqfds.extend(irqfd);
+        self.list.push(attached);
+        Ok(())
+    }
+
+    fn attach_pci(
+        &mut self,
+        slot: Slot,
+        machine: &Machine<'_>,
+        bus: &mut PciBus,
+    ) -> Result<(), AttachError> {
+        let state = PciState::default();
+        let sink = irq::messages(machine.vm);
+        let traits = slot.device.traits();
+        let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &state));
+        let (doorbells, attached) = slot.finish(interrupt.clone())?;
+        // At most 31 functions fit the bus, and their BARs the window.
+        let bar = layout::PCI_MEMORY_START + self.list.len() as u64 * BAR_LEN;
+        let function = Arc::new(VirtioPci::new(
+            attached.core.clone(),
+            interrupt,
+            bar,
+            &state,
+        ));
+        doorbells.place(bar, function.kicks());
+        if let Err(source) = bus.add(function) {
+            let id = attached.id;
+            return Err(AttachError::Pci { id, source });
+        }
+        self.list.push(attached);
+        Ok(())
+    }
+
+    /// The devices, in the order of the configuration.
+    pub fn list(&self) -> &[Attached] {
+        &self.list
+    }
+
+    /// What ACPI says of devices over MMIO.
+    pub fn windows(&self) -> &[MmioDevice] {
+        &self.windows
+    }
+
+    /// What ACPI says of the PCI bus, where there is one.
+    pub fn pci_host(&self) -> Option<PciHost> {
+        self.pci
+    }
+
+    /// Connects interrupts, once there are vCPUs.
+    pub fn connect(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        self.irqfds.iter().try_for_each(|irqfd| irqfd.register(vm))
+    }
+
+    /// Brings every device to rest, its host I/O finished, and ends the I/O thread. No vCPU runs
+    /// any more.
+    pub fn stop(&mut self) {
+        for device in &self.list {
+            device.core.pause();
+        }
+        self.io = None;
+    }
+}
+
+/// A device on its way to a transport.
+struct Slot {
+    id: String,
+    device: Box<dyn VirtioDevice>,
+    handle: DeviceHandle,
+    doorbells: Arc<Doorbells>,
+    endpoint: RemoteEndpoint<Worker>,
+    memory: Memory,
+}
+
+impl Slot {
+    fn new(plan: Plan, machine: &Machine<'_>, io: &IoThread) -> Result<Self, AttachError> {
+        let Plan { id, config } = plan;
+        let state = VirtioState::default();
+        match registry::build(config, &state.device) {
+            Ok((device, handle)) => Ok(Self {
+                id,
+                device,
+                handle,
+                doorbells: Arc::new(Doorbells::new(machine.vm.clone())),
+                endpoint: io.endpoint(),
+                memory: Memory::new(machine.memory.clone()),
+            }),
+            Err(source) => Err(AttachError::Build { id, source }),
+        }
+    }
+
+    /// Makes the core, with the interrupts of its transport.
+    fn finish(
+        self,
+        interrupt: Arc<dyn VirtioInterrupt>,
+    ) -> Result<(Arc<Doorbells>, Attached), AttachError> {
+        let Self {
+            id,
+            device,
+            handle,
+            doorbells,
+            endpoint,
+            memory,
+        } = self;
+        let parts = Parts {
+            traits: device.traits(),
+            config: device.config(),
+            backend: Box::new(Armed::new(
+                LoopBackend::remote(device, endpoint),
+                doorbells.clone(),
+            )),
+            interrupt,
+            memory,
+        };
+        match VirtioCore::new(parts, VirtioState::default()) {
+            Ok(core) => {
+                let core = Arc::new(core);
+                Ok((doorbells, Attached { id, core, handle }))
+            }
+            Err(source) => Err(AttachError::Core { id, source }),
+        }
+    }
+}
+
+/// Puts a filled PCI bus where ACPI says it is.
+fn place_pci(bus: PciBus, buses: &mut Buses<'_>) -> Result<PciHost, AttachError> {
+    let bus = Arc::new(bus);
+    let host = PciHost {
+        ecam: Window {
+            base: layout::PCI_ECAM_START,
+            size: layout::PCI_ECAM_SIZE,
+        },
+        memory: Window {
+            base: layout::PCI_MEMORY_START,
+            size: layout::PCI_MEMORY_END - layout::PCI_MEMORY_START,
+        },
+    };
+    let place = |result: Result<(), BusError>| {
+        result.map_err(|source| AttachError::Place {
+            what: "the PCI bus".to_string(),
+            source,
+        })
+    };
+    let Window { base, size } = host.ecam;
+    place(buses.mmio.insert(base, size, Arc::new(Ecam(bus.clone()))))?;
+    let Window { base, size } = host.memory;
+    let window = Arc::new(PciWindow::new(bus.clone(), base));
+    place(buses.mmio.insert(base, size, window))?;
+    let (port, ports) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE);
+    let config = Arc::new(ConfigPorts::new(bus, 0));
+    place(buses.pio.insert(port.into(), ports.into(), config))?;
+    Ok(host)
+}

@@ -1,0 +1,161 @@
+//! Devices of a machine: disks, entropy, and how they are reached.
+//!
+//! The names are Firecracker's; the aliases are those of the command line's `key=value` lists
+//! (see [`super::parse_list`]), which fill the same types.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// How the guest reaches its virtio devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Windows of registers that ACPI lists, one interrupt line each.
+    #[default]
+    Mmio,
+    /// Functions on a PCI bus, with MSI-X.
+    Pci,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Name, unique among drives; the guest sees its first [`Drive::SERIAL_LEN`] bytes as the
+    /// disk's serial number. Left out on the command line: `disk` and a number.
+    #[serde(alias = "id", default)]
+    pub drive_id: String,
+    /// Image file or block device.
+    #[serde(alias = "path")]
+    pub path_on_host: PathBuf,
+    /// Meaning of its content, which is never guessed.
+    #[serde(default)]
+    pub format: Format,
+    /// The guest's root file system is on it.
+    #[serde(alias = "root", default)]
+    pub is_root_device: bool,
+    /// The guest cannot write to it.
+    #[serde(alias = "ro", default)]
+    pub is_read_only: bool,
+    /// What the host does with writes.
+    #[serde(alias = "cache", default)]
+    pub cache_type: CacheType,
+    /// How requests are carried out.
+    #[serde(alias = "engine", default)]
+    pub io_engine: IoEngine,
+    /// Number of queues; absent: as many as vCPUs.
+    #[serde(alias = "queues", default, skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// Logical block size in bytes; absent: 512, or what the host needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logical_block_size: Option<u32>,
+    /// Physical block size in bytes; absent: the host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub physical_block_size: Option<u32>,
+    /// Limits of bandwidth and operations.
+    #[serde(alias = "rate", default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+impl Drive {
+    /// Bytes of the name that the guest sees.
+    pub const SERIAL_LEN: usize = 20;
+
+    /// A disk with everything else as by default.
+    pub fn new(drive_id: impl Into<String>, path_on_host: PathBuf) -> Self {
+        Self {
+            drive_id: drive_id.into(),
+            path_on_host,
+            format: Format::default(),
+            is_root_device: false,
+            is_read_only: false,
+            cache_type: CacheType::default(),
+            io_engine: IoEngine::default(),
+            num_queues: None,
+            logical_block_size: None,
+            physical_block_size: None,
+            rate_limiter: None,
+        }
+    }
+
+    /// What the guest sees of the name. Names are ASCII once checked.
+    pub fn serial(&self) -> &str {
+        let id = self.drive_id.as_str();
+        id.get(..Self::SERIAL_LEN).unwrap_or(id)
+    }
+}
+
+/// What the content of a disk means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The bytes of the disk, as they are.
+    #[default]
+    Raw,
+}
+
+/// What the host does with a disk's writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CacheType {
+    /// The host's page cache; a flush of the guest reaches the disk.
+    #[default]
+    #[serde(alias = "writeback")]
+    Writeback,
+    /// The host's page cache; flushes are ignored.
+    #[serde(alias = "unsafe")]
+    Unsafe,
+    /// No page cache (O_DIRECT); a flush of the guest reaches the disk.
+    #[serde(alias = "none")]
+    None,
+}
+
+/// How a disk's requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoEngine {
+    /// io_uring where the host allows it, else system calls.
+    #[default]
+    #[serde(alias = "auto")]
+    Auto,
+    /// io_uring.
+    #[serde(alias = "io_uring", alias = "io-uring")]
+    Async,
+    /// System calls that wait.
+    #[serde(alias = "sync")]
+    Sync,
+}
+
+/// Limits of a device; what is absent is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Operations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// `size` tokens every `refill_time` milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens it holds: bytes, or operations.
+    pub size: u64,
+    /// Milliseconds in which an empty bucket fills; absent: a second.
+    #[serde(default = "one_second")]
+    pub refill_time: u64,
+    /// Tokens on top that are there once and do not come back.
+    #[serde(default)]
+    pub one_time_burst: u64,
+}
+
+fn one_second() -> u64 {
+    1000
+}
+
+/// An entropy device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {}

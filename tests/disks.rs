@@ -1,0 +1,110 @@
+//! Disks that cannot be used: one clear error each, before KVM is even opened.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use common::{Bulle, Outcome};
+
+fn with_disks(lists: &[String]) -> Outcome {
+    let mut bulle = Bulle::run().args(["--root", "none", "--kernel", "/dev/null"]);
+    for list in lists {
+        bulle = bulle.arg("--disk").arg(list);
+    }
+    bulle.outcome()
+}
+
+/// One line on stderr that has all of `words`.
+fn refuses(outcome: Outcome, words: &[&str]) {
+    let outcome = outcome.exits(125);
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:#?}");
+    for word in words {
+        assert!(outcome.stderr.contains(word), "no {word:?} in {outcome:#?}");
+    }
+}
+
+fn list(path: &Path, more: &str) -> String {
+    format!("path={}{more}", path.display())
+}
+
+#[test]
+fn files_that_are_no_disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let odd = dir.path().join("odd");
+    fs::write(&odd, [0; 513]).unwrap();
+    let missing = dir.path().join("missing");
+    refuses(
+        with_disks(&[list(&missing, "")]),
+        &["missing", "No such file"],
+    );
+    refuses(
+        with_disks(&[list(dir.path(), "")]),
+        &["neither a regular file nor a block device"],
+    );
+    refuses(
+        with_disks(&[list(Path::new("/dev/zero"), "")]),
+        &["/dev/zero", "neither"],
+    );
+    refuses(with_disks(&[list(&odd, "")]), &["513 bytes", "truncate"]);
+    refuses(
+        with_disks(&[list(&odd, ",logical_block_size=1000")]),
+        &["1000 (logical)"],
+    );
+}
+
+/// Takes an open file description lock, as other monitors do.
+fn lock(file: &File) {
+    let range = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open and `range` is a valid flock to read.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) };
+    assert_eq!(result, 0);
+}
+
+#[test]
+fn a_disk_in_use_names_its_holder() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, [0; 4096]).unwrap();
+    let held = File::options().read(true).write(true).open(&path).unwrap();
+    lock(&held);
+    let holder = format!("process {} (", std::process::id());
+    for options in ["", ",ro"] {
+        refuses(with_disks(&[list(&path, options)]), &["in use by", &holder]);
+    }
+    drop(held);
+    // The same disk twice: the second is refused, and this very process named.
+    let twice = [list(&path, ",id=a"), list(&path, ",id=b")];
+    refuses(with_disks(&twice), &["in use by process", "(bulle)"]);
+}
+
+#[test]
+fn lists_that_make_no_sense() {
+    let bad = |text: &str, words: &[&str]| {
+        let outcome = with_disks(&[text.to_string()]).exits(125);
+        for word in words {
+            assert!(outcome.stderr.contains(word), "no {word:?} in {outcome:#?}");
+        }
+    };
+    bad("path=/x,speed=9", &["unknown field `speed`", "cache_type"]);
+    bad("ro", &["missing field `path_on_host`"]);
+    bad("path=/x,cache=fast", &["unknown variant `fast`"]);
+    let same = ["path=/x,id=a".to_string(), "path=/y,id=a".to_string()];
+    refuses(with_disks(&same), &["'a' and 'a'", "own id"]);
+}
+
+#[test]
+fn a_root_image_that_is_not_there() {
+    let words = ["--kernel", "/dev/null", "--root", "/no/image"].map(OsString::from);
+    let outcome = Bulle::run().args(words).command(["true"]).outcome();
+    refuses(outcome, &["/no/image", "No such file"]);
+}
