@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
+mod devices;
 mod kernel;
 mod memory;
 mod run;

@@ -8,10 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
+use super::devices::DeviceArgs;
 use super::kernel::default_kernel;
 use crate::config::{
-    BootSource, Config, Console, Drive, Entropy, Guest, HugePages, Irqchip, KernelEntry,
-    MachineConfig, MemoryBacking, Root, Transport, parse_list, parse_size,
+    BootSource, Config, Console, Drive, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
+    MemoryBacking, Root, parse_size,
 };
 use crate::session;
 use crate::telemetry;
@@ -75,16 +76,8 @@ pub struct RunArgs {
     /// Let the guest write to the image given by --root
     #[arg(long, requires = "root")]
     root_rw: bool,
-    /// Disk (repeatable): path=FILE[,ro][,id=NAME][,cache=writeback|unsafe|none]
-    /// [,engine=io_uring|sync][,queues=N][,rate.bandwidth.size=BYTES][,rate.ops.size=N]
-    #[arg(long, value_name = "LIST", value_parser = parse_list::<Drive>)]
-    disk: Vec<Drive>,
-    /// Add a virtio entropy device
-    #[arg(long)]
-    entropy: bool,
-    /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
-    #[arg(long)]
-    pci: bool,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Directory with the kernel's modules [default: /lib/modules/RELEASE]
     #[arg(long, value_name = "DIR")]
     modules: Option<PathBuf>,
@@ -182,16 +175,7 @@ impl RunArgs {
             },
         };
         let from_file = self.config.is_some();
-        for drive in &self.disk {
-            let mut drive = drive.clone();
-            if drive.drive_id.is_empty() {
-                drive.drive_id = format!("disk{}", config.drives.len());
-            }
-            config.drives.push(drive);
-        }
-        if self.entropy {
-            config.entropy = Some(Entropy {});
-        }
+        self.devices.apply(&mut config);
         self.boot_source(&mut config.boot_source);
         self.machine(&mut config.machine_config);
         self.guest(&mut config, from_file)?;
@@ -234,9 +218,6 @@ impl RunArgs {
         machine.memory_backing = self.memory_backing.unwrap_or(machine.memory_backing);
         machine.huge_pages = self.huge_pages.unwrap_or(machine.huge_pages);
         machine.irqchip = self.irqchip.unwrap_or(machine.irqchip);
-        if self.pci {
-            machine.virtio_transport = Transport::Pci;
-        }
     }
 
     /// The guest section: from the file, changed by options; without either, a guest with agent

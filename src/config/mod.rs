@@ -21,7 +21,7 @@ pub use devices::{
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
-pub use validate::{ConfigError, Spec};
+pub use validate::{ConfigError, DriveError, Spec};
 
 /// Fewest MiB of RAM.
 pub const MIN_MEMORY_MIB: u64 = 32;

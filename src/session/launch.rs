@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
-use devices::virtio::block::DiskError;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -19,7 +18,7 @@ use super::output::{Output, finish};
 use super::progress::Progress;
 use super::signals::Signals;
 use super::terminal::RawTerminal;
-use crate::board::plan::plan;
+use crate::board::plan::{PlanError, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
@@ -43,9 +42,9 @@ pub enum LaunchError {
     /// The command does not fit the agent's protocol.
     #[error(transparent)]
     Request(#[from] RequestError),
-    /// A disk cannot be used.
+    /// A device lacks something of the host.
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Plan(#[from] PlanError),
     /// The machine cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),

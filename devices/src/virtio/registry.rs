@@ -6,8 +6,8 @@ use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
 use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
-use super::vsock::{Vsock, VsockError, VsockOptions};
 use super::fs::{Fs, FsError, FsOptions, FsState};
+use super::vsock::{Vsock, VsockError, VsockOptions};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]

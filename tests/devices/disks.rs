@@ -1,14 +1,12 @@
-//! Disks that cannot be used: one clear error each, before KVM is even opened.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
+//! Disks.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use common::{Bulle, Outcome};
+use crate::common::{Bulle, Outcome};
+use crate::refuses;
 
 fn with_disks(lists: &[String]) -> Outcome {
     let mut bulle = Bulle::run().args(["--root", "none", "--kernel", "/dev/null"]);
@@ -16,15 +14,6 @@ fn with_disks(lists: &[String]) -> Outcome {
         bulle = bulle.arg("--disk").arg(list);
     }
     bulle.outcome()
-}
-
-/// One line on stderr that has all of `words`.
-fn refuses(outcome: Outcome, words: &[&str]) {
-    let outcome = outcome.exits(125);
-    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:#?}");
-    for word in words {
-        assert!(outcome.stderr.contains(word), "no {word:?} in {outcome:#?}");
-    }
 }
 
 fn list(path: &Path, more: &str) -> String {

@@ -1,11 +1,15 @@
 //! From a raw [`Config`] to a [`Spec`] that the machine can be built from.
 
+mod drives;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use drives::DriveError;
+
 use super::{
-    Config, Console, Drive, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
-    MachineConfig, Root,
+    Config, Console, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MachineConfig,
+    Root,
 };
 
 /// A value or a combination that no machine can have.
@@ -69,40 +73,9 @@ pub enum ConfigError {
     /// The user's initrd as root, but none given.
     #[error("the root is to be the initrd, but no initrd is given: add --initrd FILE")]
     NoInitrd,
-    /// A drive's name that cannot be one.
-    #[error("drive id '{}' cannot be used: give letters, digits, '.', '-' and '_'", id.escape_debug())]
-    DriveId {
-        /// As given.
-        id: String,
-    },
-    /// Two drives of one name.
-    #[error(
-        "drive ids '{first}' and '{second}' are the same in their first {} bytes, which is all \
-         that the guest sees: give each drive its own id",
-        Drive::SERIAL_LEN
-    )]
-    DriveIds {
-        /// One of them.
-        first: String,
-        /// The other.
-        second: String,
-    },
-    /// A number of queues that no disk has.
-    #[error("drive '{id}' cannot have {queues} queues: give 1 to 256")]
-    Queues {
-        /// The drive.
-        id: String,
-        /// As asked.
-        queues: u16,
-    },
-    /// Several root drives.
-    #[error("drives '{first}' and '{second}' are both the root device: leave it to one")]
-    Roots {
-        /// One of them.
-        first: String,
-        /// The other.
-        second: String,
-    },
+    /// A disk.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -161,7 +134,7 @@ impl Config {
     /// Checks every number and combination; files are not touched.
     pub fn validate(self) -> Result<Spec, ConfigError> {
         self.machine_config.validate()?;
-        validate_drives(&self.drives)?;
+        drives::validate(&self.drives)?;
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {
@@ -176,32 +149,6 @@ impl Config {
         }
         Ok(Spec { config: self })
     }
-}
-
-fn validate_drives(drives: &[Drive]) -> Result<(), ConfigError> {
-    for (index, drive) in drives.iter().enumerate() {
-        let id = || drive.drive_id.clone();
-        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if drive.drive_id.is_empty() || !drive.drive_id.chars().all(allowed) {
-            return Err(ConfigError::DriveId { id: id() });
-        }
-        let earlier = drives.iter().take(index);
-        for other in earlier {
-            let (first, second) = (other.drive_id.clone(), id());
-            if other.serial() == drive.serial() {
-                return Err(ConfigError::DriveIds { first, second });
-            }
-            if other.is_root_device && drive.is_root_device {
-                return Err(ConfigError::Roots { first, second });
-            }
-        }
-        if let Some(queues) = drive.num_queues
-            && !(1..=256).contains(&queues)
-        {
-            return Err(ConfigError::Queues { id: id(), queues });
-        }
-    }
-    Ok(())
 }
 
 impl MachineConfig {

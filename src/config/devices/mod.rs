@@ -1,0 +1,56 @@
+//! Virtio devices of a machine, a file each, and how they are reached.
+//!
+//! The names are Firecracker's; the aliases are those of the command line's `key=value` lists
+//! (see [`super::parse_list`]), which fill the same types.
+
+mod drive;
+
+use serde::{Deserialize, Serialize};
+
+pub use drive::{CacheType, Drive, Format, IoEngine};
+
+/// How the guest reaches its virtio devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Windows of registers that ACPI lists, one interrupt line each.
+    #[default]
+    Mmio,
+    /// Functions on a PCI bus, with MSI-X.
+    Pci,
+}
+
+/// An entropy device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {}
+
+/// Limits of a device; what is absent is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Operations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// `size` tokens every `refill_time` milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens it holds: bytes, or operations.
+    pub size: u64,
+    /// Milliseconds in which an empty bucket fills; absent: a second.
+    #[serde(default = "one_second")]
+    pub refill_time: u64,
+    /// Tokens on top that are there once and do not come back.
+    #[serde(default)]
+    pub one_time_burst: u64,
+}
+
+fn one_second() -> u64 {
+    1000
+}

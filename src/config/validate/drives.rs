@@ -1,0 +1,68 @@
+//! Disks: names, queues, at most one root.
+
+use crate::config::Drive;
+
+/// A disk that no machine can have.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DriveError {
+    /// A drive's name that cannot be one.
+    #[error("drive id '{}' cannot be used: give letters, digits, '.', '-' and '_'", id.escape_debug())]
+    DriveId {
+        /// As given.
+        id: String,
+    },
+    /// Two drives of one name.
+    #[error(
+        "drive ids '{first}' and '{second}' are the same in their first {} bytes, which is all \
+         that the guest sees: give each drive its own id",
+        Drive::SERIAL_LEN
+    )]
+    DriveIds {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A number of queues that no disk has.
+    #[error("drive '{id}' cannot have {queues} queues: give 1 to 256")]
+    Queues {
+        /// The drive.
+        id: String,
+        /// As asked.
+        queues: u16,
+    },
+    /// Several root drives.
+    #[error("drives '{first}' and '{second}' are both the root device: leave it to one")]
+    Roots {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+    },
+}
+
+pub(super) fn validate(drives: &[Drive]) -> Result<(), DriveError> {
+    for (index, drive) in drives.iter().enumerate() {
+        let id = || drive.drive_id.clone();
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if drive.drive_id.is_empty() || !drive.drive_id.chars().all(allowed) {
+            return Err(DriveError::DriveId { id: id() });
+        }
+        let earlier = drives.iter().take(index);
+        for other in earlier {
+            let (first, second) = (other.drive_id.clone(), id());
+            if other.serial() == drive.serial() {
+                return Err(DriveError::DriveIds { first, second });
+            }
+            if other.is_root_device && drive.is_root_device {
+                return Err(DriveError::Roots { first, second });
+            }
+        }
+        if let Some(queues) = drive.num_queues
+            && !(1..=256).contains(&queues)
+        {
+            return Err(DriveError::Queues { id: id(), queues });
+        }
+    }
+    Ok(())
+}
