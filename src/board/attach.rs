@@ -34,6 +34,15 @@ const LINES: [u32; 17] = [
     5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
 ];
 
+/// Most virtio devices of a machine.
+pub fn most(transport: Transport) -> usize {
+    match transport {
+        Transport::Mmio => LINES.len(),
+        // Slot 0 is the host bridge's.
+        Transport::Pci => 31,
+    }
+}
+
 /// A device could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -244,6 +253,19 @@ impl Devices {
     /// Connects interrupts, once there are vCPUs.
     pub fn connect(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
         self.irqfds.iter().try_for_each(|irqfd| irqfd.register(vm))
+    }
+
+    /// Looks at the sizes of all disks again; guests are told of those that changed.
+    pub fn look_at_disks(&self) {
+        for device in &self.list {
+            let DeviceHandle::Block(disk) = &device.handle else {
+                continue;
+            };
+            match disk.resize() {
+                Ok(sectors) => log::info!("disk '{}' has {sectors} sectors", device.id),
+                Err(error) => log::warn!("the size of disk '{}' is unknown: {error}", device.id),
+            }
+        }
     }
 
     /// Brings every device to rest, its host I/O finished, and ends the I/O thread. No vCPU runs

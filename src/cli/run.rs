@@ -23,7 +23,8 @@ Exit codes: the command's own, 128+N when signal N killed it, 126 and 127 as in 
 124 time limit, 125 bulle's own failure.
 
 On a terminal, Ctrl-A x ends the virtual machine and Ctrl-A h lists more.
-SIGTERM asks the guest to power off, SIGUSR1 presses its power button, SIGUSR2 sends Ctrl-Alt-Del.";
+SIGTERM asks the guest to power off, SIGUSR1 presses its power button, SIGUSR2 sends Ctrl-Alt-Del,
+SIGIO tells it of disks that have another size now.";
 
 /// Most bytes of a configuration file.
 const MAX_CONFIG: u64 = 1 << 20;

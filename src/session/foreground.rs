@@ -227,6 +227,7 @@ impl<'a> Foreground<'a> {
                 Signal::SIGWINCH => self.resize(),
                 Signal::SIGUSR1 => self.request(Request::PowerButton),
                 Signal::SIGUSR2 => self.request(Request::CtrlAltDel),
+                Signal::SIGIO => self.vm.board().devices.look_at_disks(),
                 Signal::SIGTERM => self.terminate(),
                 _ => self.interrupt(signal),
             }

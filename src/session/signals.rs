@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-const SIGNALS: [Signal; 7] = [
+const SIGNALS: [Signal; 8] = [
     Signal::SIGINT,
     Signal::SIGTERM,
     Signal::SIGHUP,
@@ -14,6 +14,7 @@ const SIGNALS: [Signal; 7] = [
     Signal::SIGWINCH,
     Signal::SIGUSR1,
     Signal::SIGUSR2,
+    Signal::SIGIO,
 ];
 
 /// The signals that a session handles, blocked for the calling thread and all that it starts.
@@ -24,6 +25,9 @@ impl Signals {
     pub fn block() -> nix::Result<Self> {
         let set = SigSet::from_iter(SIGNALS);
         pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
+        // For good: a disk or a log at the limit of file sizes is an error of that write only.
+        let file_size = SigSet::from_iter([Signal::SIGXFSZ]);
+        pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&file_size), None)?;
         SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map(Self)
     }
 

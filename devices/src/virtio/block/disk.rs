@@ -3,7 +3,7 @@
 //! The format is always said and never guessed from the content, which the guest writes: raw is
 //! the only one. Owned by the I/O thread; all calls may wait for the host's disk.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -156,19 +156,21 @@ impl Disk {
             Cache::None => libc::O_DIRECT,
             Cache::Writeback | Cache::Unsafe => 0,
         };
-        // Not to wait for the writer of a pipe; files do not mind.
+        // Looked at before it is opened: opening is enough to start some character devices.
+        let opened = |source| DiskError::Open {
+            path: path.clone(),
+            source,
+        };
+        if !is_disk(&fs::metadata(path).map_err(opened)?) {
+            return Err(DiskError::Kind { path: path.clone() });
+        }
+        // Not to wait for the writer of a pipe that took its place; files do not mind.
         let file = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
             .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | direct)
             .open(path)
-            .map_err(|source| match source.kind() {
-                io::ErrorKind::IsADirectory => DiskError::Kind { path: path.clone() },
-                _ => DiskError::Open {
-                    path: path.clone(),
-                    source,
-                },
-            })?;
+            .map_err(opened)?;
         blocking(&file).map_err(|source| DiskError::Examine {
             path: path.clone(),
             source,
@@ -184,7 +186,7 @@ impl Disk {
             source,
         };
         let metadata = file.metadata().map_err(examine)?;
-        if !metadata.is_file() && !metadata.file_type().is_block_device() {
+        if !is_disk(&metadata) {
             return Err(DiskError::Kind { path });
         }
         match lock(&file, !options.read_only) {
@@ -310,6 +312,10 @@ impl Disk {
             _ => Err(io::Error::last_os_error()),
         }
     }
+}
+
+fn is_disk(metadata: &Metadata) -> bool {
+    metadata.is_file() || metadata.file_type().is_block_device()
 }
 
 /// `fallocate` mode that frees.

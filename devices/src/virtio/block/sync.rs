@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use super::disk::{Aligned, Disk};
 use super::request::{HEADER, Status};
-use super::task::{Op, Step, Task};
+use super::task::{Op, Step, Task, failure};
 use crate::virtio::io::{read_at, write_at};
 
 /// Bytes copied at once where the guest's buffers are not aligned for O_DIRECT.
@@ -19,7 +19,7 @@ pub(super) fn run(disk: &Disk, task: &mut Task) -> (Status, Option<io::Error>) {
         let result = step(disk, task);
         let code = result.as_ref().err().and_then(io::Error::raw_os_error);
         if let Step::Done(status) = task.step(result) {
-            return (status, code.map(io::Error::from_raw_os_error));
+            return (status, failure(status, code));
         }
     }
 }

@@ -64,6 +64,19 @@ pub(super) enum Step {
     Done(Status),
 }
 
+/// Why a request failed, for the log: what the host said in its last step, or nothing where it
+/// gave no byte.
+pub(super) fn failure(status: Status, code: Option<i32>) -> Option<io::Error> {
+    match (status, code) {
+        (Status::Ok | Status::Unsupported, _) => None,
+        (Status::IoError, Some(code)) => Some(io::Error::from_raw_os_error(code)),
+        (Status::IoError, None) => Some(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the disk has become shorter than the guest knows",
+        )),
+    }
+}
+
 impl Task {
     /// A read or write of `len` bytes at `offset` of the disk.
     pub fn transfer(

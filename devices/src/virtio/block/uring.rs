@@ -14,7 +14,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use super::disk::{Disk, PUNCH, unsupported, zero_mode};
 use super::request::Status;
 use super::sync;
-use super::task::{Op, Step, Task};
+use super::task::{Op, Step, Task, failure};
 
 /// The disk's index among the registered files.
 const DISK: types::Fixed = types::Fixed(0);
@@ -142,8 +142,7 @@ impl Ring {
                 }
                 Step::Done(status) => {
                     self.free.push(index);
-                    let error = code.map(io::Error::from_raw_os_error);
-                    self.finished.push((task, status, error));
+                    self.finished.push((task, status, failure(status, code)));
                 }
             }
         }

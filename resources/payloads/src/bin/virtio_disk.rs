@@ -1,5 +1,6 @@
 //! A polling driver for the first virtio-mmio device, a disk: writes and reads a sector. On the
-//! command line, `reads=N` reads more, and `attack=1` does what no driver should, and then works on.
+//! command line, `reads=N` reads more, `log=N` writes and flushes N sectors one by one and says which
+//! are on the disk, and `attack=1` does what no driver should, and then works on.
 #![no_std]
 #![no_main]
 
@@ -23,6 +24,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const IN: u32 = 0;
 const OUT: u32 = 1;
+const FLUSH: u32 = 4;
 
 fn reg(offset: u64, value: u32) {
     io::write(DEVICE + offset, value);
@@ -110,6 +112,20 @@ fn work(disk: &mut Disk, fill: u8) -> bool {
     (written, read) == (0, 0) && all
 }
 
+/// Writes its number into each of the sectors 1 to `count` and flushes it, whatever becomes of it.
+fn log(disk: &mut Disk, count: u64) {
+    let fill = |number: u64| (0..64).for_each(|word| io::write(DATA + 8 * word, number));
+    for number in 1..=count {
+        fill(number);
+        match (disk.request(OUT, number), disk.request(FLUSH, 0)) {
+            (0, 0) => println!("flushed {number}"),
+            (written, flushed) => println!("failed {number} {written} {flushed}"),
+        }
+    }
+    fill(0);
+    println!("reads back {}", disk.request(IN, 1) == 0 && io::read::<u64>(DATA) == 1);
+}
+
 /// Everything that a hostile driver might do to a running device.
 fn attack() {
     let mut disk = Disk::start();
@@ -168,6 +184,9 @@ fn main(info: &StartInfo) -> u8 {
         .unwrap_or(0);
     let good = (0..reads).all(|n| disk.request(IN, u64::from(n % 8)) == 0);
     println!("reads {good}");
+    if let Some(count) = info.option("log").and_then(|n| n.parse().ok()) {
+        log(&mut disk, count);
+    }
     if info.option("attack").is_none() {
         return 0;
     }
