@@ -9,6 +9,7 @@ use crate::config::{Config, Drive, Entropy, Transport, parse_list};
 pub struct DeviceArgs {
     /// Disk (repeatable): path=FILE[,ro][,id=NAME][,cache=writeback|unsafe|none]
     /// [,engine=io_uring|sync][,queues=N][,rate.bandwidth.size=BYTES][,rate.ops.size=N]
+    /// [,rate.group=NAME: limits shared by all devices that name it]
     #[arg(long, value_name = "LIST", value_parser = parse_list::<Drive>)]
     disk: Vec<Drive>,
     /// Add a virtio entropy device

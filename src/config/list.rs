@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn a_drive_from_a_list() {
         let text = "path=/a,,b,ro,id=x,cache=none,engine=io_uring,queues=2,\
-                    rate.bandwidth.size=1M,rate.bandwidth.refill_time=100,rate.ops.size=10";
+                    rate.bandwidth.size=1M,rate.bandwidth.refill_time=100,rate.ops.size=10,rate.group=slow";
         let bucket = |size, refill_time| {
             Some(TokenBucket {
                 size,
@@ -181,6 +181,7 @@ mod tests {
             io_engine: IoEngine::Async,
             num_queues: Some(2),
             rate_limiter: Some(RateLimiter {
+                group: Some("slow".into()),
                 bandwidth: bucket(1 << 20, 100),
                 ops: bucket(10, 1000),
             }),

@@ -21,7 +21,7 @@ pub use devices::{
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
-pub use validate::{ConfigError, DriveError, Spec};
+pub use validate::{ConfigError, DriveError, LimitsError, Spec};
 
 /// Fewest MiB of RAM.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -256,6 +256,14 @@ pub enum Console {
 }
 
 impl Config {
+    /// The limiters of all devices, each with what people call its device.
+    pub fn rate_limiters(&self) -> impl Iterator<Item = (&str, &RateLimiter)> {
+        self.drives.iter().filter_map(|drive| {
+            let limiter = drive.rate_limiter.as_ref()?;
+            Some((drive.drive_id.as_str(), limiter))
+        })
+    }
+
     /// The drive with the guest's root file system.
     pub fn root_drive(&self) -> Option<&Drive> {
         self.drives.iter().find(|drive| drive.is_root_device)

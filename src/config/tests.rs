@@ -169,6 +169,38 @@ fn drives_are_told_apart() {
 }
 
 #[test]
+fn limits_of_a_group_are_stated_once() {
+    let check = |limits: &[&str], words: &[&str]| {
+        let mut config = minimal();
+        config.drives = (limits.iter().enumerate())
+            .map(|(n, list)| parse_list(&format!("path=/d,id=disk{n},{list}")).unwrap())
+            .collect();
+        match (config.validate(), words) {
+            (Ok(_), []) => {}
+            (Err(error), [_, ..]) => {
+                let error = error.to_string();
+                let missing = words.iter().find(|word| !error.contains(**word));
+                assert_eq!(missing, None, "{error}");
+            }
+            (result, words) => panic!("{limits:?}: {result:?}, not {words:?}"),
+        }
+    };
+    let (stated, again) = (
+        "rate.group=g,rate.ops.size=9",
+        "rate.ops.size=9,rate.group=g",
+    );
+    check(&[stated, "rate.group=g", again], &[]);
+    check(&["rate.group=g", stated, "rate.ops.size=8"], &[]);
+    check(&["rate.group=g", "rate.group=h"], &["'disk0'", "group 'g'"]);
+    let other = "rate.group=g,rate.ops.size=8";
+    check(
+        &["rate.group=g", stated, other],
+        &["'disk1' and 'disk2'", "different limits", "'g'"],
+    );
+    check(&["rate.group=,rate.ops.size=8"], &["'disk0'", "group=NAME"]);
+}
+
+#[test]
 fn drives_as_firecracker_writes_them() {
     let text = r#"{"boot-source":{"kernel_image_path":"/k"},"drives":[{"drive_id":"rootfs",
         "path_on_host":"/r","is_root_device":true,"is_read_only":false,"cache_type":"Unsafe",

@@ -34,10 +34,16 @@ fn files_that_are_no_disks() {
         with_disks(&[list(dir.path(), "")]),
         &["neither a regular file nor a block device"],
     );
-    refuses(
-        with_disks(&[list(Path::new("/dev/zero"), "")]),
-        &["/dev/zero", "neither"],
-    );
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for path in [Path::new("/dev/zero"), &pipe] {
+        let name = path.to_str().unwrap();
+        refuses(with_disks(&[list(path, "")]), &[name, "neither"]);
+        refuses(with_disks(&[list(path, ",ro")]), &[name, "neither"]);
+    }
+    refuses(with_disks(&[list(&socket, "")]), &["socket", "neither"]);
     refuses(with_disks(&[list(&odd, "")]), &["513 bytes", "truncate"]);
     refuses(
         with_disks(&[list(&odd, ",logical_block_size=1000")]),
@@ -71,9 +77,62 @@ fn a_disk_in_use_names_its_holder() {
         refuses(with_disks(&[list(&path, options)]), &["in use by", &holder]);
     }
     drop(held);
-    // The same disk twice: the second is refused, and this very process named.
-    let twice = [list(&path, ",id=a"), list(&path, ",id=b")];
-    refuses(with_disks(&twice), &["in use by process", "(bulle)"]);
+    // The same disk twice, under whatever name.
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink("disk", &link).unwrap();
+    for options in ["", ",ro"] {
+        let twice = [
+            list(&path, ",id=a"),
+            list(&link, &format!(",id=b{options}")),
+        ];
+        refuses(
+            with_disks(&twice),
+            &["'a' and 'b' are the same disk", "link", "ro to both"],
+        );
+    }
+    let readers = [list(&path, ",ro,id=a"), list(&link, ",ro,id=b")];
+    let outcome = with_disks(&readers).exits(125);
+    assert!(
+        outcome.stderr.contains("/dev/null"),
+        "only the kernel is wrong: {outcome:#?}"
+    );
+}
+
+#[test]
+fn more_disks_than_the_transport_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let lists: Vec<_> = (0..32).map(|n| dir.path().join(n.to_string())).collect();
+    lists
+        .iter()
+        .for_each(|path| fs::write(path, [0; 512]).unwrap());
+    let lists: Vec<_> = lists.iter().map(|path| list(path, "")).collect();
+    let words = ["18 virtio devices", "17 interrupt lines", "--pci"];
+    refuses(with_disks(&lists[..18]), &words);
+    let pci = Bulle::run().args(["--root", "none", "--kernel", "/dev/null", "--pci"]);
+    let pci = lists
+        .iter()
+        .fold(pci, |bulle, list| bulle.arg("--disk").arg(list));
+    refuses(
+        pci.outcome(),
+        &["32 virtio devices", "31 slots of the PCI bus"],
+    );
+}
+
+#[test]
+fn groups_of_limits_that_make_no_sense() {
+    let lists = |first: &str, second: &str| {
+        let list = |id: &str, more: &str| format!("path=/x,id={id},{more}");
+        with_disks(&[list("a", first), list("b", second)])
+    };
+    let (one, two) = (
+        "rate.group=g,rate.ops.size=1",
+        "rate.group=g,rate.ops.size=2",
+    );
+    refuses(lists(one, two), &["'a' and 'b'", "different limits", "'g'"]);
+    refuses(
+        lists("ro", "rate.group=h"),
+        &["'b'", "'h'", "bandwidth or ops"],
+    );
 }
 
 #[test]

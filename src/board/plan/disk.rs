@@ -1,5 +1,7 @@
 //! Disks: files opened and locked.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use devices::virtio::block::{
@@ -8,11 +10,15 @@ use devices::virtio::block::{
 use devices::virtio::limiter::Limiter;
 use devices::virtio::registry::DeviceConfig;
 
-use super::{Plan, limiter};
+use super::{Plan, PlanError};
 use crate::config::{self, CacheType, Drive, IoEngine};
 
 /// Opens and locks `drive`; it has a queue for each of `vcpus` if it does not say otherwise.
-pub(super) fn plan(drive: &Drive, vcpus: u16) -> Result<Plan, DiskError> {
+pub(super) fn plan(
+    drive: &Drive,
+    vcpus: u16,
+    limiter: Option<Arc<Limiter>>,
+) -> Result<Plan, DiskError> {
     let disk = Disk::open(&DiskOptions {
         path: drive.path_on_host.clone(),
         format: match drive.format {
@@ -35,13 +41,34 @@ pub(super) fn plan(drive: &Drive, vcpus: u16) -> Result<Plan, DiskError> {
         },
         queues: drive.num_queues.unwrap_or(vcpus),
         serial: drive.drive_id.clone(),
-        limiter: drive
-            .rate_limiter
-            .map(|limits| Arc::new(Limiter::new(limiter(limits)))),
+        limiter,
         ..BlockOptions::default()
     };
     Ok(Plan {
         id: drive.drive_id.clone(),
         config: DeviceConfig::Block(disk, options),
     })
+}
+
+/// One file is one disk, unless nobody writes to it. What cannot be looked at is left to `plan`.
+pub(super) fn tell_apart(drives: &[&Drive]) -> Result<(), PlanError> {
+    let file = |drive: &Drive| {
+        let metadata = fs::metadata(&drive.path_on_host).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let files: Vec<_> = drives.iter().map(|drive| (*drive, file(drive))).collect();
+    for (index, (drive, inode)) in files.iter().enumerate() {
+        let mut earlier = files.iter().take(index);
+        let same = earlier.find(|(other, theirs)| {
+            inode.is_some() && inode == theirs && !(drive.is_read_only && other.is_read_only)
+        });
+        if let Some((other, _)) = same {
+            return Err(PlanError::SameDisk {
+                first: other.drive_id.clone(),
+                second: drive.drive_id.clone(),
+                path: drive.path_on_host.clone(),
+            });
+        }
+    }
+    Ok(())
 }

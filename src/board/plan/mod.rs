@@ -3,12 +3,16 @@
 //! Runs before the machine is built, so that a device that cannot be had is the first thing said.
 
 mod disk;
+mod limits;
+
+use std::path::PathBuf;
 
 use devices::virtio::block::DiskError;
-use devices::virtio::limiter::{BucketConfig, LimiterConfig};
 use devices::virtio::registry::DeviceConfig;
 
-use crate::config::{RateLimiter, Spec, TokenBucket};
+use self::limits::Limiters;
+use super::attach;
+use crate::config::{Spec, Transport};
 
 /// A virtio device to attach.
 #[derive(Debug)]
@@ -25,17 +29,54 @@ pub enum PlanError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// One disk under two names, and not read-only under both.
+    #[error(
+        "drives '{first}' and '{second}' are the same disk {path:?}, which has one writer or only \
+         readers: leave one out, or add ro to both"
+    )]
+    SameDisk {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+        /// As given for the second.
+        path: PathBuf,
+    },
+    /// More devices than the transport has room for.
+    #[error(
+        "{count} virtio devices do not fit {}: leave some out{}",
+        transport_room(transport),
+        if *transport == Transport::Mmio { ", or use --pci" } else { "" }
+    )]
+    TooMany {
+        /// Number there are.
+        count: usize,
+        /// Where they were to go.
+        transport: Transport,
+    },
+}
+
+fn transport_room(transport: &Transport) -> String {
+    let most = attach::most(*transport);
+    match transport {
+        Transport::Mmio => format!("the {most} interrupt lines for devices over MMIO"),
+        Transport::Pci => format!("the {most} slots of the PCI bus"),
+    }
 }
 
 /// Opens what the devices of `spec` need.
 pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
     let config = spec.config();
+    let limiters = Limiters::new(config);
     let mut plans = Vec::new();
     // The root first: without an agent, the kernel expects it there.
     let roots = config.drives.iter().filter(|drive| drive.is_root_device);
     let others = config.drives.iter().filter(|drive| !drive.is_root_device);
-    for drive in roots.chain(others) {
-        plans.push(disk::plan(drive, spec.machine().vcpu_count)?);
+    let drives: Vec<_> = roots.chain(others).collect();
+    disk::tell_apart(&drives)?;
+    for drive in drives {
+        let limiter = limiters.get(drive.rate_limiter.as_ref());
+        plans.push(disk::plan(drive, spec.machine().vcpu_count, limiter)?);
     }
     if config.entropy.is_some() {
         plans.push(Plan {
@@ -43,17 +84,9 @@ pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
             config: DeviceConfig::Entropy,
         });
     }
-    Ok(plans)
-}
-
-fn limiter(limits: RateLimiter) -> LimiterConfig {
-    let bucket = |bucket: TokenBucket| BucketConfig {
-        size: bucket.size,
-        refill_time: bucket.refill_time,
-        one_time_burst: bucket.one_time_burst,
-    };
-    LimiterConfig {
-        bandwidth: limits.bandwidth.map(bucket),
-        ops: limits.ops.map(bucket),
+    let transport = spec.machine().virtio_transport;
+    match plans.len() {
+        count if count > attach::most(transport) => Err(PlanError::TooMany { count, transport }),
+        _ => Ok(plans),
     }
 }

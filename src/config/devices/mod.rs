@@ -26,15 +26,26 @@ pub enum Transport {
 pub struct Entropy {}
 
 /// Limits of a device; what is absent is not limited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
+    /// Devices that name the same group share its limits. One of them states the limits; another
+    /// that does so too states the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucket>,
     /// Operations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
+}
+
+impl RateLimiter {
+    /// Whether it states limits, and does not only name a group.
+    pub fn states_limits(&self) -> bool {
+        self.bandwidth.is_some() || self.ops.is_some()
+    }
 }
 
 /// `size` tokens every `refill_time` milliseconds.

@@ -1,11 +1,13 @@
 //! From a raw [`Config`] to a [`Spec`] that the machine can be built from.
 
 mod drives;
+mod limits;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use drives::DriveError;
+pub use limits::LimitsError;
 
 use super::{
     Config, Console, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MachineConfig,
@@ -76,6 +78,9 @@ pub enum ConfigError {
     /// A disk.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// Limits that devices share.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -135,6 +140,7 @@ impl Config {
     pub fn validate(self) -> Result<Spec, ConfigError> {
         self.machine_config.validate()?;
         drives::validate(&self.drives)?;
+        limits::validate(self.rate_limiters())?;
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {
