@@ -56,6 +56,7 @@ fn facts(vcpus: u32, irqchip: IrqchipMode) -> AcpiFacts {
                 base: 0xe800_0000,
                 size: 0x800_0000,
             },
+            lines: [16, 17, 18, 19],
         }),
     }
 }

@@ -11,7 +11,8 @@ use arch::acpi::{MmioDevice, PciHost, Window};
 use arch::layout;
 use arch::memory::GuestMemory;
 use devices::bus::{Bus, BusError};
-use devices::pci::{ConfigPorts, Ecam, PciBus, PciError, PciWindow};
+use devices::irq::Interrupt;
+use devices::pci::{ConfigPorts, Ecam, IntxLine, PciBus, PciError, PciWindow};
 use devices::virtio::Memory;
 use devices::virtio::core::{NewError, Parts, VirtioCore, VirtioState};
 use devices::virtio::device::VirtioDevice;
@@ -216,7 +217,8 @@ impl Devices {
         let state = PciState::default();
         let sink = irq::messages(machine.vm);
         let traits = slot.device.traits();
-        let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &state));
+        let pin = Arc::new(Pin(machine.irqchip.line(self.next_pci_line())));
+        let interrupt = Arc::new(PciInterrupt::new(sink, Some(pin), &traits, &state));
         let (doorbells, attached) = slot.finish(interrupt.clone())?;
         // At most 31 functions fit the bus, and their BARs the window.
         let bar = layout::PCI_MEMORY_START + self.list.len() as u64 * BAR_LEN;
@@ -233,6 +235,19 @@ impl Devices {
         }
         self.list.push(attached);
         Ok(())
+    }
+
+    /// The line of the next function's INTA#, as ACPI's routing table says. The bus gives slots in
+    /// order, the first to its bridge.
+    fn next_pci_line(&self) -> u32 {
+        let slot = self.list.len() + 1;
+        let [first, second, third, fourth] = layout::PCI_LINES;
+        match slot % 4 {
+            0 => first,
+            1 => second,
+            2 => third,
+            _ => fourth,
+        }
     }
 
     /// The devices, in the order of the configuration.
@@ -275,6 +290,18 @@ impl Devices {
             device.core.pause();
         }
         self.io = None;
+    }
+}
+
+/// INTA# of a PCI function, as an edge: a guest without MSI-X reads the ISR status for each, and what
+/// came meanwhile is in there.
+struct Pin(Arc<dyn Interrupt>);
+
+impl IntxLine for Pin {
+    fn set(&self, asserted: bool) {
+        if asserted {
+            self.0.signal();
+        }
     }
 }
 
@@ -350,6 +377,7 @@ fn place_pci(bus: PciBus, buses: &mut Buses<'_>) -> Result<PciHost, AttachError>
             base: layout::PCI_MEMORY_START,
             size: layout::PCI_MEMORY_END - layout::PCI_MEMORY_START,
         },
+        lines: layout::PCI_LINES,
     };
     let place = |result: Result<(), BusError>| {
         result.map_err(|source| AttachError::Place {

@@ -19,13 +19,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use common::{Bulle, Input, Outcome, debian_kernel as kernel};
 use nix::sys::signal::Signal;
 
-/// Generous, for the lab: a boot there takes ten seconds alone and more beside others.
-const PATIENCE: Duration = Duration::from_secs(150);
+/// Generous, for the lab: a boot there takes ten seconds alone and minutes beside others.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 fn linux(flavour: &str) -> Bulle {
     let bulle = Bulle::run()
         .patience(PATIENCE)
-        .timeout("140s")
+        .timeout("290s")
         .arg("--kernel");
     bulle.arg(kernel(flavour))
 }
@@ -394,7 +394,7 @@ fn an_elf_kernel_by_both_entries() {
         // The modules of an ELF file are found by its version, as those of the bzImage are.
         let bulle = Bulle::run()
             .patience(PATIENCE)
-            .timeout("140s")
+            .timeout("290s")
             .arg("--kernel");
         let bulle = bulle.arg(&elf).args(["--kernel-entry", entry]);
         bulle

@@ -73,6 +73,8 @@ pub const TSS_START: u64 = 0xfffb_d000;
 
 /// Lowest interrupt line for virtio-mmio devices.
 pub const VIRTIO_IRQ_BASE: u32 = 5;
+/// Lines that PCI functions without MSI-X share; virtio-mmio devices have them where there is no PCI.
+pub const PCI_LINES: [u32; 4] = [16, 17, 18, 19];
 /// Number of I/O APIC input pins.
 pub const IOAPIC_PINS: u32 = 24;
 

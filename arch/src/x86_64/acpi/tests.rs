@@ -277,6 +277,7 @@ fn a_pci_host_bridge() {
             base: 0xe800_0000,
             size: 0x800_0000,
         },
+        lines: [16, 17, 18, 19],
     });
     let guest = Guest::with(&facts).unwrap();
     let xsdt = guest.table(u64_at(&guest.read(RSDP_START, 36), 24), b"XSDT");
@@ -293,6 +294,16 @@ fn a_pci_host_bridge() {
         &[0x88, 13, 0, 2, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0],
     );
     has("its ports", &[0x47, 1, 0xf8, 0x0c, 0xf8, 0x0c, 1, 8]);
+    for (link, line) in (b'0'..).zip([16, 17, 18, 19]) {
+        has("a link", &[b'L', b'N', b'K', link, 8]);
+        // Extended interrupt descriptor: consumer, edge, active high, shared; possible and current.
+        let interrupt = [0x89, 6, 0, 0b1011, 1, line, 0, 0, 0];
+        assert_eq!(count(&dsdt, &interrupt), 2, "line {line}");
+    }
+    has(
+        "INTA# of slot 6",
+        &[&[0x0c, 0xff, 0xff, 6, 0, 0][..], b"LNK2\0"].concat(),
+    );
     let window = [
         0, 0, 0, 0xe8, 0xff, 0xff, 0xff, 0xef, 0, 0, 0, 0, 0, 0, 0, 8,
     ];
@@ -327,6 +338,7 @@ fn facts_that_cannot_be_said_are_refused() {
             facts.pci = Some(PciHost {
                 ecam: good,
                 memory: bad,
+                lines: [16, 17, 18, 19],
             });
         }
     };
