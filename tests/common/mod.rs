@@ -224,6 +224,11 @@ impl Running {
         Pid::from_raw(self.child.id() as i32)
     }
 
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     /// Processor time it used so far, to the hundredth of a second.
     pub fn cpu_time(&self) -> Duration {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();

@@ -10,8 +10,11 @@ pub mod console;
 pub mod io;
 mod mem;
 pub mod memory;
+pub mod random;
 pub mod smp;
 pub mod start;
+pub mod tsc;
+pub mod virtio;
 
 /// Port on which a byte ends the virtual machine, as its exit code.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
@@ -37,8 +40,8 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
 macro_rules! start32 {
     ($($line:literal),+ $(,)?) => {
         core::arch::global_asm!(
-            include_str!("../boot/pvh.s"),
-            include_str!("../boot/macros.s"),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/boot/pvh.s")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/boot/macros.s")),
             ".section .text.boot, \"ax\"",
             ".code32",
             ".global pvh_start",
@@ -56,8 +59,8 @@ macro_rules! start32 {
 macro_rules! start {
     ($main:path) => {
         core::arch::global_asm!(
-            include_str!("../boot/pvh.s"),
-            include_str!("../boot/user64.s"),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/boot/pvh.s")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/boot/user64.s")),
             options(att_syntax)
         );
 
