@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use crate::config::{Config, Drive, Entropy, Transport, parse_list};
+use crate::config::{Config, Drive, Entropy, Transport, Vsock, parse_list};
 
 /// Arguments that add devices to a machine.
 #[derive(Debug, Args)]
@@ -15,6 +15,10 @@ pub struct DeviceArgs {
     /// Add a virtio entropy device
     #[arg(long)]
     entropy: bool,
+    /// Sockets between guest and host: path=SOCKET[,cid=N]. Host programs connect to SOCKET and
+    /// say CONNECT PORT; the guest's connections to port P of the host go to SOCKET_P
+    #[arg(long, value_name = "LIST", value_parser = parse_list::<Vsock>)]
+    vsock: Option<Vsock>,
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     pci: bool,
@@ -32,6 +36,9 @@ impl DeviceArgs {
         }
         if self.entropy {
             config.entropy = Some(Entropy {});
+        }
+        if self.vsock.is_some() {
+            config.vsock.clone_from(&self.vsock);
         }
         if self.pci {
             config.machine_config.virtio_transport = Transport::Pci;

@@ -170,6 +170,7 @@ impl RunArgs {
                 machine_config: MachineConfig::default(),
                 drives: Vec::new(),
                 entropy: None,
+                vsock: None,
                 guest: None,
                 console: None,
                 timeout_ms: None,

@@ -17,11 +17,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use devices::{
-    CacheType, Drive, Entropy, Format, IoEngine, RateLimiter, TokenBucket, Transport,
+    CacheType, Drive, Entropy, Format, IoEngine, RateLimiter, TokenBucket, Transport, Vsock,
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
-pub use validate::{ConfigError, DriveError, LimitsError, Spec};
+pub use validate::{ConfigError, DriveError, LimitsError, Spec, VsockError};
 
 /// Fewest MiB of RAM.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -45,6 +45,9 @@ pub struct Config {
     /// An entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// A socket device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,

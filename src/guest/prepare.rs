@@ -91,7 +91,7 @@ fn archive(
 /// The modules for the devices of `config`, and for a root on one of them.
 fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     let mut required = Vec::new();
-    if !config.drives.is_empty() || config.entropy.is_some() {
+    if !config.drives.is_empty() || config.entropy.is_some() || config.vsock.is_some() {
         required.push(match config.machine_config.virtio_transport {
             Transport::Mmio => "virtio_mmio",
             Transport::Pci => "virtio_pci",
@@ -102,6 +102,9 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     }
     if config.entropy.is_some() {
         required.push("virtio-rng");
+    }
+    if config.vsock.is_some() {
+        required.push("vmw_vsock_virtio_transport");
     }
     if let Some(drive) = config.root_drive() {
         let path = &drive.path_on_host;

@@ -58,6 +58,23 @@ fn build_payloads() -> PathBuf {
     target.join("release")
 }
 
+/// The program for guests of tests/guest, linked statically. Built on first use; in the lab, where
+/// the tree is read-only, it has to be there.
+pub fn guest_tool() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let path = BUILT.get_or_init(|| {
+        let target = tree().join("target/guest-tool");
+        if fs::create_dir_all(&target).is_ok() && File::create(target.join("lock")).is_ok() {
+            let build = tree().join("tests/guest/build");
+            let status = Command::new(build).status().expect("bash runs");
+            assert!(status.success(), "tests/guest/build failed");
+        }
+        target.join("release/guest-tool")
+    });
+    assert!(path.is_file(), "run tests/guest/build first");
+    path.clone()
+}
+
 /// The newest installed Debian kernel of a flavour.
 pub fn debian_kernel(flavour: &str) -> PathBuf {
     let suffix = format!("-{flavour}");

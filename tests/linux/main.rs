@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod disks;
+mod vsock;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -304,6 +305,15 @@ fn busybox() -> PathBuf {
         .iter()
         .find(|p| Path::new(p).exists());
     PathBuf::from(found.expect("apt-get install busybox-static"))
+}
+
+/// A root for commands with busybox and the guest tool, as a cpio archive.
+fn tool_root(dir: &Path) -> PathBuf {
+    let bin = dir.join("tree/bin");
+    fs::create_dir_all(&bin).unwrap();
+    fs::copy(common::guest_tool(), bin.join("guest-tool")).unwrap();
+    symlink("busybox", bin.join("sh")).unwrap();
+    initrd(dir, "")
 }
 
 #[test]

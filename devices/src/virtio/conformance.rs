@@ -11,6 +11,7 @@ use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
 use super::fs::FsOptions;
 use super::registry::{DeviceConfig, build};
+use super::vsock::VsockEnd;
 use super::vsock::tests::options as vsock_options;
 
 /// Makes one device again and again, on the same host resources.
@@ -33,7 +34,10 @@ fn devices() -> Vec<(&'static str, Make)> {
     };
     vec![
         ("entropy", make(|| DeviceConfig::Entropy)),
-        ("vsock", make(|| DeviceConfig::Vsock(vsock_options()))),
+        (
+            "vsock",
+            make(|| DeviceConfig::Vsock(VsockEnd::bind(vsock_options()).unwrap())),
+        ),
         ("console", make(|| DeviceConfig::Console(console_options()))),
         ("block, io_uring", block(EngineKind::IoUring, 2, false)),
         ("block, read-only", block(EngineKind::Auto, 1, true)),

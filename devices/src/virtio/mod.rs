@@ -19,6 +19,7 @@ pub mod notifier;
 mod poll;
 pub mod registry;
 pub mod transport;
+pub mod uds;
 pub mod vsock;
 pub mod worker;
 

@@ -7,7 +7,7 @@ use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
 use super::fs::{Fs, FsError, FsOptions, FsState};
-use super::vsock::{Vsock, VsockError, VsockOptions};
+use super::vsock::{Vsock, VsockEnd, VsockError};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub enum DeviceConfig {
     /// Console device.
     Console(ConsoleOptions),
     /// Socket device.
-    Vsock(VsockOptions),
+    Vsock(VsockEnd),
     /// Shared directory.
     Fs(FsOptions),
 }
@@ -94,13 +94,13 @@ pub fn build(
             let (console, handle) = Console::new(options, state)?;
             Ok((Box::new(console), DeviceHandle::Console(handle)))
         }
-        DeviceConfig::Vsock(options) => {
+        DeviceConfig::Vsock(end) => {
             let state = match state {
                 DeviceState::Reset => Default::default(),
                 DeviceState::Vsock(state) => *state,
                 _ => return Err(BuildError::State { device: "vsock" }),
             };
-            let vsock = Vsock::new(options, state)?;
+            let vsock = Vsock::new(end, state)?;
             Ok((Box::new(vsock), DeviceHandle::Vsock))
         }
         DeviceConfig::Fs(options) => {

@@ -4,11 +4,13 @@
 
 mod disk;
 mod limits;
+mod vsock;
 
 use std::path::PathBuf;
 
 use devices::virtio::block::DiskError;
 use devices::virtio::registry::DeviceConfig;
+use devices::virtio::vsock::VsockError;
 
 use self::limits::Limiters;
 use super::attach;
@@ -54,6 +56,9 @@ pub enum PlanError {
         /// Where they were to go.
         transport: Transport,
     },
+    /// A socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
 }
 
 fn transport_room(transport: &Transport) -> String {
@@ -83,6 +88,9 @@ pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
             id: "entropy".to_string(),
             config: DeviceConfig::Entropy,
         });
+    }
+    if let Some(vsock) = &config.vsock {
+        plans.push(vsock::plan(vsock)?);
     }
     let transport = spec.machine().virtio_transport;
     match plans.len() {

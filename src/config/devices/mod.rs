@@ -4,10 +4,12 @@
 //! (see [`super::parse_list`]), which fill the same types.
 
 mod drive;
+mod vsock;
 
 use serde::{Deserialize, Serialize};
 
 pub use drive::{CacheType, Drive, Format, IoEngine};
+pub use vsock::Vsock;
 
 /// How the guest reaches its virtio devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

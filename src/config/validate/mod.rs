@@ -2,12 +2,14 @@
 
 mod drives;
 mod limits;
+mod vsock;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use drives::DriveError;
 pub use limits::LimitsError;
+pub use vsock::VsockError;
 
 use super::{
     Config, Console, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MachineConfig,
@@ -81,6 +83,9 @@ pub enum ConfigError {
     /// Limits that devices share.
     #[error(transparent)]
     Limits(#[from] LimitsError),
+    /// A socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -141,6 +146,7 @@ impl Config {
         self.machine_config.validate()?;
         drives::validate(&self.drives)?;
         limits::validate(self.rate_limiters())?;
+        vsock::validate(self.vsock.as_ref())?;
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {

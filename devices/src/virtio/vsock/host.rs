@@ -1,111 +1,12 @@
-//! Unix sockets of the host. No call waits.
+//! What is done with connected Unix sockets of the host. No call waits.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use super::packet::Kind;
 use crate::virtio::iovecs::send;
 
-/// Longest path of a Unix socket, in bytes.
-pub const MAX_PATH: usize = 107;
-/// Connections that the kernel keeps for us; it has a limit of its own.
-const BACKLOG: i32 = 4096;
 /// Longest line of a client: `CONNECT 4294967295\n` with room for spaces.
 const MAX_LINE: usize = 64;
-
-/// A listening socket, whose path goes with it.
-#[derive(Debug)]
-pub struct Listener {
-    pub fd: OwnedFd,
-    pub kind: Kind,
-    path: PathBuf,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // Somebody else may have removed it, which is all the same.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn socket(kind: Kind) -> io::Result<OwnedFd> {
-    let kind = match kind {
-        Kind::Stream => libc::SOCK_STREAM,
-        Kind::Seqpacket => libc::SOCK_SEQPACKET,
-    };
-    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: no memory is involved.
-    own(unsafe { libc::socket(libc::AF_UNIX, kind | flags, 0) })
-}
-
-/// Takes a file descriptor that a call returned.
-fn own(fd: i32) -> io::Result<OwnedFd> {
-    match fd {
-        // SAFETY: the caller just got it from the kernel, so nobody else owns it.
-        0.. => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Calls `f` with the address of `path`.
-fn with_address(
-    path: &Path,
-    f: impl FnOnce(*const libc::sockaddr, libc::socklen_t) -> i32,
-) -> io::Result<()> {
-    // SAFETY: all of `sockaddr_un` may be zero.
-    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    let bytes = path.as_os_str().as_bytes();
-    if bytes.len() > MAX_PATH || bytes.contains(&0) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-        *to = *from as libc::c_char;
-    }
-    let len = size_of_val(&address) as libc::socklen_t;
-    match f((&raw const address).cast(), len) {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-impl Listener {
-    pub fn bind(path: &Path, kind: Kind) -> io::Result<Self> {
-        let fd = socket(kind)?;
-        // SAFETY: the address is valid for the length given.
-        with_address(path, |at, len| unsafe {
-            libc::bind(fd.as_raw_fd(), at, len)
-        })?;
-        let path = path.to_owned();
-        let listener = Self { fd, kind, path };
-        // SAFETY: no memory is involved.
-        match unsafe { libc::listen(listener.fd.as_raw_fd(), BACKLOG) } {
-            0 => Ok(listener),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-
-    pub fn accept(&self) -> io::Result<OwnedFd> {
-        let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-        let none = std::ptr::null_mut();
-        // SAFETY: no address is asked for.
-        let fd =
-            own(unsafe { libc::accept4(self.fd.as_raw_fd(), none, std::ptr::null_mut(), flags) })?;
-        Ok(fd)
-    }
-}
-
-/// Connects to a listener; `WouldBlock` where too many wait for it.
-pub fn dial(path: &Path, kind: Kind) -> io::Result<OwnedFd> {
-    let fd = socket(kind)?;
-    // SAFETY: the address is valid for the length given.
-    with_address(path, |at, len| unsafe {
-        libc::connect(fd.as_raw_fd(), at, len)
-    })?;
-    Ok(fd)
-}
 
 /// Room in the kernel for a whole message of `len` bytes, as far as the host allows.
 pub fn grow(fd: &OwnedFd, len: usize) {

@@ -13,7 +13,6 @@ mod packet;
 pub(super) mod tests;
 
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,13 +22,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::conn::Packet;
-use self::host::{Listener, MAX_PATH};
 use self::mux::{Mux, TIMER};
-use self::packet::{Header, Kind};
+use self::packet::Header;
 use super::device::{
     ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice, read_config,
 };
 use super::io::{Io, write_at};
+use super::uds::{ListenError, Listener, MAX_PATH, SocketType};
 
 /// Size of the queues.
 const QUEUE_SIZE: u16 = 256;
@@ -79,21 +78,9 @@ pub enum VsockError {
         /// Wanted CID.
         cid: u32,
     },
-    /// Unix sockets have short paths, and ports are added to this one.
-    #[error("socket path {path:?} is too long: want at most {} bytes", MAX_PATH - SUFFIX)]
-    Path {
-        /// Wanted path.
-        path: PathBuf,
-    },
-    /// The path is taken, or cannot be made.
-    #[error("cannot listen on {path:?}; if no VM uses it any more, remove it")]
-    Listen {
-        /// Wanted path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// The host's programs have nowhere to connect to.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The host failed.
     #[error("cannot {what} for a socket device")]
     Host {
@@ -154,32 +141,49 @@ fn fd_limit() -> usize {
     }
 }
 
+/// The host's end of a device: its sockets listen from now on, and clients wait.
+#[derive(Debug)]
+pub struct VsockEnd {
+    options: VsockOptions,
+    listeners: Vec<Listener>,
+}
+
+impl VsockEnd {
+    /// Checks `options` and makes the sockets.
+    ///
+    /// # Errors
+    /// A CID that no guest can have, and a path that is too long, in use, or cannot be made.
+    pub fn bind(options: VsockOptions) -> Result<Self, VsockError> {
+        let (cid, path) = (options.cid, &options.path);
+        if !(3..u32::MAX).contains(&cid) {
+            return Err(VsockError::Cid { cid });
+        }
+        // Ports are added to it.
+        let max = MAX_PATH - SUFFIX;
+        if path.as_os_str().len() > max {
+            let path = path.clone();
+            return Err(ListenError::TooLong { path, max }.into());
+        }
+        let mut listeners = vec![Listener::bind(path, SocketType::Stream)?];
+        if options.seqpacket {
+            let mut other = path.clone().into_os_string();
+            other.push(".seqpacket");
+            listeners.push(Listener::bind(other.as_ref(), SocketType::Seqpacket)?);
+        }
+        Ok(Self { options, listeners })
+    }
+}
+
 impl Vsock {
-    /// Makes the device, which listens from now on.
-    pub fn new(options: VsockOptions, state: VsockState) -> Result<Self, VsockError> {
+    /// Makes the device on the sockets of `end`.
+    pub fn new(end: VsockEnd, state: VsockState) -> Result<Self, VsockError> {
+        let VsockEnd { options, listeners } = end;
         let VsockOptions {
             cid,
             path,
             seqpacket,
             max_connections,
         } = options;
-        if !(3..u32::MAX).contains(&cid) {
-            return Err(VsockError::Cid { cid });
-        }
-        if path.as_os_str().as_bytes().len() + SUFFIX > MAX_PATH {
-            return Err(VsockError::Path { path });
-        }
-        let mut other = path.clone().into_os_string();
-        other.push(".seqpacket");
-        let wanted = [
-            (path.clone(), Kind::Stream),
-            (PathBuf::from(other), Kind::Seqpacket),
-        ];
-        let mut listeners = Vec::new();
-        for (path, kind) in wanted.into_iter().take(1 + usize::from(seqpacket)) {
-            let listener = Listener::bind(&path, kind);
-            listeners.push(listener.map_err(|source| VsockError::Listen { path, source })?);
-        }
         let max = max_connections.min(fd_limit());
         let mux = Mux::new(cid.into(), path, max, listeners);
         let mux = mux.map_err(host("wait for sockets"))?;

@@ -10,12 +10,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::conn::{Conn, Packet, Produced, State, Verdict};
-use super::host::{Listener, dial, grow, read_connect};
+use super::host::{grow, read_connect};
 use super::packet::{HEADER, HOST_CID, Header, Kind, op};
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Io, total};
 use crate::virtio::iovecs::would_block;
 use crate::virtio::poll::{Poller, Ready};
+use crate::virtio::uds::{Listener, dial};
 
 /// What a connection is granted, as Linux has it, and what it is granted when memory is short.
 const GRANT: u32 = 256 << 10;
@@ -108,7 +109,7 @@ impl Mux {
     pub fn new(cid: u64, path: PathBuf, max: usize, listeners: Vec<Listener>) -> io::Result<Self> {
         let poller = Poller::new()?;
         for listener in &listeners {
-            poller.add(&listener.fd, ACCEPT)?;
+            poller.add(listener, ACCEPT)?;
         }
         Ok(Self {
             cid,
@@ -243,7 +244,7 @@ impl Mux {
         };
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", key >> 32));
-        match dial(path.as_ref(), conn.kind) {
+        match dial(path.as_ref(), conn.kind.socket_type()) {
             Ok(socket) => {
                 conn.state = State::Open;
                 conn.tell(op::RESPONSE);
@@ -381,7 +382,7 @@ impl Mux {
             let mut accepted = Vec::new();
             for listener in &self.listeners {
                 match listener.accept() {
-                    Ok(socket) => accepted.push((socket, listener.kind)),
+                    Ok(socket) => accepted.push((socket, Kind::of_socket(listener.kind()))),
                     Err(error) if would_block(&error) => blocked += 1,
                     // No file descriptors, say: a client that left meanwhile is no matter.
                     Err(_) => {

@@ -3,6 +3,7 @@
 use crate::virtio::GuestRam;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Chain, read_at, write_at};
+use crate::virtio::uds::SocketType;
 
 /// Bytes of a header.
 pub const HEADER: u64 = 44;
@@ -39,6 +40,21 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// As the host's sockets have it.
+    pub fn socket_type(self) -> SocketType {
+        match self {
+            Self::Stream => SocketType::Stream,
+            Self::Seqpacket => SocketType::Seqpacket,
+        }
+    }
+
+    pub fn of_socket(kind: SocketType) -> Self {
+        match kind {
+            SocketType::Stream => Self::Stream,
+            SocketType::Seqpacket => Self::Seqpacket,
+        }
+    }
+
     pub fn number(self) -> u16 {
         match self {
             Self::Stream => 1,

@@ -31,6 +31,11 @@ pub fn options() -> VsockOptions {
     VsockOptions::new(CID, temporary_path())
 }
 
+/// A device, listening.
+fn made(options: VsockOptions, state: VsockState) -> Result<Vsock, VsockError> {
+    Vsock::new(VsockEnd::bind(options)?, state)
+}
+
 /// A guest: a driver that keeps buffers out, and makes what packets the test wants.
 struct Guest {
     rig: Rig,
@@ -47,7 +52,7 @@ impl Guest {
     }
 
     fn restored(options: VsockOptions, state: VsockState) -> Self {
-        Self::with(options.path.clone(), Vsock::new(options, state).unwrap())
+        Self::with(options.path.clone(), made(options, state).unwrap())
     }
 
     fn with(path: PathBuf, vsock: Vsock) -> Self {
@@ -529,7 +534,7 @@ fn restored_guests_are_told() {
         let mut guest = Guest::restored(options(), state);
         guest.rig.start(None);
         // The driver's reset made it forget; a resumed driver is told.
-        let vsock = Vsock::new(options(), state).unwrap();
+        let vsock = made(options(), state).unwrap();
         assert_eq!(vsock.reset_due, told);
         assert_eq!(
             vsock.save(),
@@ -549,7 +554,7 @@ fn restored_guests_are_told() {
     event.add(&[(EVENTS, 8, true)]);
     let ram = &guest.rig.ram;
     ram.write_obj(7_u64, GuestAddress(EVENTS)).unwrap();
-    let vsock = Box::new(Vsock::new(options(), state).unwrap());
+    let vsock = Box::new(made(options(), state).unwrap());
     let rig = Rig::with(Transport::Mmio, vsock, ram.clone(), saved);
     rig.core.resume();
     assert_eq!(event.used().into_values().collect::<Vec<_>>(), [4]);

@@ -42,21 +42,24 @@ fn everything_is_bounded() {
 fn options_are_checked() {
     for cid in [0, 1, 2, u32::MAX] {
         let options = VsockOptions { cid, ..options() };
-        let result = Vsock::new(options, VsockState::default());
+        let result = made(options, VsockState::default());
         assert!(matches!(result, Err(VsockError::Cid { .. })));
     }
     let long = VsockOptions::new(CID, "/tmp/".to_owned() + &"x".repeat(92));
-    let result = Vsock::new(long, VsockState::default());
-    assert!(matches!(result, Err(VsockError::Path { .. })));
+    let result = made(long, VsockState::default());
+    assert!(matches!(
+        result,
+        Err(VsockError::Listen(ListenError::TooLong { max: 96, .. }))
+    ));
     let first = options();
-    let device = Vsock::new(first.clone(), VsockState::default()).unwrap();
-    let error = Vsock::new(first.clone(), VsockState::default()).unwrap_err();
-    assert!(error.to_string().contains("remove it"), "{error}");
+    let device = made(first.clone(), VsockState::default()).unwrap();
+    let error = made(first.clone(), VsockState::default()).unwrap_err();
+    assert!(error.to_string().contains("in use"), "{error}");
     assert!(first.path.exists(), "the path belongs to the first");
     drop(device);
     assert!(!first.path.exists());
     let mut config = [0; 8];
-    Vsock::new(first, VsockState::default())
+    made(first, VsockState::default())
         .unwrap()
         .config()
         .read(0, &mut config);
@@ -66,7 +69,7 @@ fn options_are_checked() {
 /// A guest whose device has next to no time.
 fn hurried() -> Guest {
     let options = options();
-    let mut vsock = Vsock::new(options.clone(), VsockState::default()).unwrap();
+    let mut vsock = made(options.clone(), VsockState::default()).unwrap();
     let short = Duration::from_millis(150);
     vsock.mux.times = Times {
         handshake: short,

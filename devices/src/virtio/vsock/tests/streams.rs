@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use super::*;
 use crate::virtio::core::{NEEDS_RESET, Reg};
 use crate::virtio::iovecs::send as send_message;
-use crate::virtio::vsock::host::{Listener, recv};
+use crate::virtio::uds::{Listener, dial};
+use crate::virtio::vsock::host::recv;
 
 /// A guest's socket as a kernel has it: credit in both directions.
 #[derive(Default)]
@@ -157,7 +158,7 @@ fn hundreds_of_streams_keep_their_bytes() {
 
 fn seqpacket(guest: &mut Guest, ports: (u32, u32)) -> OwnedFd {
     let path = PathBuf::from(format!("{}_{}", guest.path.display(), ports.0));
-    let listener = Listener::bind(&path, Kind::Seqpacket).unwrap();
+    let listener = Listener::bind(&path, SocketType::Seqpacket).unwrap();
     let header = Header {
         kind: 2,
         ..Guest::header(op::REQUEST, ports)
@@ -236,7 +237,7 @@ fn messages_keep_their_boundaries() {
 fn the_host_connects_with_messages() {
     let mut guest = Guest::new(options());
     let path = PathBuf::from(format!("{}.seqpacket", guest.path.display()));
-    let host = crate::virtio::vsock::host::dial(&path, Kind::Seqpacket).unwrap();
+    let host = dial(&path, SocketType::Seqpacket).unwrap();
     use std::os::fd::AsFd;
     send_message(host.as_fd(), b"CONNECT 77\n").unwrap();
     let (request, _) = guest.packet();
@@ -311,7 +312,7 @@ proptest! {
         let stream = guest.listen(10);
         stream.set_nonblocking(true).unwrap();
         let path = PathBuf::from(format!("{}_11", guest.path.display()));
-        let messages = Listener::bind(&path, Kind::Seqpacket).unwrap();
+        let messages = Listener::bind(&path, SocketType::Seqpacket).unwrap();
         let mut hosts: Vec<OwnedFd> = Vec::new();
         use std::os::fd::AsFd;
         for header in headers {
