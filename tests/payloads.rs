@@ -6,6 +6,8 @@
 mod common;
 #[path = "payloads/disks.rs"]
 mod disks;
+#[path = "payloads/watchdog.rs"]
+mod watchdog;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

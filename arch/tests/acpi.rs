@@ -9,7 +9,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use arch::acpi::{AcpiFacts, MmioDevice, PciHost, PortDevice, PowerFacts, Window, write_tables};
+use arch::acpi::{
+    AcpiFacts, MmioDevice, PciHost, PortDevice, PowerFacts, WatchdogFacts, Window, write_tables,
+};
 use arch::vm::IrqchipMode;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -58,6 +60,12 @@ fn facts(vcpus: u32, irqchip: IrqchipMode) -> AcpiFacts {
             },
             lines: [16, 17, 18, 19],
         }),
+        watchdog: Some(WatchdogFacts {
+            port: 0x610,
+            period_ms: 100,
+            min_count: 1,
+            max_count: 6000,
+        }),
     }
 }
 
@@ -94,6 +102,7 @@ fn iasl_accepts_all_tables() {
         let fadt: u64 = memory.read_obj(GuestAddress(xsdt + 36)).unwrap();
         let madt: u64 = memory.read_obj(GuestAddress(xsdt + 44)).unwrap();
         let mcfg: u64 = memory.read_obj(GuestAddress(xsdt + 52)).unwrap();
+        let wdat: u64 = memory.read_obj(GuestAddress(xsdt + 60)).unwrap();
         let dsdt: u64 = memory.read_obj(GuestAddress(fadt + 140)).unwrap();
 
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("acpi-{vcpus}"));
@@ -103,6 +112,7 @@ fn iasl_accepts_all_tables() {
             ("facp", fadt),
             ("apic", madt),
             ("mcfg", mcfg),
+            ("wdat", wdat),
             ("dsdt", dsdt),
         ] {
             let binary = format!("{name}.aml");

@@ -41,6 +41,8 @@ pub enum ExitReason {
     Panicked,
     /// A byte written to the debug-exit port.
     DebugExit(u8),
+    /// The guest did not feed its watchdog.
+    Watchdog,
 }
 
 /// Two devices claimed overlapping addresses, or one claimed none.

@@ -4,6 +4,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use serde::Serialize;
@@ -19,6 +20,8 @@ use crate::legacy::power::{self, Power, PowerState};
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::rtc::{self, Cmos, CmosState};
 use crate::legacy::serial::{self, Serial, SerialState};
+use crate::legacy::watchdog::tests::Still;
+use crate::legacy::watchdog::{self, Watchdog, WatchdogState};
 
 struct NoSink;
 
@@ -45,6 +48,17 @@ fn cmos(state: CmosState) -> Cmos {
 
 fn power(state: PowerState) -> Power {
     Power::new(line(), state)
+}
+
+fn watchdog(state: WatchdogState) -> Watchdog<Still> {
+    Watchdog::new(Still::default(), 1..=36_000, state)
+}
+
+fn check_watchdog(device: &Watchdog<Still>, byte: u8) {
+    device
+        .alarm()
+        .pass(Duration::from_millis(u64::from(byte) << 8));
+    device.check();
 }
 
 fn ioapic(state: IoApicState) -> IoApic {
@@ -124,6 +138,7 @@ proptest! {
         check(cmos, Cmos::save, |_, _| (), &steps)?;
         check(power, Power::save, |d, _| d.press_power_button(), &steps)?;
         check(ioapic, IoApic::save, check_ioapic, &steps)?;
+        check(watchdog, Watchdog::save, check_watchdog, &steps)?;
         for step in &steps {
             for device in [&PvPanic as &dyn BusDevice, &DebugExit] {
                 match step {
@@ -235,6 +250,7 @@ fn the_documented_ranges_of_a_pc_fit_together() {
         (0x2f8, serial::LEN, Arc::new(serial(Default::default()))),
         (crate::legacy::pvpanic::PORT, 1, Arc::new(PvPanic)),
         (0x600, power::LEN, Arc::new(power(Default::default()))),
+        (0x610, watchdog::LEN, Arc::new(watchdog(Default::default()))),
         (0xf4, 1, Arc::new(DebugExit)),
     ] {
         ports.insert(base, len, device).unwrap();

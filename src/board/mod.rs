@@ -7,6 +7,7 @@ pub mod attach;
 mod cmdline;
 mod doorbell;
 pub mod plan;
+mod watchdog;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -24,12 +25,13 @@ use devices::legacy::rtc::{Cmos, CmosState, host_clock};
 use devices::legacy::serial::{Serial, SerialError, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::vm::irq::Irqchip;
+use crate::vm::irq::{self, Irqchip};
 
-use crate::config::Transport;
+use crate::config::{self, Transport};
 use attach::{AttachError, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
 use plan::Plan;
+pub use watchdog::BoardWatchdog;
 
 /// The board could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,9 @@ pub enum BoardError {
     /// A virtio device.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// No timer for the watchdog.
+    #[error("Cannot make a timer for the watchdog")]
+    Timer(#[source] std::io::Error),
     /// A UART state that no UART can have.
     #[error("Cannot make a serial port")]
     Serial(#[from] SerialError),
@@ -65,6 +70,8 @@ pub struct Wiring {
     pub console: SerialEnd,
     /// COM2.
     pub agent: SerialEnd,
+    /// Watchdog.
+    pub watchdog: Option<config::Watchdog>,
     /// Virtio devices.
     pub devices: Vec<Plan>,
 }
@@ -83,6 +90,8 @@ pub struct Board {
     pub keyboard: Arc<I8042>,
     /// Power registers, for the power button.
     pub power: Arc<Power>,
+    /// Watchdog.
+    pub watchdog: Option<BoardWatchdog>,
     /// Virtio devices.
     pub devices: Devices,
 }
@@ -147,6 +156,10 @@ impl Board {
             power.clone(),
         )?;
 
+        let messages = || irq::messages(machine.vm);
+        let watchdog = wiring.watchdog.as_ref();
+        let watchdog = watchdog.map(|dog| BoardWatchdog::place(dog, messages(), &mut pio));
+
         let mut mmio = Bus::new();
         if let Some(ioapic) = irqchip.ioapic() {
             mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone())
@@ -171,6 +184,7 @@ impl Board {
             agent,
             keyboard,
             power,
+            watchdog: watchdog.transpose()?,
             devices,
         })
     }
@@ -203,6 +217,7 @@ impl Board {
             },
             virtio: self.devices.windows().to_vec(),
             pci: self.devices.pci_host(),
+            watchdog: self.watchdog.as_ref().map(BoardWatchdog::facts),
         }
     }
 }

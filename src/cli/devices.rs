@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use crate::config::{Config, Drive, Entropy, Transport, Vsock, parse_list};
+use crate::config::{Config, Drive, Entropy, ListError, Transport, Vsock, Watchdog, parse_list};
 
 /// Arguments that add devices to a machine.
 #[derive(Debug, Args)]
@@ -19,9 +19,21 @@ pub struct DeviceArgs {
     /// say CONNECT PORT; the guest's connections to port P of the host go to SOCKET_P
     #[arg(long, value_name = "LIST", value_parser = parse_list::<Vsock>)]
     vsock: Option<Vsock>,
+    /// Add a watchdog timer: [timeout=TIME: longest between two feedings, 10m][,min=TIME: shortest]
+    /// [,action=exit|reset|poweroff|nmi|log when it is not fed]
+    #[arg(long, value_name = "LIST", num_args = 0..=1, require_equals = true,
+        default_missing_value = "", value_parser = parse_watchdog)]
+    watchdog: Option<Watchdog>,
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     pci: bool,
+}
+
+fn parse_watchdog(text: &str) -> Result<Watchdog, ListError> {
+    match text {
+        "" => Ok(Watchdog::default()),
+        text => parse_list(text),
+    }
 }
 
 impl DeviceArgs {
@@ -39,6 +51,9 @@ impl DeviceArgs {
         }
         if self.vsock.is_some() {
             config.vsock.clone_from(&self.vsock);
+        }
+        if self.watchdog.is_some() {
+            config.watchdog = self.watchdog;
         }
         if self.pci {
             config.machine_config.virtio_transport = Transport::Pci;

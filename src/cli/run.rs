@@ -19,7 +19,7 @@ use crate::telemetry;
 
 const AFTER_HELP: &str = "\
 Exit codes: the command's own, 128+N when signal N killed it, 126 and 127 as in a shell;
-121 kernel panic, 122 triple fault or KVM failure, 123 the guest ended before the command did,
+120 watchdog not fed, 121 kernel panic, 122 triple fault or KVM failure, 123 the guest ended before the command did,
 124 time limit, 125 bulle's own failure.
 
 On a terminal, Ctrl-A x ends the virtual machine and Ctrl-A h lists more.
@@ -171,6 +171,7 @@ impl RunArgs {
                 drives: Vec::new(),
                 entropy: None,
                 vsock: None,
+                watchdog: None,
                 guest: None,
                 console: None,
                 timeout_ms: None,

@@ -18,10 +18,11 @@ use serde::{Deserialize, Serialize};
 
 pub use devices::{
     CacheType, Drive, Entropy, Format, IoEngine, RateLimiter, TokenBucket, Transport, Vsock,
+    Watchdog, WatchdogAction,
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
-pub use validate::{ConfigError, DriveError, LimitsError, Spec, VsockError};
+pub use validate::{ConfigError, DriveError, LimitsError, Spec, VsockError, WatchdogError};
 
 /// Fewest MiB of RAM.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -48,6 +49,9 @@ pub struct Config {
     /// A socket device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// A watchdog timer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<Watchdog>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,

@@ -106,6 +106,9 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     if config.vsock.is_some() {
         required.push("vmw_vsock_virtio_transport");
     }
+    if config.watchdog.is_some() {
+        required.push("wdat_wdt");
+    }
     if let Some(drive) = config.root_drive() {
         let path = &drive.path_on_host;
         let module = module_for(path).map_err(|source| PrepareError::Root {

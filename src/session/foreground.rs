@@ -21,7 +21,8 @@ use super::output::{Output, read_input};
 use super::progress::Progress;
 use super::signals::Signals;
 use super::terminal::window_size;
-use crate::vm::Vm;
+use crate::board::BoardWatchdog;
+use crate::vm::{Vm, VmExit};
 use std::sync::Arc;
 
 /// How long a guest may take to power off after a first SIGTERM.
@@ -48,10 +49,11 @@ enum Token {
     AgentData,
     Stdout,
     Stderr,
+    Watchdog,
 }
 
 impl Token {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Exit,
         Self::Signal,
         Self::Timeout,
@@ -63,6 +65,7 @@ impl Token {
         Self::AgentData,
         Self::Stdout,
         Self::Stderr,
+        Self::Watchdog,
     ];
 
     fn from_data(data: u32) -> Option<Self> {
@@ -432,6 +435,12 @@ impl<'a> Foreground<'a> {
                 drain(&self.events.agent_data);
                 self.on_agent_data();
             }
+            Token::Watchdog => {
+                let watchdog = self.vm.board().watchdog.as_ref();
+                if let Some(reason) = watchdog.and_then(BoardWatchdog::on_alarm) {
+                    self.vm.exit().set(VmExit::Guest(reason));
+                }
+            }
             Token::Stdout | Token::Stderr => {
                 self.flush();
                 self.pump_agent();
@@ -454,6 +463,9 @@ impl MutEventSubscriber for Foreground<'_> {
         ];
         if let Some((timer, _)) = &self.timeout {
             sources.push((timer_fd(timer), Token::Timeout));
+        }
+        if let Some(watchdog) = &self.vm.board().watchdog {
+            sources.push((watchdog.as_raw_fd(), Token::Watchdog));
         }
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN)) {

@@ -88,6 +88,7 @@ pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
             out: port.writer(),
             drained: clone(&events.agent_room)?,
         },
+        watchdog: spec.config().watchdog,
         devices,
     };
     let signals = Signals::block().map_err(|error| session("signals", error.into()))?;

@@ -18,7 +18,7 @@ mod terminal;
 
 pub use launch::{LaunchError, launch};
 pub use outcome::{
-    CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, Outcome,
+    CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };
 pub use terminal::end_on_panic;
 pub use terminal::restore as restore_terminal;

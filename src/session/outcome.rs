@@ -8,6 +8,8 @@ use devices::bus::ExitReason;
 use crate::vcpu::Failure;
 use crate::vm::VmExit;
 
+/// The guest did not feed its watchdog.
+pub const CODE_WATCHDOG: u8 = 120;
 /// The guest kernel panicked.
 pub const CODE_PANIC: u8 = 121;
 /// Triple fault, or KVM could not go on.
@@ -43,6 +45,8 @@ pub enum Outcome {
     Panicked,
     /// A byte on the debug-exit port.
     DebugExit(u8),
+    /// The guest did not feed its watchdog.
+    Watchdog,
     /// A vCPU could not go on.
     Failed(Box<Failure>),
     /// The time limit was reached.
@@ -62,6 +66,7 @@ impl From<VmExit> for Outcome {
             VmExit::Guest(ExitReason::Reset) => Self::Reset,
             VmExit::Guest(ExitReason::Panicked) => Self::Panicked,
             VmExit::Guest(ExitReason::DebugExit(code)) => Self::DebugExit(code),
+            VmExit::Guest(ExitReason::Watchdog) => Self::Watchdog,
             VmExit::Failed(failure) => Self::Failed(failure),
         }
     }
@@ -78,6 +83,7 @@ impl Outcome {
             Self::Reset | Self::Quit if command => CODE_NO_STATUS,
             Self::Reset | Self::Quit => 0,
             Self::Panicked => CODE_PANIC,
+            Self::Watchdog => CODE_WATCHDOG,
             Self::Failed(_) => CODE_VM_FAILURE,
             Self::Timeout(_) => CODE_TIMEOUT,
             Self::Signal(signal) => SIGNAL_BASE.saturating_add(u8::try_from(*signal).unwrap_or(0)),
@@ -89,7 +95,12 @@ impl Outcome {
     pub fn wants_console(&self) -> bool {
         matches!(
             self,
-            Self::Panicked | Self::Failed(_) | Self::Timeout(_) | Self::Reset | Self::AgentLost(_)
+            Self::Panicked
+                | Self::Watchdog
+                | Self::Failed(_)
+                | Self::Timeout(_)
+                | Self::Reset
+                | Self::AgentLost(_)
         )
     }
 
@@ -112,6 +123,7 @@ impl fmt::Display for Outcome {
             Self::PowerOff => f.write_str("the guest switched itself off"),
             Self::Reset => f.write_str("the guest reset itself before the command ended"),
             Self::Panicked => f.write_str("the guest kernel panicked"),
+            Self::Watchdog => f.write_str("the guest did not feed its watchdog in time"),
             Self::DebugExit(code) => write!(f, "the guest wrote {code} to the debug-exit port"),
             Self::Failed(failure) => failure.fmt(f),
             Self::Timeout(limit) => {
@@ -141,6 +153,7 @@ mod tests {
         assert_eq!(code(Outcome::Reset), 123);
         assert_eq!(Outcome::Reset.exit_code(false), 0);
         assert_eq!(code(Outcome::Panicked), 121);
+        assert_eq!(code(Outcome::Watchdog), 120);
         assert_eq!(code(Outcome::Timeout(Duration::from_secs(1))), 124);
         assert_eq!(code(Outcome::Signal(15)), 143);
         assert_eq!(code(Outcome::DebugExit(7)), 7);

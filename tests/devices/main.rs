@@ -5,6 +5,7 @@
 mod common;
 mod disks;
 mod vsock;
+mod watchdog;
 
 use common::Outcome;
 

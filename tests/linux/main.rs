@@ -8,6 +8,7 @@
 mod common;
 mod disks;
 mod vsock;
+mod watchdog;
 
 use std::collections::BTreeSet;
 use std::fs;

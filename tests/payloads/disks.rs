@@ -156,12 +156,9 @@ fn limits_of_a_group_are_those_of_all_its_disks() {
         outcome.elapsed
     };
     // About 45 operations, two at once and then one each 20 ms.
-    let limit = "rate.ops.size=2,rate.ops.refill_time=40,rate.group=slow";
-    let limited = time(["rate.group=slow", limit]);
+    let limit = |ms| format!("rate.ops.size=2,rate.ops.refill_time={ms},rate.group=slow");
+    let limited = time(["rate.group=slow", &limit(40)]);
     assert!(limited >= Duration::from_millis(700), "{limited:?}");
-    let free = time(["id=free", limit]);
-    assert!(
-        free < limited / 2,
-        "{free:?} is not much less than {limited:?}"
-    );
+    // With an operation each two seconds it would not come to its end in time.
+    time(["id=free", &limit(4000)]);
 }

@@ -128,5 +128,17 @@ pub const POWER_RESET_VALUE: u8 = 1;
 pub const POWER_SLEEP_TYPE_S5: u8 = 5;
 /// Event status: the power button was pressed.
 pub const POWER_EVENT_BUTTON: u8 = 1 << 0;
+/// Watchdog registers (see `devices::legacy::watchdog`), 32 bits each.
+pub const WATCHDOG_PORT: u16 = 0x610;
+/// Control, countdown, feed, status.
+pub const WATCHDOG_PORT_SIZE: u16 = 16;
+/// Offset of the control register: bit 0 is set while the countdown runs.
+pub const WATCHDOG_CONTROL: u16 = 0;
+/// Offset of the countdown, in periods.
+pub const WATCHDOG_COUNTDOWN: u16 = 4;
+/// Offset of the register that feeds when written, and has what is left when read.
+pub const WATCHDOG_FEED: u16 = 8;
+/// Offset of the status register: bit 0 is set when the watchdog has expired, cleared by writing it.
+pub const WATCHDOG_STATUS: u16 = 12;
 /// Interrupt line of the generic event device.
 pub const GED_IRQ: u32 = 9;

@@ -21,6 +21,10 @@ pub const PORT: u64 = 0x60;
 pub const LEN: u64 = 5;
 
 const DATA: u64 = 0;
+/// System control port B of a PC, among the controller's ports. It has the reasons of non-maskable
+/// interrupts (none), and the output of timer 2, which is high: some guests wait for that.
+const SYSTEM_CONTROL_B: u64 = 1;
+const TIMER_2_OUTPUT: u8 = 1 << 5;
 const COMMAND: u64 = 4;
 
 const STATUS_OUTPUT_FULL: u8 = 1 << 0;
@@ -302,6 +306,7 @@ impl BusDevice for I8042 {
         self.access(|controller| {
             super::read_bytes(offset, data, |register| match register {
                 DATA => controller.read_data(),
+                SYSTEM_CONTROL_B => TIMER_2_OUTPUT,
                 COMMAND => controller.status(),
                 _ => 0xff,
             });

@@ -57,6 +57,15 @@ impl Guest {
 }
 
 #[test]
+fn system_control_port_b_knows_no_reason_for_an_nmi() {
+    let controller = I8042::new(Arc::new(Counter::default()), I8042State::default());
+    assert_eq!(controller.write(1, &[0xff]), Effect::None);
+    let mut value = [0xff; 2];
+    controller.read(1, &mut value);
+    assert_eq!(value, [0x20, 0xff]);
+}
+
+#[test]
 fn linux_i8042_probe() {
     let guest = Guest::new();
     assert_eq!(guest.drain(), [] as [u8; 0]);

@@ -13,6 +13,7 @@ pub mod power;
 pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
+pub mod watchdog;
 
 /// Splits a read into byte registers.
 fn read_bytes(offset: u64, data: &mut [u8], mut read: impl FnMut(u64) -> u8) {

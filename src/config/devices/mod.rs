@@ -4,12 +4,15 @@
 //! (see [`super::parse_list`]), which fill the same types.
 
 mod drive;
+mod duration;
 mod vsock;
+mod watchdog;
 
 use serde::{Deserialize, Serialize};
 
 pub use drive::{CacheType, Drive, Format, IoEngine};
 pub use vsock::Vsock;
+pub use watchdog::{Watchdog, WatchdogAction};
 
 /// How the guest reaches its virtio devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

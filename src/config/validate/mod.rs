@@ -3,6 +3,7 @@
 mod drives;
 mod limits;
 mod vsock;
+mod watchdog;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 pub use drives::DriveError;
 pub use limits::LimitsError;
 pub use vsock::VsockError;
+pub use watchdog::WatchdogError;
 
 use super::{
     Config, Console, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MachineConfig,
@@ -86,6 +88,9 @@ pub enum ConfigError {
     /// A socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The watchdog.
+    #[error(transparent)]
+    Watchdog(#[from] WatchdogError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -147,6 +152,7 @@ impl Config {
         drives::validate(&self.drives)?;
         limits::validate(self.rate_limiters())?;
         vsock::validate(self.vsock.as_ref())?;
+        self.watchdog.iter().try_for_each(watchdog::validate)?;
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {

@@ -8,12 +8,14 @@
 mod dsdt;
 mod pci;
 mod tables;
+mod watchdog;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 pub use self::pci::PciHost;
+pub use self::watchdog::WatchdogFacts;
 use crate::layout::{ACPI_TABLES_END, ACPI_TABLES_START, RSDP_START};
 use crate::vm::IrqchipMode;
 
@@ -123,6 +125,8 @@ pub struct AcpiFacts {
     pub virtio: Vec<MmioDevice>,
     /// PCI host bridge.
     pub pci: Option<PciHost>,
+    /// Watchdog.
+    pub watchdog: Option<WatchdogFacts>,
 }
 
 /// The registers by which a guest sleeps, resets and learns of events.
@@ -168,6 +172,9 @@ where
     let mut entries = vec![fadt, madt];
     if let Some(host) = &facts.pci {
         entries.push(room.put(pci::mcfg(host)));
+    }
+    if let Some(watchdog) = &facts.watchdog {
+        entries.push(room.put(watchdog::wdat(watchdog)));
     }
     let xsdt = room.put(tables::xsdt(&entries));
     if room.next > ACPI_TABLES_END {

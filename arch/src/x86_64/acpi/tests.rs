@@ -37,6 +37,7 @@ fn facts(apic_ids: impl IntoIterator<Item = u32>, irqchip: IrqchipMode) -> AcpiF
         },
         virtio: (0..2).map(virtio).collect(),
         pci: None,
+        watchdog: None,
     }
 }
 
@@ -263,6 +264,53 @@ fn absent_devices_are_not_described() {
     for absent in [&b"PS2K"[..], b"RTC_", b"PEVT", b"COM", b"LNRO"] {
         assert_eq!(count(&dsdt, absent), 0);
     }
+}
+
+#[test]
+fn a_watchdog_says_which_register_does_what() {
+    let mut facts = facts([0], IrqchipMode::Split);
+    facts.watchdog = Some(WatchdogFacts {
+        port: 0x610,
+        period_ms: 100,
+        min_count: 7,
+        max_count: 600,
+    });
+    let guest = Guest::with(&facts).unwrap();
+    let xsdt = guest.table(u64_at(&guest.read(RSDP_START, 36), 24), b"XSDT");
+    assert_eq!(xsdt.len(), 36 + 3 * 8);
+    let wdat = guest.table(u64_at(&xsdt, 52), b"WDAT");
+    // Linux takes a watchdog that is no PCI device: 0xff for segment, bus, device and function.
+    assert_eq!(
+        wdat[36..48],
+        [32, 0, 0, 0, 0xff, 0, 0xff, 0xff, 0xff, 0, 0, 0]
+    );
+    let words = [48, 52, 56, 60, 64].map(|at| u32_at(&wdat, at));
+    assert_eq!(words, [100, 600, 7, 1, 10]);
+    let entries: Vec<_> = wdat[68..].chunks(24).collect();
+    assert_eq!(entries.len(), 10);
+    for entry in &entries {
+        // Ports of 32 bits, none of which lies across two registers.
+        assert_eq!(entry[4..8], [1, 32, 0, 3]);
+        assert!(
+            (0x610..0x620)
+                .step_by(4)
+                .any(|port| u64_at(entry, 8) == port)
+        );
+    }
+    let find = |action: u8| {
+        let entry = entries.iter().find(|entry| entry[0] == action).unwrap();
+        (
+            entry[1],
+            u64_at(entry, 8),
+            u32_at(entry, 16),
+            u32_at(entry, 20),
+        )
+    };
+    assert_eq!(find(1), (2, 0x618, 1, u32::MAX));
+    assert_eq!(find(4), (1, 0x618, 0, u32::MAX));
+    assert_eq!(find(6), (3, 0x614, 0, u32::MAX));
+    assert_eq!(find(8), (0, 0x610, 1, 1));
+    assert_eq!((find(9).2, find(11).2), (1, 0));
 }
 
 #[test]
