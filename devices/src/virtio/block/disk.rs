@@ -75,6 +75,15 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
+    /// The file system has no O_DIRECT.
+    #[error(
+        "disk {path:?} is on a file system that cannot do without the host's page cache \
+         (no O_DIRECT); use another cache mode than `none`"
+    )]
+    Direct {
+        /// As given.
+        path: PathBuf,
+    },
     /// Opened, but does not answer.
     #[error("cannot examine disk {path:?}")]
     Examine {
@@ -170,7 +179,10 @@ impl Disk {
             .write(!options.read_only)
             .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | direct)
             .open(path)
-            .map_err(opened)?;
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EINVAL) if direct != 0 => DiskError::Direct { path: path.clone() },
+                _ => opened(source),
+            })?;
         blocking(&file).map_err(|source| DiskError::Examine {
             path: path.clone(),
             source,
