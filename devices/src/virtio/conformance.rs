@@ -11,6 +11,7 @@ use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
 use super::fs::FsOptions;
 use super::registry::{DeviceConfig, build};
+use super::rtc::tests::options as rtc_options;
 use super::vsock::VsockEnd;
 use super::vsock::tests::options as vsock_options;
 
@@ -38,6 +39,7 @@ fn devices() -> Vec<(&'static str, Make)> {
             "vsock",
             make(|| DeviceConfig::Vsock(VsockEnd::bind(vsock_options()).unwrap())),
         ),
+        ("rtc", make(|| DeviceConfig::Rtc(rtc_options()))),
         ("console", make(|| DeviceConfig::Console(console_options()))),
         ("block, io_uring", block(EngineKind::IoUring, 2, false)),
         ("block, read-only", block(EngineKind::Auto, 1, true)),

@@ -15,6 +15,7 @@ use super::console::ConsoleState;
 use super::entropy::EntropyState;
 use super::fs::FsState;
 use super::io::Io;
+use super::rtc::RtcState;
 use super::vsock::VsockState;
 
 /// What the core must know of a device before a driver appears.
@@ -146,6 +147,8 @@ pub enum DeviceState {
     Vsock(VsockState),
     /// Shared directory.
     Fs(FsState),
+    /// Clock device.
+    Rtc(RtcState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

@@ -18,6 +18,7 @@ pub mod limiter;
 pub mod notifier;
 mod poll;
 pub mod registry;
+pub mod rtc;
 pub mod transport;
 pub mod uds;
 pub mod vsock;

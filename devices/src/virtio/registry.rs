@@ -7,6 +7,7 @@ use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
 use super::fs::{Fs, FsError, FsOptions, FsState};
+use super::rtc::{Rtc, RtcHandle, RtcOptions};
 use super::vsock::{Vsock, VsockEnd, VsockError};
 
 /// What a device is made of, one arm per device type.
@@ -22,6 +23,8 @@ pub enum DeviceConfig {
     Vsock(VsockEnd),
     /// Shared directory.
     Fs(FsOptions),
+    /// Clock device.
+    Rtc(RtcOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -37,6 +40,8 @@ pub enum DeviceHandle {
     Vsock,
     /// Shared directories take no commands.
     Fs,
+    /// The distance of the guest's counter.
+    Rtc(RtcHandle),
 }
 
 /// A device could not be made.
@@ -110,6 +115,15 @@ pub fn build(
                 _ => return Err(BuildError::State { device: "fs" }),
             };
             Ok((Box::new(fs), DeviceHandle::Fs))
+        }
+        DeviceConfig::Rtc(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Rtc(state) => *state,
+                _ => return Err(BuildError::State { device: "clock" }),
+            };
+            let (rtc, handle) = Rtc::new(options, state);
+            Ok((Box::new(rtc), DeviceHandle::Rtc(handle)))
         }
     }
 }
