@@ -161,13 +161,7 @@ impl Board {
         let watchdog = watchdog.map(|dog| BoardWatchdog::place(dog, messages(), &mut pio));
 
         let mut mmio = Bus::new();
-        if let Some(ioapic) = irqchip.ioapic() {
-            mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone())
-                .map_err(|source| BoardError::Place {
-                    device: "the I/O APIC",
-                    source,
-                })?;
-        }
+        place_ioapic(irqchip, &mut mmio)?;
         let devices = Devices::attach(
             wiring.devices,
             transport,
@@ -220,6 +214,18 @@ impl Board {
             watchdog: self.watchdog.as_ref().map(BoardWatchdog::facts),
         }
     }
+}
+
+/// bulle's own I/O APIC, where the machine has one.
+fn place_ioapic(irqchip: &Irqchip, mmio: &mut Bus) -> Result<(), BoardError> {
+    let Some(ioapic) = irqchip.ioapic() else {
+        return Ok(());
+    };
+    let placed = mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone());
+    placed.map_err(|source| BoardError::Place {
+        device: "the I/O APIC",
+        source,
+    })
 }
 
 fn serial(irqchip: &Irqchip, irq: u32, end: SerialEnd) -> Result<Arc<Serial>, SerialError> {
