@@ -3,6 +3,8 @@
 //! Not part of a plain `cargo test`, since they need KVM: `cargo test --test payloads`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "payloads/clock.rs"]
+mod clock;
 mod common;
 #[path = "payloads/disks.rs"]
 mod disks;

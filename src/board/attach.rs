@@ -270,6 +270,15 @@ impl Devices {
         self.irqfds.iter().try_for_each(|irqfd| irqfd.register(vm))
     }
 
+    /// Says what is added to the host's counter to have the guest's, before vCPUs run.
+    pub fn set_counter_offset(&self, offset: u64) {
+        for device in &self.list {
+            if let DeviceHandle::Rtc(clock) = &device.handle {
+                clock.set_counter_offset(offset);
+            }
+        }
+    }
+
     /// Looks at the sizes of all disks again; guests are told of those that changed.
     pub fn look_at_disks(&self) {
         for device in &self.list {

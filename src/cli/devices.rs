@@ -1,8 +1,11 @@
 //! The options of `bulle run` that add virtio devices.
 
 use clap::Args;
+use serde::de::DeserializeOwned;
 
-use crate::config::{Config, Drive, Entropy, ListError, Transport, Vsock, Watchdog, parse_list};
+use crate::config::{
+    Config, Drive, Entropy, ListError, Rtc, Transport, Vsock, Watchdog, parse_list,
+};
 
 /// Arguments that add devices to a machine.
 #[derive(Debug, Args)]
@@ -19,19 +22,25 @@ pub struct DeviceArgs {
     /// say CONNECT PORT; the guest's connections to port P of the host go to SOCKET_P
     #[arg(long, value_name = "LIST", value_parser = parse_list::<Vsock>)]
     vsock: Option<Vsock>,
+    /// Add a virtio clock device: [leap=unknown|step|smeared|noon-linear|utc-sls: what the host's
+    /// clock does around leap seconds]
+    #[arg(long, value_name = "LIST", num_args = 0..=1, require_equals = true,
+        default_missing_value = "", value_parser = parse_maybe_empty::<Rtc>)]
+    rtc: Option<Rtc>,
     /// Add a watchdog timer: [timeout=TIME: longest between two feedings, 10m][,min=TIME: shortest]
     /// [,action=exit|reset|poweroff|nmi|log when it is not fed]
     #[arg(long, value_name = "LIST", num_args = 0..=1, require_equals = true,
-        default_missing_value = "", value_parser = parse_watchdog)]
+        default_missing_value = "", value_parser = parse_maybe_empty::<Watchdog>)]
     watchdog: Option<Watchdog>,
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     pci: bool,
 }
 
-fn parse_watchdog(text: &str) -> Result<Watchdog, ListError> {
+/// Reads a list of an option that needs none.
+fn parse_maybe_empty<T: DeserializeOwned + Default>(text: &str) -> Result<T, ListError> {
     match text {
-        "" => Ok(Watchdog::default()),
+        "" => Ok(T::default()),
         text => parse_list(text),
     }
 }
@@ -51,6 +60,9 @@ impl DeviceArgs {
         }
         if self.vsock.is_some() {
             config.vsock.clone_from(&self.vsock);
+        }
+        if self.rtc.is_some() {
+            config.rtc = self.rtc;
         }
         if self.watchdog.is_some() {
             config.watchdog = self.watchdog;

@@ -171,6 +171,7 @@ impl RunArgs {
                 drives: Vec::new(),
                 entropy: None,
                 vsock: None,
+                rtc: None,
                 watchdog: None,
                 guest: None,
                 console: None,

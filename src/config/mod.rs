@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use devices::{
-    CacheType, Drive, Entropy, Format, IoEngine, RateLimiter, TokenBucket, Transport, Vsock,
-    Watchdog, WatchdogAction,
+    CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, RateLimiter, Rtc, TokenBucket,
+    Transport, Vsock, Watchdog, WatchdogAction,
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
@@ -49,6 +49,9 @@ pub struct Config {
     /// A socket device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// A clock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtc: Option<Rtc>,
     /// A watchdog timer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<Watchdog>,

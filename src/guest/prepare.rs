@@ -91,7 +91,12 @@ fn archive(
 /// The modules for the devices of `config`, and for a root on one of them.
 fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     let mut required = Vec::new();
-    if !config.drives.is_empty() || config.entropy.is_some() || config.vsock.is_some() {
+    let reads_clocks = config.rtc.is_some();
+    if !config.drives.is_empty()
+        || config.entropy.is_some()
+        || config.vsock.is_some()
+        || reads_clocks
+    {
         required.push(match config.machine_config.virtio_transport {
             Transport::Mmio => "virtio_mmio",
             Transport::Pci => "virtio_pci",
@@ -121,7 +126,9 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
         }
     }
     let wanted = |required| move |name| Wanted { name, required };
-    let comfort = COMFORT.into_iter().map(wanted(false));
+    // Stock kernels have a driver for clock devices from Linux 6.16 on.
+    let clock = config.rtc.map(|_| "virtio_rtc");
+    let comfort = COMFORT.into_iter().chain(clock).map(wanted(false));
     Ok(comfort
         .chain(required.into_iter().map(wanted(true)))
         .collect())

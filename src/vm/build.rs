@@ -278,6 +278,11 @@ impl Vm {
                 irqchip: mode,
             };
             arch::vcpu::configure(&fd, index, &template, (index == 0).then_some(&boot))?;
+            if index == 0
+                && let Some(offset) = arch::tsc::offset(&fd)
+            {
+                board.devices.set_counter_offset(offset);
+            }
             vcpus.push(VcpuHandle::spawn(Vcpu {
                 index,
                 fd,

@@ -14,5 +14,6 @@ pub mod interrupts;
 pub mod msr;
 pub mod report;
 pub mod topology;
+pub mod tsc;
 pub mod vcpu;
 pub mod vm;

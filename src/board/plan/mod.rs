@@ -4,6 +4,7 @@
 
 mod disk;
 mod limits;
+mod rtc;
 mod vsock;
 
 use std::path::PathBuf;
@@ -92,6 +93,7 @@ pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
     if let Some(vsock) = &config.vsock {
         plans.push(vsock::plan(vsock)?);
     }
+    plans.extend(config.rtc.as_ref().map(rtc::plan));
     let transport = spec.machine().virtio_transport;
     match plans.len() {
         count if count > attach::most(transport) => Err(PlanError::TooMany { count, transport }),

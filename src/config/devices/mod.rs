@@ -5,12 +5,14 @@
 
 mod drive;
 mod duration;
+mod rtc;
 mod vsock;
 mod watchdog;
 
 use serde::{Deserialize, Serialize};
 
 pub use drive::{CacheType, Drive, Format, IoEngine};
+pub use rtc::{LeapSeconds, Rtc};
 pub use vsock::Vsock;
 pub use watchdog::{Watchdog, WatchdogAction};
 

@@ -1,0 +1,36 @@
+//! The time stamp counter of the host, and how far a guest's is from it.
+
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
+use kvm_ioctls::VcpuFd;
+
+/// `hw_counter` of a time stamp counter in virtio's clock device.
+pub const VIRTIO_COUNTER: u8 = 1;
+
+/// `KVM_GET_DEVICE_ATTR`, which kvm-ioctls has not for vCPUs: `_IOW(KVMIO, 0xe2, kvm_device_attr)`.
+const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+
+/// Reads the host's counter.
+pub fn read() -> u64 {
+    // SAFETY: every x86_64 processor has the counter, and Linux lets programs read it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// What to add to the host's counter, with wrap-around, to have that of a vCPU, unless the guest
+/// sets its own. `None` where KVM does not say (before Linux 5.16).
+///
+/// bulle does not ask for a frequency of the guest's counter, so both are equally fast.
+pub fn offset(vcpu: &VcpuFd) -> Option<u64> {
+    let mut offset = 0_u64;
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: (&raw mut offset) as u64,
+        flags: 0,
+    };
+    // SAFETY: the descriptor is a vCPU's, the attribute a structure to read, and its address that
+    // of 64 bits to write.
+    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR as _, &attribute) };
+    (result == 0).then_some(offset)
+}
