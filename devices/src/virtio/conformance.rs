@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::balloon::BalloonOptions;
+use super::balloon::tests::options as balloon_options;
 use super::block::tests::temporary_disk;
 use super::block::{BlockOptions, EngineKind};
 use super::console::tests::options as console_options;
@@ -10,6 +12,8 @@ use super::core::{DRIVER_OK, Half, NEEDS_RESET, Reg, Ring, VirtioState};
 use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
 use super::fs::FsOptions;
+use super::mem::tests::options as mem_options;
+use super::pmem::tests::options as pmem_options;
 use super::registry::{DeviceConfig, build};
 use super::rtc::tests::options as rtc_options;
 use super::vsock::VsockEnd;
@@ -47,6 +51,21 @@ fn devices() -> Vec<(&'static str, Make)> {
         (
             "fs",
             make(|| DeviceConfig::Fs(FsOptions::new("share", env!("CARGO_MANIFEST_DIR")))),
+        ),
+        ("mem", make(|| DeviceConfig::Mem(mem_options()))),
+        (
+            "pmem",
+            make(|| DeviceConfig::Pmem(pmem_options(5000, false))),
+        ),
+        ("balloon", make(|| DeviceConfig::Balloon(balloon_options()))),
+        (
+            "balloon, huge pages",
+            make(|| {
+                DeviceConfig::Balloon(BalloonOptions {
+                    host_page: 1 << 16,
+                    ..balloon_options()
+                })
+            }),
         ),
     ]
 }

@@ -10,11 +10,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
+use super::balloon::BalloonState;
 use super::block::BlockState;
 use super::console::ConsoleState;
 use super::entropy::EntropyState;
 use super::fs::FsState;
 use super::io::Io;
+use super::mem::MemState;
+use super::pmem::PmemState;
 use super::rtc::RtcState;
 use super::vsock::VsockState;
 
@@ -149,6 +152,12 @@ pub enum DeviceState {
     Fs(FsState),
     /// Clock device.
     Rtc(RtcState),
+    /// Memory balloon.
+    Balloon(BalloonState),
+    /// Persistent memory.
+    Pmem(PmemState),
+    /// Memory device.
+    Mem(MemState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

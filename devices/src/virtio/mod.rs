@@ -6,16 +6,20 @@
 //! back when it stops. Device code sees [`device::VirtioDevice`] and [`io::Io`], nothing else.
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.2".
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod core;
 pub mod device;
+mod discard;
 pub mod entropy;
 pub mod fs;
 pub mod io;
 mod iovecs;
 pub mod limiter;
+pub mod mem;
 pub mod notifier;
+pub mod pmem;
 mod poll;
 pub mod registry;
 pub mod rtc;

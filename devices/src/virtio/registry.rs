@@ -2,11 +2,14 @@
 //!
 //! A new device is its module, an arm of [`DeviceConfig`] and one of [`DeviceState`].
 
+use super::balloon::{Balloon, BalloonError, BalloonHandle, BalloonOptions};
 use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
 use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
 use super::fs::{Fs, FsError, FsOptions, FsState};
+use super::mem::{Mem, MemError, MemHandle, MemOptions, MemState};
+use super::pmem::{Pmem, PmemOptions};
 use super::rtc::{Rtc, RtcHandle, RtcOptions};
 use super::vsock::{Vsock, VsockEnd, VsockError};
 
@@ -25,6 +28,12 @@ pub enum DeviceConfig {
     Fs(FsOptions),
     /// Clock device.
     Rtc(RtcOptions),
+    /// Memory balloon.
+    Balloon(BalloonOptions),
+    /// Persistent memory.
+    Pmem(PmemOptions),
+    /// Memory device.
+    Mem(MemOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -42,6 +51,12 @@ pub enum DeviceHandle {
     Fs,
     /// The distance of the guest's counter.
     Rtc(RtcHandle),
+    /// Target size, statistics and hints.
+    Balloon(BalloonHandle),
+    /// Persistent memory takes no commands.
+    Pmem,
+    /// How much memory is to be plugged.
+    Mem(MemHandle),
 }
 
 /// A device could not be made.
@@ -65,6 +80,12 @@ pub enum BuildError {
     /// A shared directory.
     #[error(transparent)]
     Fs(#[from] FsError),
+    /// A memory balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// A memory device.
+    #[error(transparent)]
+    Mem(#[from] MemError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -124,6 +145,32 @@ pub fn build(
             };
             let (rtc, handle) = Rtc::new(options, state);
             Ok((Box::new(rtc), DeviceHandle::Rtc(handle)))
+        }
+        DeviceConfig::Balloon(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Balloon(state) => *state,
+                _ => return Err(BuildError::State { device: "balloon" }),
+            };
+            let (balloon, handle) = Balloon::new(options, state)?;
+            Ok((Box::new(balloon), DeviceHandle::Balloon(handle)))
+        }
+        DeviceConfig::Pmem(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Pmem(state) => *state,
+                _ => return Err(BuildError::State { device: "pmem" }),
+            };
+            let pmem = Pmem::new(options, state);
+            Ok((Box::new(pmem), DeviceHandle::Pmem))
+        }
+        DeviceConfig::Mem(options) => {
+            let (mem, handle) = match state {
+                DeviceState::Reset => Mem::new(options, &MemState::default())?,
+                DeviceState::Mem(state) => Mem::new(options, state)?,
+                _ => return Err(BuildError::State { device: "mem" }),
+            };
+            Ok((Box::new(mem), DeviceHandle::Mem(handle)))
         }
     }
 }

@@ -31,7 +31,7 @@ impl fmt::Display for Holder {
 
 /// Why a file could not be locked.
 #[derive(Debug)]
-pub(super) enum LockError {
+pub(in crate::virtio) enum LockError {
     Held(Holder),
     Io(io::Error),
 }
@@ -40,7 +40,7 @@ pub(super) enum LockError {
 ///
 /// A lock that no process holds is waited for: the kernel closes the files of an io_uring some
 /// time after the process that had it has ended.
-pub(super) fn lock(file: &File, write: bool) -> Result<(), LockError> {
+pub(in crate::virtio) fn lock(file: &File, write: bool) -> Result<(), LockError> {
     let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
     let mut deadline = None;
     loop {

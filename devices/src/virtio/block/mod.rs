@@ -6,7 +6,7 @@
 //! synchronously (section 5.2.6.2). All requests under way are finished before queues leave.
 
 mod disk;
-mod lock;
+pub(super) mod lock;
 mod request;
 mod space;
 mod sync;
