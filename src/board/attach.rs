@@ -156,8 +156,10 @@ impl Devices {
         let mut pci = PciBus::new();
         if !plans.is_empty() {
             let io = IoThread::start(0)?;
+            // One for all, since a memory device changes it.
+            let memory = Memory::new(machine.memory.clone());
             for plan in plans {
-                let slot = Slot::new(plan, machine, &io)?;
+                let slot = Slot::new(plan, machine, &memory, &io)?;
                 match transport {
                     Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
                     Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
@@ -279,6 +281,21 @@ impl Devices {
         }
     }
 
+    /// Logs what balloons and memory devices came to.
+    pub fn log_memory(&self) {
+        for device in &self.list {
+            if let DeviceHandle::Mem(mem) = &device.handle {
+                log::debug!("{}: {:?}", device.id, mem.status());
+            }
+            if let DeviceHandle::Balloon(balloon) = &device.handle {
+                let statistics = balloon.statistics().ok().flatten();
+                let statistics = statistics.unwrap_or_default();
+                log::debug!("{}: {:?}", device.id, balloon.status());
+                log::debug!("{}: {statistics:?}", device.id);
+            }
+        }
+    }
+
     /// Looks at the sizes of all disks again; guests are told of those that changed.
     pub fn look_at_disks(&self) {
         for device in &self.list {
@@ -325,20 +342,29 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(plan: Plan, machine: &Machine<'_>, io: &IoThread) -> Result<Self, AttachError> {
+    fn new(
+        plan: Plan,
+        machine: &Machine<'_>,
+        memory: &Memory,
+        io: &IoThread,
+    ) -> Result<Self, AttachError> {
         let Plan { id, config } = plan;
         let state = VirtioState::default();
-        match registry::build(config, &state.device) {
-            Ok((device, handle)) => Ok(Self {
-                id,
-                device,
-                handle,
-                doorbells: Arc::new(Doorbells::new(machine.vm.clone())),
-                endpoint: io.endpoint(),
-                memory: Memory::new(machine.memory.clone()),
-            }),
-            Err(source) => Err(AttachError::Build { id, source }),
+        let (device, handle) = match registry::build(config, &state.device) {
+            Ok(made) => made,
+            Err(source) => return Err(AttachError::Build { id, source }),
+        };
+        if let DeviceHandle::Mem(handle) = &handle {
+            handle.attach(memory.clone());
         }
+        Ok(Self {
+            id,
+            device,
+            handle,
+            doorbells: Arc::new(Doorbells::new(machine.vm.clone())),
+            endpoint: io.endpoint(),
+            memory: memory.clone(),
+        })
     }
 
     /// Makes the core, with the interrupts of its transport.

@@ -21,13 +21,28 @@ pub fn kernel_words(config: &Config) -> String {
         // No PCI bus to probe.
         words.push("pci=off");
     }
+    if config.memory_hotplug.is_some() {
+        // Plugged memory is used at once, and so that most of it can be unplugged again.
+        words.extend([
+            "memhp_default_state=online",
+            "memory_hotplug.online_policy=auto-movable",
+        ]);
+    }
     let root = config.root_drive();
     let root = match (root, &config.guest) {
         (Some(drive), Some(_)) => Some(format!("bulle.root={}", drive.serial())),
         // The root drive is the first on the bus.
         (Some(drive), None) if drive.is_read_only => Some("root=/dev/vda ro".to_string()),
         (Some(_), None) => Some("root=/dev/vda rw".to_string()),
-        (None, _) => None,
+        (None, _) => {
+            let mut pmems = config.pmem.iter();
+            let index = pmems.position(|pmem| pmem.root_device);
+            let pmem = index.and_then(|index| Some((index, config.pmem.get(index)?)));
+            pmem.map(|(index, pmem)| {
+                let mode = if pmem.read_only { "ro" } else { "rw" };
+                format!("root=/dev/pmem{index} {mode}")
+            })
+        }
     };
     words.extend(root.as_deref());
     if config.guest.is_some() {
@@ -53,6 +68,18 @@ mod tests {
         assert!(kernel_words(&config).ends_with("bulle.agent=ttyS1"));
         config.guest = None;
         assert!(!kernel_words(&config).contains("bulle"));
+    }
+
+    #[test]
+    fn pmem_is_the_root_of_a_guest_on_its_own_and_plugged_memory_goes_online() {
+        let text = r#"{"boot-source":{"kernel_image_path":"/k"},
+            "pmem":[{"id":"a","path_on_host":"/a"},
+                    {"id":"b","path_on_host":"/b","root_device":true,"read_only":true}],
+            "memory-hotplug":{"total_size_mib":128}}"#;
+        let config: Config = serde_json::from_str(text).unwrap();
+        let words = kernel_words(&config);
+        assert!(words.ends_with(" root=/dev/pmem1 ro"), "{words}");
+        assert!(words.contains(" memhp_default_state=online "), "{words}");
     }
 
     #[test]

@@ -4,7 +4,8 @@ use clap::Args;
 use serde::de::DeserializeOwned;
 
 use crate::config::{
-    Config, Drive, Entropy, ListError, Rtc, Transport, Vsock, Watchdog, parse_list,
+    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, Pmem, Rtc, Transport, Vsock,
+    Watchdog, parse_list,
 };
 
 /// Arguments that add devices to a machine.
@@ -32,6 +33,23 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "LIST", num_args = 0..=1, require_equals = true,
         default_missing_value = "", value_parser = parse_maybe_empty::<Watchdog>)]
     watchdog: Option<Watchdog>,
+    /// Persistent memory, a file mapped into the guest (repeatable): path=FILE[,ro][,id=NAME]
+    #[arg(long, value_name = "LIST", value_parser = parse_list::<Pmem>)]
+    pmem: Vec<Pmem>,
+    /// Memory that can be plugged at run time: total=SIZE[,requested=SIZE][,block=SIZE][,slot=SIZE];
+    /// the guest plugs what is requested
+    #[arg(long, value_name = "LIST", value_parser = parse_list::<MemoryHotplug>)]
+    hotplug_memory: Option<MemoryHotplug>,
+    /// Memory balloon: [size=SIZE][,deflate_on_oom][,reporting][,hinting][,stats=SECONDS]
+    /// [default, if given alone: reporting,deflate_on_oom]
+    #[arg(
+        long,
+        value_name = "LIST",
+        num_args = 0..=1,
+        default_missing_value = "reporting,deflate_on_oom",
+        value_parser = parse_list::<Balloon>
+    )]
+    balloon: Option<Balloon>,
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     pci: bool,
@@ -67,6 +85,15 @@ impl DeviceArgs {
         if self.watchdog.is_some() {
             config.watchdog = self.watchdog;
         }
+        for pmem in &self.pmem {
+            let mut pmem = pmem.clone();
+            if pmem.id.is_empty() {
+                pmem.id = format!("pmem{}", config.pmem.len());
+            }
+            config.pmem.push(pmem);
+        }
+        config.memory_hotplug = self.hotplug_memory.or(config.memory_hotplug);
+        config.balloon = self.balloon.or(config.balloon);
         if self.pci {
             config.machine_config.virtio_transport = Transport::Pci;
         }

@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use devices::{
-    CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, RateLimiter, Rtc, TokenBucket,
-    Transport, Vsock, Watchdog, WatchdogAction,
+    Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug, Pmem,
+    RateLimiter, Rtc, TokenBucket, Transport, Vsock, Watchdog, WatchdogAction,
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
@@ -55,6 +55,15 @@ pub struct Config {
     /// A watchdog timer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<Watchdog>,
+    /// Persistent memory, in the order in which the guest finds it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<Pmem>,
+    /// Memory that is plugged while the guest runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplug>,
+    /// A memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,

@@ -221,3 +221,73 @@ proptest! {
         let _ = parse_size(&text);
     }
 }
+
+#[test]
+fn a_balloon_from_both_worlds() {
+    let expected = Balloon {
+        amount_mib: 512,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 2,
+        free_page_reporting: true,
+        free_page_hinting: false,
+    };
+    let list = "size=512M,deflate_on_oom,stats=2s,reporting";
+    assert_eq!(parse_list::<Balloon>(list).unwrap(), expected);
+    let list = "amount_mib=512,deflate_on_oom=on,stats_polling_interval_s=2,free_page_reporting";
+    assert_eq!(parse_list::<Balloon>(list).unwrap(), expected);
+    let json = r#"{"amount_mib":512,"deflate_on_oom":true,"stats_polling_interval_s":2,
+        "free_page_reporting":true}"#;
+    assert_eq!(serde_json::from_str::<Balloon>(json).unwrap(), expected);
+    for (list, words) in [
+        ("size=1K", "1K"),
+        ("stats=70000s", "70000s"),
+        ("stats=1m", "'1m'"),
+        ("size", "lacks its value"),
+        ("inflate", "unknown field `inflate`"),
+    ] {
+        let error = parse_list::<Balloon>(list).unwrap_err().to_string();
+        assert!(error.contains(words), "{list}: {error}");
+    }
+    let json = r#"{"stats_polling_interval_s":65536}"#;
+    let error = serde_json::from_str::<Balloon>(json).unwrap_err();
+    assert!(error.to_string().contains("65536 is too large"), "{error}");
+    let config = Config {
+        balloon: Some(expected),
+        ..minimal()
+    };
+    let error = config.validate().unwrap_err().to_string();
+    assert!(error.contains("512 MiB leaves nothing"), "{error}");
+}
+
+#[test]
+fn pmem_and_plugged_memory_from_both_worlds() {
+    let expected = Pmem {
+        id: "a".to_string(),
+        path_on_host: "/f".into(),
+        root_device: false,
+        read_only: true,
+    };
+    assert_eq!(parse_list::<Pmem>("path=/f,ro,id=a").unwrap(), expected);
+    let json = r#"{"id":"a","path_on_host":"/f","read_only":true}"#;
+    assert_eq!(serde_json::from_str::<Pmem>(json).unwrap(), expected);
+    let expected = MemoryHotplug {
+        total_size_mib: 1024,
+        block_size_mib: 4,
+        slot_size_mib: 128,
+        requested_size_mib: 512,
+    };
+    let list = "total=1G,requested=512M,block=4M";
+    assert_eq!(parse_list::<MemoryHotplug>(list).unwrap(), expected);
+    let json = r#"{"total_size_mib":1024,"requested_size_mib":512,"block_size_mib":4}"#;
+    assert_eq!(
+        serde_json::from_str::<MemoryHotplug>(json).unwrap(),
+        expected
+    );
+    let config = Config {
+        memory_hotplug: Some(expected),
+        ..minimal()
+    };
+    let text = serde_json::to_string(&config).unwrap();
+    assert!(text.contains(r#""memory-hotplug":{"#), "{text}");
+    config.validate().unwrap();
+}

@@ -90,26 +90,23 @@ fn archive(
 
 /// The modules for the devices of `config`, and for a root on one of them.
 fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
-    let mut required = Vec::new();
-    let reads_clocks = config.rtc.is_some();
-    if !config.drives.is_empty()
-        || config.entropy.is_some()
-        || config.vsock.is_some()
-        || reads_clocks
-    {
-        required.push(match config.machine_config.virtio_transport {
+    // The drivers of devices; nd_pmem makes a block device of what virtio_pmem finds.
+    let drivers: [(bool, &[&str]); 6] = [
+        (!config.drives.is_empty(), &["virtio_blk"]),
+        (config.entropy.is_some(), &["virtio-rng"]),
+        (config.vsock.is_some(), &["vmw_vsock_virtio_transport"]),
+        (config.memory_hotplug.is_some(), &["virtio_mem"]),
+        (!config.pmem.is_empty(), &["virtio_pmem", "nd_pmem"]),
+        (config.balloon.is_some(), &["virtio_balloon"]),
+    ];
+    let drivers = drivers.into_iter().filter(|(there, _)| *there);
+    let mut required: Vec<&str> = drivers.flat_map(|(_, names)| names).copied().collect();
+    if !required.is_empty() || config.rtc.is_some() {
+        let transport = match config.machine_config.virtio_transport {
             Transport::Mmio => "virtio_mmio",
             Transport::Pci => "virtio_pci",
-        });
-    }
-    if !config.drives.is_empty() {
-        required.push("virtio_blk");
-    }
-    if config.entropy.is_some() {
-        required.push("virtio-rng");
-    }
-    if config.vsock.is_some() {
-        required.push("vmw_vsock_virtio_transport");
+        };
+        required.insert(0, transport);
     }
     if config.watchdog.is_some() {
         required.push("wdat_wdt");
@@ -128,7 +125,11 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     let wanted = |required| move |name| Wanted { name, required };
     // Stock kernels have a driver for clock devices from Linux 6.16 on.
     let clock = config.rtc.map(|_| "virtio_rtc");
-    let comfort = COMFORT.into_iter().chain(clock).map(wanted(false));
+    // So that a file system in persistent memory can be mounted.
+    let files = config.pmem.iter();
+    let pmem = files.filter_map(|pmem| module_for(&pmem.path_on_host).ok().flatten());
+    let comfort = COMFORT.into_iter().chain(clock).chain(pmem);
+    let comfort = comfort.map(wanted(false));
     Ok(comfort
         .chain(required.into_iter().map(wanted(true)))
         .collect())

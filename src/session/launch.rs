@@ -129,6 +129,7 @@ pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     tap.close();
     vm.stop();
     vm.board().log_unclaimed();
+    vm.board().devices.log_memory();
     let lost = write_rest(rest, &outcome);
     drop(raw);
     if outcome.is_notable(command) {

@@ -72,6 +72,9 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
         Ok(VcpuExit::FailEntry(reason, cpu)) => FailureCause::EntryFailed { reason, cpu },
         Ok(VcpuExit::InternalError) => internal_error(&mut vcpu.fd),
         Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+            if vcpu.slots.repair(&mut vcpu.seen) {
+                return Handled::Continue;
+            }
             FailureCause::MemoryFault { flags, gpa, size }
         }
         Ok(other) => FailureCause::Unhandled {
@@ -79,6 +82,9 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
         },
         Err(error) => match Errno::from_raw(error.errno()) {
             Errno::EINTR | Errno::EAGAIN => return after_interruption(vcpu),
+            // KVM before Linux 6.8 does not say where.
+            Errno::EFAULT if vcpu.slots.repair(&mut vcpu.seen) => return Handled::Continue,
+            Errno::EFAULT => FailureCause::Unreachable,
             _ => FailureCause::RunFailed(error),
         },
     };

@@ -36,6 +36,12 @@ pub enum FailureCause {
         /// Bytes.
         size: u64,
     },
+    /// The same, of a KVM that does not say where.
+    #[error(
+        "KVM cannot reach guest memory: the host has no page for it (reserved huge pages, or room \
+         for a file behind persistent memory), or the guest wrote to memory that it has not plugged"
+    )]
+    Unreachable,
     /// KVM_EXIT_SYSTEM_EVENT of an unknown kind.
     #[error("KVM system event {kind}, which bulle has not asked for")]
     SystemEvent {

@@ -14,6 +14,7 @@ use kvm_ioctls::VcpuFd;
 use super::{kick, thread};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 use crate::vm::ExitLatch;
+use crate::vm::slots::{DeviceSlots, Seen};
 
 /// How long a vCPU thread may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -34,6 +35,10 @@ pub struct Vcpu {
     pub ioapic: Option<Arc<IoApic>>,
     /// For reports only.
     pub memory: GuestMemory,
+    /// Memory of devices.
+    pub slots: DeviceSlots,
+    /// What this vCPU knows of them.
+    pub seen: Seen,
     /// Where the end of the VM is announced.
     pub exit: Arc<ExitLatch>,
 }

@@ -21,12 +21,13 @@ use arch::topology::{Topology, TopologyError};
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
 use arch::vm::{IrqchipMode, VmError};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::host::{KVM_PATH, KvmOpenError, open_kvm};
 use super::irq::Irqchip;
 use super::limits::{self, LimitError};
 use super::memory::{self, MemoryError};
+use super::slots::{DeviceSlots, Seen};
 use super::{ExitLatch, Vm, kernel_cache};
 use crate::board::attach::Machine;
 use crate::board::{self, Board, BoardError, Wiring};
@@ -244,6 +245,8 @@ impl Vm {
         arch::vm::before_memory(&vm)?;
         let memory = memory::map(machine)?;
         memory::register(&vm, &memory)?;
+        let slots = DeviceSlots::of(&wiring.devices);
+        slots.register(&vm, memory.num_regions() as u32)?;
         arch::vm::create_irqchip(&vm, mode, &host.capabilities)?;
         if mode == IrqchipMode::Kernel {
             arch::vm::create_pit(&vm)?;
@@ -290,6 +293,8 @@ impl Vm {
                 mmio: board.mmio.clone(),
                 ioapic: irqchip.ioapic().cloned(),
                 memory: memory.clone(),
+                slots: slots.clone(),
+                seen: Seen::default(),
                 exit: exit.clone(),
             })?);
         }
@@ -300,6 +305,7 @@ impl Vm {
             board,
             exit,
             _memory: memory,
+            _slots: slots,
         })
     }
 }

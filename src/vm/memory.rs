@@ -60,6 +60,12 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// KVM_CAP_READONLY_MEM is missing.
+    #[error(
+        "This host's KVM has no read-only memory, which read-only persistent memory needs: leave out \
+         ro, or use a newer host kernel"
+    )]
+    ReadOnly,
     /// Regions do not fit together.
     #[error("Guest memory regions are not in order")]
     Regions(#[source] vm_memory::GuestRegionCollectionError),

@@ -11,6 +11,7 @@ pub mod irq;
 pub mod kernel_cache;
 mod limits;
 pub mod memory;
+pub mod slots;
 
 use std::sync::Arc;
 
@@ -32,6 +33,7 @@ pub struct Vm {
     board: Board,
     exit: Arc<ExitLatch>,
     _memory: GuestMemory,
+    _slots: slots::DeviceSlots,
 }
 
 impl Vm {

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod disks;
+mod memory;
 mod rtc;
 mod vsock;
 mod watchdog;

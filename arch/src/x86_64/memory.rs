@@ -3,6 +3,8 @@
 //! RAM starts at 0, stops at [`layout::MMIO_HOLE_START`] and goes on at [`layout::MMIO_HOLE_END`].
 //! The map handed to the guest (e820 or PVH) is made here once, for both boot protocols.
 
+use std::arch::x86_64::__cpuid;
+
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::layout;
@@ -71,6 +73,17 @@ pub fn memory_map(size: u64) -> Vec<MemoryMapEntry> {
         map.push(entry(layout::MMIO_HOLE_END, end, MemoryKind::Usable));
     }
     map
+}
+
+/// End of the guest-physical addresses that the host's processor has (CPUID leaf 0x8000_0008), which
+/// are those of its guests.
+pub fn address_limit() -> u64 {
+    // Leaf 0x8000_0000 says which leaves there are; every processor with KVM has this one.
+    let bits = match __cpuid(0x8000_0000).eax {
+        0x8000_0008.. => __cpuid(0x8000_0008).eax & 0xff,
+        _ => 36,
+    };
+    1 << bits.clamp(32, 52)
 }
 
 /// Total size of `memory` in bytes.

@@ -2,18 +2,26 @@
 //!
 //! Runs before the machine is built, so that a device that cannot be had is the first thing said.
 
+mod addresses;
+mod balloon;
 mod disk;
 mod limits;
+mod memory_hotplug;
+mod pmem;
 mod rtc;
 mod vsock;
 
 use std::path::PathBuf;
 
 use devices::virtio::block::DiskError;
+use devices::virtio::pmem::PmemError;
 use devices::virtio::registry::DeviceConfig;
 use devices::virtio::vsock::VsockError;
 
+pub use self::addresses::AddressError;
+use self::addresses::Addresses;
 use self::limits::Limiters;
+pub use self::memory_hotplug::RegionError;
 use super::attach;
 use crate::config::{Spec, Transport};
 
@@ -32,6 +40,15 @@ pub enum PlanError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// Memory that is plugged.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
+    /// No address for the memory of a device.
+    #[error(transparent)]
+    Address(#[from] AddressError),
     /// One disk under two names, and not read-only under both.
     #[error(
         "drives '{first}' and '{second}' are the same disk {path:?}, which has one writer or only \
@@ -94,6 +111,16 @@ pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
         plans.push(vsock::plan(vsock)?);
     }
     plans.extend(config.rtc.as_ref().map(rtc::plan));
+    let mut addresses = Addresses::behind(spec.ram_size());
+    if let Some(memory) = &config.memory_hotplug {
+        plans.push(memory_hotplug::plan(memory, spec, &mut addresses)?);
+    }
+    for pmem in &config.pmem {
+        plans.push(pmem::plan(pmem, &mut addresses)?);
+    }
+    if let Some(balloon) = &config.balloon {
+        plans.push(balloon::plan(balloon, spec));
+    }
     let transport = spec.machine().virtio_transport;
     match plans.len() {
         count if count > attach::most(transport) => Err(PlanError::TooMany { count, transport }),

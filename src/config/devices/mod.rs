@@ -3,16 +3,24 @@
 //! The names are Firecracker's; the aliases are those of the command line's `key=value` lists
 //! (see [`super::parse_list`]), which fill the same types.
 
+mod balloon;
 mod drive;
 mod duration;
+mod memory_hotplug;
+mod pmem;
 mod rtc;
+mod units;
 mod vsock;
 mod watchdog;
 
 use serde::{Deserialize, Serialize};
 
+pub use balloon::Balloon;
 pub use drive::{CacheType, Drive, Format, IoEngine};
+pub use memory_hotplug::MemoryHotplug;
+pub use pmem::Pmem;
 pub use rtc::{LeapSeconds, Rtc};
+use units::{mib, seconds};
 pub use vsock::Vsock;
 pub use watchdog::{Watchdog, WatchdogAction};
 

@@ -1,15 +1,21 @@
 //! From a raw [`Config`] to a [`Spec`] that the machine can be built from.
 
+mod balloon;
 mod drives;
 mod limits;
+mod memory_hotplug;
+mod pmem;
 mod vsock;
 mod watchdog;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use balloon::BalloonError;
 pub use drives::DriveError;
 pub use limits::LimitsError;
+pub use memory_hotplug::MemoryHotplugError;
+pub use pmem::PmemError;
 pub use vsock::VsockError;
 pub use watchdog::WatchdogError;
 
@@ -91,6 +97,15 @@ pub enum ConfigError {
     /// The watchdog.
     #[error(transparent)]
     Watchdog(#[from] WatchdogError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// Memory that is plugged.
+    #[error(transparent)]
+    MemoryHotplug(#[from] MemoryHotplugError),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -153,6 +168,13 @@ impl Config {
         limits::validate(self.rate_limiters())?;
         vsock::validate(self.vsock.as_ref())?;
         self.watchdog.iter().try_for_each(watchdog::validate)?;
+        pmem::validate(&self)?;
+        if let Some(memory) = &self.memory_hotplug {
+            memory_hotplug::validate(memory, &self.machine_config)?;
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon::validate(balloon, self.machine_config.mem_size_mib)?;
+        }
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {

@@ -1,0 +1,23 @@
+//! Persistent memory.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A file of the host as memory of the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// Name, unique among them. Left out on the command line: `pmem` and a number.
+    #[serde(default)]
+    pub id: String,
+    /// The file.
+    #[serde(alias = "path")]
+    pub path_on_host: PathBuf,
+    /// The guest's root file system is on it.
+    #[serde(alias = "root", default)]
+    pub root_device: bool,
+    /// The guest cannot write to it.
+    #[serde(alias = "ro", default)]
+    pub read_only: bool,
+}
