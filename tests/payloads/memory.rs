@@ -55,7 +55,7 @@ fn the_end_of_an_odd_file_is_memory_that_is_not_kept() {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path(), 5000);
     let outcome = pmem(&path, "").args(["--append", "flips=512"]).outcome();
-    let outcome = outcome.exits(0).complains("behind the end is lost");
+    let outcome = outcome.exits(0).complains("is lost; extend it");
     assert_eq!(outcome.value("size"), "2097152");
     let content = fs::read(&path).unwrap();
     assert_eq!(

@@ -36,6 +36,8 @@ pub struct Mapping {
 
 #[derive(Debug)]
 struct State {
+    /// Bytes of the file when it was opened.
+    size: u64,
     /// Bytes from the start that are the file's.
     valid: u64,
     /// Times that the file had become shorter.
@@ -84,17 +86,12 @@ impl Mapping {
             read_only,
             len,
             state: Mutex::new(State {
+                size,
                 valid: size.next_multiple_of(PAGE),
                 repairs: 0,
             }),
         };
         mapping.fill().map_err(host("map"))?;
-        if !read_only && size % ALIGN != 0 {
-            log::warn!(
-                "{path:?} has {size} bytes and is {len} bytes of memory to the guest: what the \
-                 guest writes behind the end is lost; extend it with `truncate -s %{ALIGN}`"
-            );
-        }
         Ok(mapping)
     }
 
@@ -120,6 +117,19 @@ impl Mapping {
             map(at, (to - from) as usize, self.protection(), None)?;
         }
         Ok(())
+    }
+
+    /// Says so if what the guest writes at the end is not kept.
+    pub(super) fn warn_of_tail(&self) {
+        let lost = self.len - lock(&self.state).size;
+        if !self.read_only && lost > 0 {
+            log::warn!(
+                "{:?} is {} bytes of memory to the guest, and what the guest writes to the last \
+                 {lost} of them is lost; extend it with `truncate -s %{ALIGN}`",
+                self.path,
+                self.len
+            );
+        }
     }
 
     /// Address in this process, a multiple of [`ALIGN`].

@@ -110,6 +110,7 @@ pub struct Pmem {
 impl Pmem {
     /// Makes the device.
     pub fn new(options: PmemOptions, _: PmemState) -> Self {
+        options.mapping.warn_of_tail();
         let failures = 0;
         Self { options, failures }
     }
