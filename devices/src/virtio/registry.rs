@@ -89,6 +89,8 @@ pub enum BuildError {
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
+///
+/// Table: an arm for each type of device.
 pub fn build(
     config: DeviceConfig,
     state: &DeviceState,
