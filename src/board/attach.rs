@@ -229,6 +229,10 @@ impl Devices {
             interrupt,
             bar,
             &state,
+            {
+                let doorbells = doorbells.clone();
+                Box::new(move |kicks| doorbells.disarm(kicks))
+            },
         ));
         doorbells.place(bar, function.kicks());
         if let Err(source) = bus.add(function) {

@@ -3,8 +3,10 @@
 //! Not before: a single ioeventfd makes KVM take 10 to 15 ms longer to close a VM on current
 //! kernels, for which many kicks can take the way through the transport, a few microseconds
 //! longer each. Most guests that boot, run a command and end never come to the point.
+//!
+//! A PCI function that the guest moves loses them for good: at their place there may be another.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::virtio::core::QueueCfg;
 use devices::virtio::device::DeviceState;
@@ -20,6 +22,19 @@ type Places = Vec<(IoEventAddress, Option<u32>)>;
 pub struct Doorbells {
     vm: Arc<VmFd>,
     places: OnceLock<Places>,
+    state: Mutex<State>,
+}
+
+/// What has become of the doorbells.
+#[derive(Default)]
+enum State {
+    /// Not registered yet.
+    #[default]
+    Idle,
+    /// Registered, the first so many.
+    Armed(usize),
+    /// Not to be registered any more.
+    Gone,
 }
 
 impl Doorbells {
@@ -28,6 +43,7 @@ impl Doorbells {
         Self {
             vm,
             places: OnceLock::new(),
+            state: Mutex::default(),
         }
     }
 
@@ -42,7 +58,12 @@ impl Doorbells {
 
     /// Registers the event descriptors of the queues.
     fn arm(&self, events: &[EventFd]) {
+        let mut state = lock(&self.state);
+        if !matches!(*state, State::Idle) {
+            return;
+        }
         let places = self.places.get().into_iter().flatten();
+        let mut armed = 0;
         for ((address, data), event) in places.zip(events) {
             let registered = match data {
                 Some(data) => self.vm.register_ioevent(event, address, *data),
@@ -50,10 +71,33 @@ impl Doorbells {
             };
             if let Err(error) = registered {
                 log::warn!("virtio queues go on being kicked the slow way: {error}");
-                return;
+                break;
+            }
+            armed += 1;
+        }
+        *state = State::Armed(armed);
+    }
+
+    /// Takes them out for good: the device is somewhere else.
+    pub fn disarm(&self, events: &[EventFd]) {
+        let State::Armed(armed) = std::mem::replace(&mut *lock(&self.state), State::Gone) else {
+            return;
+        };
+        let places = self.places.get().into_iter().flatten();
+        for ((address, data), event) in places.zip(events).take(armed) {
+            let removed = match data {
+                Some(data) => self.vm.unregister_ioevent(event, address, *data),
+                None => self.vm.unregister_ioevent(event, address, NoDatamatch),
+            };
+            if let Err(error) = removed {
+                log::warn!("a virtio queue is still kicked at its first place: {error}");
             }
         }
     }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A backend that arms the doorbells of its device when that pays.

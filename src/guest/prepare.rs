@@ -149,7 +149,7 @@ fn resolve(
         Some(directory) => directory.clone(),
         None => modules::default_directory(&release),
     };
-    if guest.modules_dir.is_none() && !directory.is_dir() {
+    if guest.modules_dir.is_none() && !directory.join("modules.dep").is_file() {
         log::info!(
             "no modules in {}: the guest goes without",
             directory.display()

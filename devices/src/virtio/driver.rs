@@ -283,7 +283,8 @@ impl Rig {
                 let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &reset));
                 parts.interrupt = Arc::clone(&interrupt) as _;
                 let core = Arc::new(VirtioCore::new(parts, state).unwrap());
-                let device = VirtioPci::new(Arc::clone(&core), interrupt, BAR, &reset);
+                let device =
+                    VirtioPci::new(Arc::clone(&core), interrupt, BAR, &reset, Box::new(|_| {}));
                 (core, Box::new(PciPort::new(Arc::new(device))))
             }
         };

@@ -20,6 +20,8 @@ use super::device::{ChainFault, DeviceError};
 /// Most descriptors of a chain, where the queue itself is smaller; indirect tables may be longer
 /// than the queue in practice. The same as the host's limit on vectored I/O.
 pub const MAX_SEGMENTS: usize = 1024;
+/// Room for descriptors, up to which a used chain's memory is kept for the next.
+const SPARE_SEGMENTS: usize = 64;
 
 /// One buffer of a chain: an address chosen by the guest and a length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,7 +264,10 @@ impl ActiveQueue {
     fn recycle(&mut self, chain: Chain) -> u16 {
         let mut segments = chain.segments;
         segments.clear();
-        self.spare.push(segments);
+        // Long chains are rare: what they took is given back.
+        if segments.capacity() <= SPARE_SEGMENTS {
+            self.spare.push(segments);
+        }
         self.in_flight = self.in_flight.saturating_sub(1);
         chain.head
     }

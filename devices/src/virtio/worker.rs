@@ -213,39 +213,21 @@ impl Worker {
         self.settle(ram, config_changed, MAX_TURNS)
     }
 
-    /// Interrupts for what was used, and goes on with queues that have got more meanwhile.
+    /// Interrupts for what was used, and goes on with queues that have got more meanwhile. Then once
+    /// more without going on: work on one queue may have used chains of another.
     fn settle(
         &mut self,
         ram: &Arc<GuestRam>,
         config_changed: &mut bool,
         turns: u32,
     ) -> Result<(), DeviceError> {
+        let mut worked = false;
         for index in 0..self.queues.len() {
-            let mut turns = turns;
-            while let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut) {
-                let error = |source| DeviceError::Queue {
-                    queue: index,
-                    source,
-                };
-                let (interrupt, next) = queue.end(ram).map_err(error)?;
-                if interrupt {
-                    self.start.notifier.used(index as u16);
+            for left in (0..=turns).rev() {
+                if !self.end_turn(index, ram, left > 0)? {
+                    break;
                 }
-                match next {
-                    Next::Wait => break,
-                    Next::Again if turns > 0 => {
-                        turns -= 1;
-                        queue.begin();
-                        queue.suppress(ram).map_err(error)?;
-                    }
-                    Next::Again | Next::Later => {
-                        if let Some(kick) = self.start.kicks.get(index) {
-                            // Only a counter at its maximum refuses: then the queue is kicked.
-                            let _ = kick.write(1);
-                        }
-                        break;
-                    }
-                }
+                worked = true;
                 let mut io = Io {
                     ram,
                     features: self.start.features,
@@ -256,7 +238,48 @@ impl Worker {
                 self.device.on_queue(index, &mut io)?;
             }
         }
+        if worked {
+            for index in 0..self.queues.len() {
+                self.end_turn(index, ram, false)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Ends the device's turn on a queue. Where more has come in it says so if the device may `go_on`
+    /// at once, and kicks the queue itself otherwise.
+    fn end_turn(
+        &mut self,
+        index: usize,
+        ram: &Arc<GuestRam>,
+        go_on: bool,
+    ) -> Result<bool, DeviceError> {
+        let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut) else {
+            return Ok(false);
+        };
+        let error = |source| DeviceError::Queue {
+            queue: index,
+            source,
+        };
+        let (interrupt, next) = queue.end(ram).map_err(error)?;
+        if interrupt {
+            self.start.notifier.used(index as u16);
+        }
+        match next {
+            Next::Wait => {}
+            Next::Again if go_on => {
+                queue.begin();
+                queue.suppress(ram).map_err(error)?;
+                return Ok(true);
+            }
+            Next::Again | Next::Later => {
+                if let Some(kick) = self.start.kicks.get(index) {
+                    // Only a counter at its maximum refuses: then the queue is kicked.
+                    let _ = kick.write(1);
+                }
+            }
+        }
+        Ok(false)
     }
 
     fn events(source: &Source, on: bool) -> Events {
@@ -311,8 +334,8 @@ impl MutEventSubscriber for Worker {
         self.apply_armed(ops);
         if self.failed {
             // Level-triggered sources that nobody reads would spin.
-            for source in &self.sources {
-                let _ = ops.modify(Self::events(source, false));
+            for source in self.sources.drain(..) {
+                let _ = ops.modify(Self::events(&source, false));
             }
         }
     }

@@ -40,7 +40,7 @@ pub const CORE_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// Kicks that come through the transport before the backend hears of it.
-const MANY_KICKS: u32 = 4000000000;
+const MANY_KICKS: u32 = 4000;
 
 /// A core could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -192,7 +192,8 @@ impl VirtioCore {
             Reg::DriverFeatures => inner.accept_features(value),
             Reg::QueueSel => inner.queue_sel = value,
             Reg::QueueSize => inner.configure(|q| q.size = u16::try_from(value).unwrap_or(0)),
-            Reg::QueueReady => inner.configure(|q| q.ready = value == 1),
+            Reg::QueueReady if value == 1 => inner.configure(|q| q.ready = true),
+            Reg::QueueReady => inner.unready(),
             Reg::QueueAddr(ring, half) => inner.configure(|q| half.set(q.ring_mut(ring), value)),
             Reg::InterruptAck => {
                 self.notifier.acknowledge(value);
@@ -237,7 +238,7 @@ impl VirtioCore {
     /// been on its way when the device was saved; a driver takes one too many.
     pub fn resume(&self) {
         let mut inner = lock(&self.inner);
-        if inner.running || inner.status & DRIVER_OK == 0 || self.notifier.needs_reset() {
+        if inner.running || !may_run(self.status(&inner)) {
             return;
         }
         self.start(&mut inner);
@@ -249,7 +250,7 @@ impl VirtioCore {
     }
 
     /// The state, from which [`new`](Self::new) makes the same device. A running device is
-    /// stopped for it and goes on.
+    /// stopped for it and goes on, unless it had failed.
     pub fn save(&self) -> VirtioState {
         let mut inner = lock(&self.inner);
         let running = inner.running;
@@ -278,7 +279,7 @@ impl VirtioCore {
             queues: queues.clone(),
             device,
         };
-        if running {
+        if running && may_run(state.status) {
             self.start(&mut inner);
         }
         state
@@ -306,7 +307,10 @@ impl VirtioCore {
         };
         // Only a counter at its maximum refuses, and then the queue is kicked already.
         let _ = kick.write(1);
-        if self.slow_kicks.fetch_add(1, Ordering::Relaxed) == MANY_KICKS {
+        // Counted until then only, so that it never comes to it again.
+        if self.slow_kicks.load(Ordering::Relaxed) <= MANY_KICKS
+            && self.slow_kicks.fetch_add(1, Ordering::Relaxed) == MANY_KICKS
+        {
             lock(&self.inner).backend.many_kicks(&self.kicks);
         }
     }
@@ -420,6 +424,16 @@ impl Inner {
         }
     }
 
+    /// Takes the selected queue out of use (section 4.2.2.2), as a driver does that gives up before it
+    /// is ready. Afterwards there is reset.
+    fn unready(&mut self) {
+        if self.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK
+            && let Some(queue) = self.queues.get_mut(self.queue_sel as usize)
+        {
+            queue.ready = false;
+        }
+    }
+
     /// Takes the queues back.
     fn stop(&mut self) {
         if !std::mem::take(&mut self.running) {
@@ -465,6 +479,11 @@ fn reset_queues(traits: &Traits) -> Vec<QueueCfg> {
     queues.map(|max| QueueCfg::reset(*max)).collect()
 }
 
+/// Whether a device of this status runs: its driver is ready, and neither side has given up.
+fn may_run(status: u8) -> bool {
+    status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
+}
+
 /// Checks a saved state and returns its queues.
 fn check(
     state: &VirtioState,
@@ -492,7 +511,7 @@ fn check(
         });
     }
     // A driver may have set up a broken queue, which only counts when the device is to run.
-    if status & DRIVER_OK != 0 && status & (NEEDS_RESET | FAILED) == 0 {
+    if may_run(status) {
         let ram = memory.memory();
         for (index, (queue, max)) in state.queues.iter().zip(&traits.queues).enumerate() {
             if queue.ready {

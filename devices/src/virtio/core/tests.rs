@@ -86,6 +86,36 @@ fn queue_registers_freeze() {
     rig.set_queue(0, 16, [0x4000, 0x5000, 0x6000]);
     assert_eq!(rig.core.save().queues[0].desc, 0x1000);
     assert_eq!(rig.core.save().queues[0].size, 8);
+    // A driver that gives up takes the queue out of use, until DRIVER_OK.
+    rig.port.set(Reg::QueueReady, 0);
+    assert_eq!(rig.port.get(Reg::QueueReady), 0);
+}
+
+#[test]
+fn a_device_that_failed_does_not_run_again_by_itself() {
+    let rig = rig(Transport::Mmio);
+    let mut vqs = rig.start(None);
+    vqs[0].raw_desc(0, 0, 1, 1, 0); // loops
+    vqs[0].publish(0);
+    rig.kick(&vqs[0]);
+    rig.turn();
+    assert_ne!(status(&rig) & NEEDS_RESET, 0);
+    let failures = rig.core.notifier().failures();
+    rig.core.save();
+    rig.core.pause();
+    rig.core.resume();
+    rig.kick(&vqs[0]);
+    rig.turn();
+    assert_eq!(rig.core.notifier().failures(), failures);
+    // Nor one whose driver said that it gave up, in the same breath in which it was ready.
+    let rig = self::rig(Transport::Mmio);
+    rig.negotiate(None);
+    rig.set_queue(0, 8, [RAM[1] + RAM_LEN, 0, 0]);
+    let all = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
+    rig.port.set(Reg::Status, all.into());
+    rig.core.resume();
+    assert_eq!(rig.core.notifier().failures(), 0);
+    assert!(!lock(&rig.core.inner).running);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Kick;
 use crate::bus::Effect;
@@ -200,6 +201,9 @@ struct Config {
     access: u16,
 }
 
+/// Told when a device's BAR is put elsewhere, with the eventfds of its queues.
+pub type Moved = Box<dyn Fn(&[EventFd]) + Send + Sync>;
+
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
     core: Arc<VirtioCore>,
@@ -207,16 +211,21 @@ pub struct VirtioPci {
     config: Mutex<Config>,
     /// Where BAR 0 answers; all ones for nowhere.
     base: AtomicU64,
+    /// Told when BAR 0 answers elsewhere than `bar`, where its ioeventfds may be.
+    moved: Moved,
+    bar: u64,
 }
 
 impl VirtioPci {
     /// Puts `core`, which was made with `interrupt`, on the PCI bus with BAR 0 at `bar` (a
-    /// multiple of [`BAR_LEN`]), or where the guest moved it in `state`.
+    /// multiple of [`BAR_LEN`]), or where the guest moved it in `state`. `moved` is called when it is
+    /// put elsewhere: ioeventfds at the first place would take the kicks of whoever comes there.
     pub fn new(
         core: Arc<VirtioCore>,
         interrupt: Arc<PciInterrupt>,
         bar: u64,
         state: &PciState,
+        moved: Moved,
     ) -> Self {
         let mut config = header(&core, &interrupt, bar);
         config.space.restore(&state.config);
@@ -224,7 +233,9 @@ impl VirtioPci {
             core,
             interrupt,
             config: Mutex::new(config),
-            base: AtomicU64::new(u64::MAX),
+            base: AtomicU64::new(bar),
+            moved,
+            bar,
         };
         device.follow(&lock(&device.config));
         device
@@ -263,7 +274,11 @@ impl VirtioPci {
     /// Takes over what the configuration space says.
     fn follow(&self, config: &Config) {
         let base = config.space.bar(0).map_or(u64::MAX, |(base, _)| base);
-        self.base.store(base, Ordering::SeqCst);
+        let before = self.base.swap(base, Ordering::SeqCst);
+        // Nowhere is where sizing puts it for a moment: nobody else is at its place then.
+        if before != base && base != u64::MAX && base != self.bar {
+            (self.moved)(self.core.kicks());
+        }
         let mut control = [0; 2];
         config.space.read(config.msix + 2, &mut control);
         self.interrupt.msix.set_control(u16::from_le_bytes(control));
@@ -412,7 +427,7 @@ impl PciFunction for VirtioPci {
         }
         config
             .space
-            .set_intx_status(self.core.notifier().isr() != 0);
+            .set_intx_status(self.core.notifier().isr() != 0 && !self.interrupt.msix.enabled());
         config.space.read(offset, data);
     }
 

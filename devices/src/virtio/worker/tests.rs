@@ -147,6 +147,90 @@ fn chains_in_flight_are_bounded_by_the_queue() {
     assert_eq!(vq.used().len(), 16, "given back as the queues leave");
 }
 
+/// Keeps what comes on queue 0, and answers it for what comes on queue 1, which the driver fills as the
+/// device has seen its end.
+struct Echo {
+    kept: Vec<crate::virtio::io::Chain>,
+    requests: Vq,
+    asked: bool,
+}
+
+impl VirtioDevice for Echo {
+    fn traits(&self) -> Traits {
+        Traits {
+            id: 4,
+            features: 0,
+            queues: vec![16, 16],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(NoConfig)
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        while let Some(chain) = io.pop(queue)? {
+            if queue == 0 {
+                self.kept.push(chain);
+                continue;
+            }
+            io.complete(chain, 0)?;
+            for kept in self.kept.drain(..) {
+                io.complete(kept, 0)?;
+            }
+        }
+        if queue == 1 && !std::mem::replace(&mut self.asked, true) {
+            self.requests.add(&[(BUF, 1, true)]);
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
+/// Which vectors were signalled.
+#[derive(Default)]
+struct Signals(Mutex<Vec<Vector>>);
+
+impl VirtioInterrupt for Signals {
+    fn signal(&self, vector: Vector) {
+        self.0.lock().unwrap().push(vector);
+    }
+}
+
+#[test]
+fn what_one_queue_does_to_another_is_told() {
+    let ram = ram();
+    let mut answers = Vq::new(ram.clone(), 0, 16);
+    let requests = Vq::new(ram.clone(), 1, 16);
+    let signals = Arc::new(Signals::default());
+    let mut start = start(&ram, &answers, Arc::clone(&signals) as _);
+    let [desc, avail, used] = requests.rings();
+    let second = QueueCfg {
+        desc,
+        avail,
+        used,
+        ..start.queues[0].unwrap()
+    };
+    start.queues.push(Some(second));
+    start.kicks = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap()).into();
+    let device = Echo {
+        kept: Vec::new(),
+        requests,
+        asked: false,
+    };
+    answers.add(&[(BUF, 1, true)]);
+    let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
+    let mut backend = LoopBackend::inline(Box::new(device), host);
+    backend.start(start).unwrap();
+    assert_eq!(answers.used().len(), 1);
+    let signals = signals.0.lock().unwrap();
+    assert!(signals.contains(&Vector::Queue(0)), "{signals:?}");
+}
+
 struct Edge(EventFd);
 
 impl VirtioInterrupt for Edge {

@@ -134,7 +134,13 @@ fn device(host: &Arc<Host>, state: &PciState) -> Arc<VirtioPci> {
         memory: Memory::new(reused_ram()),
     };
     let core = Arc::new(VirtioCore::new(parts, VirtioState::default()).unwrap());
-    Arc::new(VirtioPci::new(core, interrupt, BAR, state))
+    Arc::new(VirtioPci::new(
+        core,
+        interrupt,
+        BAR,
+        state,
+        Box::new(|_| {}),
+    ))
 }
 
 #[test]
