@@ -3,60 +3,15 @@
 //! Needs the right to mount, and is passed over without it. Each test has a mount namespace of its
 //! own, so nothing of this is seen outside of its thread and its children.
 
+#[path = "../../../../examples/share/fuse.rs"]
+mod fuse;
+
 use std::ffi::CString;
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::process::Command;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-
 use super::super::{CachePolicy, Fs, FsOptions, Ownership};
-use super::segment;
 use crate::virtio::GuestRam;
-
-const MIB: usize = 1 << 20;
-const REPLY: usize = 4 * MIB;
-
-fn mount(kind: &str, source: &str, target: &Path, flags: libc::c_ulong, data: &str) -> bool {
-    let text = |text: &str| CString::new(text).unwrap();
-    let (kind, source, data) = (text(kind), text(source), text(data));
-    let target = text(target.to_str().unwrap());
-    let (source, target, kind) = (source.as_ptr(), target.as_ptr(), kind.as_ptr());
-    // SAFETY: all are strings that live until the call is over.
-    unsafe { libc::mount(source, target, kind, flags, data.as_ptr().cast()) == 0 }
-}
-
-/// Serves until the filesystem is unmounted.
-fn serve(mut device: File, options: FsOptions) {
-    let mut fs = Fs::new(options, &Default::default()).unwrap();
-    let ram: GuestRam = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 * MIB)]).unwrap();
-    let mut bytes = vec![0; 2 * MIB];
-    loop {
-        let len = match device.read(&mut bytes) {
-            Ok(len) => len,
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return,
-            // The request was taken back.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
-            Err(error) => panic!("{error}"),
-        };
-        ram.write_slice(&bytes[..len], GuestAddress(0)).unwrap();
-        let readable = [segment(0, len)];
-        let writable = [segment(REPLY as u64, 2 * MIB)];
-        let len = fs.serve(&ram, &readable, &writable).unwrap() as usize;
-        if len > 0 {
-            let mut answer = vec![0; len];
-            ram.read_slice(&mut answer, GuestAddress(REPLY as u64))
-                .unwrap();
-            match device.write_all(&answer) {
-                Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(error) => panic!("opcode {}: {error}", bytes[4]),
-            }
-        }
-    }
-}
+use crate::virtio::io::Segment;
 
 /// Runs a shell script with a share mounted on `$MNT` and its directory on the host in `$HOST`.
 /// Says whether that was possible.
@@ -66,30 +21,19 @@ fn run(script: &str, change: impl FnOnce(&mut FsOptions) + Send) -> bool {
 }
 
 fn mounted(script: &str, change: impl FnOnce(&mut FsOptions)) -> bool {
-    let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else {
-        return false;
-    };
-    // SAFETY: this thread alone gets a mount namespace of its own.
-    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
-        return false;
-    }
-    let private = libc::MS_REC | libc::MS_PRIVATE;
-    assert!(mount("", "none", Path::new("/"), private, ""));
     let host = tempfile::tempdir().unwrap();
     let target = tempfile::tempdir().unwrap();
     let work = tempfile::tempdir().unwrap();
-    let fd = device.as_raw_fd();
-    let data =
-        format!("fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other");
-    if !mount("fuse", "share", target.path(), 0, &data) {
+    let Ok(device) = fuse::mount_share(target.path()) else {
         return false;
-    }
+    };
     let mut options = FsOptions::new("share", host.path());
     options.read_only = false;
     options.max_fds = Some(64);
     change(&mut options);
+    let fs = Fs::new(options, &Default::default()).unwrap();
     std::thread::scope(|scope| {
-        let server = scope.spawn(|| serve(device, options));
+        let server = scope.spawn(|| fuse::serve(device, fs).unwrap());
         let mut shell = Command::new("sh");
         let shell = shell.args(["-euxc", script]).current_dir("/");
         let shell = shell.env("MNT", target.path()).env("HOST", host.path());
@@ -210,12 +154,4 @@ fn overlayfs_has_a_share_below_it() {
         [ -e "$HOST/dir/sub/gone" ]
     "#;
     run(script, |options| options.read_only = true);
-}
-
-/// Runs the script in `BULLE_FS_SCRIPT`, such as a test suite for filesystems.
-#[test]
-#[ignore = "runs what BULLE_FS_SCRIPT says"]
-fn script_of_the_environment() {
-    let script = std::env::var("BULLE_FS_SCRIPT").unwrap();
-    assert!(run(&script, |options| options.max_fds = Some(1024)));
 }
