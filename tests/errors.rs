@@ -225,15 +225,28 @@ fn roots_and_commands() {
     let directory = note.parent().unwrap();
     guest()
         .args(["--root", "/nowhere"])
-        .refused(&["/nowhere", "no directory"]);
+        .refused(&["/nowhere", "No such file"]);
     guest()
-        .args(["--root"])
+        .args(["--root-copy", "--root"])
         .args([&note])
-        .refused(&[text(&note), "not a directory"]);
+        .refused(&[text(&note), "--root-copy is for directories"]);
     guest()
         .args(["--modules"])
         .args([directory])
         .refused(&[text(directory), "modules.dep"]);
+    let bare = directory.join("modules");
+    fs::create_dir(&bare).unwrap();
+    fs::write(bare.join("modules.dep"), "").unwrap();
+    let shared = || guest().args(["--modules"]).args([&bare]);
+    shared().args(["--root"]).args([directory]).refused(&[
+        "--root-copy",
+        "needs the kernel module",
+        text(&bare),
+    ]);
+    shared()
+        .args(["--share"])
+        .args([format!("{}:/x", directory.display())])
+        .refused(&["the guest needs the kernel module", text(&bare)]);
     guest().args(["--env", "A"]).refused(&["'A'", "KEY=VALUE"]);
     guest()
         .args(["--env", "=A"])
@@ -248,12 +261,15 @@ fn roots_and_commands() {
         .args(["--tty", "yes"])
         .refused(&["--root none", "--tty"]);
     fs::set_permissions(&note, PermissionsExt::from_mode(0o000)).unwrap();
-    let run = guest().args(["--root"]).args([directory]).without_rights();
+    let run = guest()
+        .args(["--root-copy", "--root"])
+        .args([directory])
+        .without_rights();
     run.refused(&[text(&note), "make it readable", "Permission denied"]);
     let large = file("large", b"");
     File::create(&large).unwrap().set_len(200 * MIB).unwrap();
     let run = guest()
-        .args(["--memory", "128M", "--root"])
+        .args(["--memory", "128M", "--root-copy", "--root"])
         .args([large.parent().unwrap()]);
     run.refused(&["at most 67108864 fit", "more memory or a smaller root"]);
     // No command but the one that is run is left, nor is busybox.

@@ -2,7 +2,7 @@
 //!
 //! [`Devices::attach`] makes device, backend, core and transport and places the transport; the
 //! vmm thread owns the result. [`Devices::stop`] comes after the last vCPU: it brings every device
-//! back from the I/O thread, its host I/O finished, and ends the thread.
+//! back from its I/O thread, its host I/O finished, and ends the threads.
 
 use std::io;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use devices::virtio::Memory;
 use devices::virtio::core::{NewError, Parts, VirtioCore, VirtioState};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::notifier::VirtioInterrupt;
-use devices::virtio::registry::{self, DeviceHandle};
+use devices::virtio::registry::{self, DeviceConfig, DeviceHandle};
 use devices::virtio::transport::mmio::{LEN, Mmio, MmioInterrupt};
 use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, PciState, VirtioPci};
 use devices::virtio::worker::{LoopBackend, Worker};
@@ -134,18 +134,19 @@ pub struct Buses<'a> {
     pub mmio: &'a mut Bus,
 }
 
-/// All virtio devices of a machine, with the I/O thread they run on.
+/// All virtio devices of a machine, with the I/O threads they run on.
 #[derive(Default)]
 pub struct Devices {
     list: Vec<Attached>,
     windows: Vec<MmioDevice>,
     pci: Option<PciHost>,
     irqfds: Vec<IrqFd>,
-    io: Option<IoThread>,
+    io: Vec<IoThread>,
 }
 
 impl Devices {
-    /// Makes the devices of `plans` and puts them on `buses`. Without any there is no I/O thread.
+    /// Makes the devices of `plans` and puts them on `buses`. All share an I/O thread, but for those
+    /// that wait for the host (see [`waits`]), which have one each; without devices there is none.
     pub fn attach(
         plans: Vec<Plan>,
         transport: Transport,
@@ -154,18 +155,27 @@ impl Devices {
     ) -> Result<Self, AttachError> {
         let mut devices = Self::default();
         let mut pci = PciBus::new();
-        if !plans.is_empty() {
-            let io = IoThread::start(0)?;
-            // One for all, since a memory device changes it.
-            let memory = Memory::new(machine.memory.clone());
-            for plan in plans {
-                let slot = Slot::new(plan, machine, &memory, &io)?;
-                match transport {
-                    Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
-                    Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
+        let mut shared = None;
+        // One for all, since a memory device changes it.
+        let memory = Memory::new(machine.memory.clone());
+        for plan in plans {
+            let endpoint = match &shared {
+                Some(endpoint) if !waits(&plan.config) => RemoteEndpoint::clone(endpoint),
+                _ => {
+                    let io = IoThread::start(devices.io.len() as u16)?;
+                    let endpoint = io.endpoint();
+                    devices.io.push(io);
+                    if !waits(&plan.config) {
+                        shared = Some(endpoint.clone());
+                    }
+                    endpoint
                 }
+            };
+            let slot = Slot::new(plan, machine, &memory, endpoint)?;
+            match transport {
+                Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
+                Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
             }
-            devices.io = Some(io);
         }
         if transport == Transport::Pci {
             devices.pci = Some(place_pci(pci, buses)?);
@@ -313,13 +323,13 @@ impl Devices {
         }
     }
 
-    /// Brings every device to rest, its host I/O finished, and ends the I/O thread. No vCPU runs
+    /// Brings every device to rest, its host I/O finished, and ends the I/O threads. No vCPU runs
     /// any more.
     pub fn stop(&mut self) {
         for device in &self.list {
             device.core.pause();
         }
-        self.io = None;
+        self.io.clear();
     }
 }
 
@@ -333,6 +343,12 @@ impl IntxLine for Pin {
             self.0.signal();
         }
     }
+}
+
+/// Whether a device's requests are system calls that wait, for as long as a filesystem of the host
+/// takes: they must not hold other devices up.
+fn waits(config: &DeviceConfig) -> bool {
+    matches!(config, DeviceConfig::Fs(_))
 }
 
 /// A device on its way to a transport.
@@ -350,7 +366,7 @@ impl Slot {
         plan: Plan,
         machine: &Machine<'_>,
         memory: &Memory,
-        io: &IoThread,
+        endpoint: RemoteEndpoint<Worker>,
     ) -> Result<Self, AttachError> {
         let Plan { id, config } = plan;
         let state = VirtioState::default();
@@ -366,7 +382,7 @@ impl Slot {
             device,
             handle,
             doorbells: Arc::new(Doorbells::new(machine.vm.clone())),
-            endpoint: io.endpoint(),
+            endpoint,
             memory: memory.clone(),
         })
     }

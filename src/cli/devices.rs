@@ -3,8 +3,9 @@
 use clap::Args;
 use serde::de::DeserializeOwned;
 
+use super::share::parse_share;
 use crate::config::{
-    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, Pmem, Rtc, Transport, Vsock,
+    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, Pmem, Rtc, Share, Transport, Vsock,
     Watchdog, parse_list,
 };
 
@@ -16,6 +17,11 @@ pub struct DeviceArgs {
     /// [,rate.group=NAME: limits shared by all devices that name it]
     #[arg(long, value_name = "LIST", value_parser = parse_list::<Drive>)]
     disk: Vec<Drive>,
+    /// Directory of the host in the guest (repeatable): HOST:GUEST, read-only with `:ro` behind it.
+    /// More options: [,cache=none|auto|always][,writeback][,ownership=guest|squash|host][,tag=NAME].
+    /// path=DIR,tag=NAME leaves the mounting to the guest
+    #[arg(long, value_name = "HOST:GUEST[:ro]", value_parser = parse_share)]
+    share: Vec<Share>,
     /// Add a virtio entropy device
     #[arg(long)]
     entropy: bool,
@@ -72,6 +78,13 @@ impl DeviceArgs {
                 drive.drive_id = format!("disk{}", config.drives.len());
             }
             config.drives.push(drive);
+        }
+        for share in &self.share {
+            let mut share = share.clone();
+            if share.tag.is_empty() {
+                share.tag = format!("share{}", config.shares.len());
+            }
+            config.shares.push(share);
         }
         if self.entropy {
             config.entropy = Some(Entropy {});

@@ -1,9 +1,11 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
+mod caller;
 mod devices;
 mod kernel;
 mod memory;
 mod run;
+mod share;
 
 use std::process::ExitCode;
 

@@ -8,11 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
+use super::caller;
 use super::devices::DeviceArgs;
 use super::kernel::default_kernel;
 use crate::config::{
     BootSource, Config, Console, Drive, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
-    MemoryBacking, Root, parse_size,
+    MemoryBacking, Root, Share, parse_size,
 };
 use crate::session;
 use crate::telemetry;
@@ -69,14 +70,19 @@ pub struct RunArgs {
     /// Who emulates the interrupt controllers [default: split]
     #[arg(long, value_name = "WHO")]
     irqchip: Option<Irqchip>,
-    /// The guest's root: a disk image with a file system (read-only, a tmpfs over it), a directory
-    /// (copied into memory), an initramfs, or `none` for a guest without bulle's agent [default:
-    /// a minimal tree of the host's busybox]
+    /// The guest's root: a disk image with a file system or a directory (both read-only, a tmpfs
+    /// over them), an initramfs, or `none` for a guest without bulle's agent. With `/`, the command
+    /// also gets the caller's PATH, HOME, USER and locale [default: a minimal tree of the host's
+    /// busybox]
     #[arg(long, value_name = "IMAGE|DIR|INITRAMFS|none")]
     root: Option<PathBuf>,
-    /// Let the guest write to the image given by --root
+    /// Let the guest write to the image or directory given by --root
     #[arg(long, requires = "root")]
     root_rw: bool,
+    /// Copy the directory given by --root into guest memory, for kernels without virtiofs or
+    /// overlayfs
+    #[arg(long, requires = "root", conflicts_with = "root_rw")]
+    root_copy: bool,
     #[command(flatten)]
     devices: DeviceArgs,
     /// Directory with the kernel's modules [default: /lib/modules/RELEASE]
@@ -85,7 +91,8 @@ pub struct RunArgs {
     /// Environment variable for the command (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     env: Vec<String>,
-    /// Working directory of the command in the guest [default: /]
+    /// Working directory of the command in the guest [default: the caller's, where --root is a
+    /// directory that it is in; else /]
     #[arg(long, value_name = "DIR")]
     cwd: Option<String>,
     /// Whether the command gets a terminal [default: auto, when stdin and stdout are one]
@@ -169,6 +176,7 @@ impl RunArgs {
                 },
                 machine_config: MachineConfig::default(),
                 drives: Vec::new(),
+                shares: Vec::new(),
                 entropy: None,
                 vsock: None,
                 rtc: None,
@@ -244,6 +252,7 @@ impl RunArgs {
                 );
             }
             config.guest = None;
+            config.shares.retain(|share| !share.is_root());
             return Ok(());
         }
         let root = match &self.root {
@@ -267,6 +276,10 @@ impl RunArgs {
             guest.command.clone_from(&self.command);
         }
         guest.env.extend(self.env.iter().cloned());
+        if let (Some(path), Root::Share | Root::Directory(_)) = (&self.root, &guest.root) {
+            guest.env.splice(0..0, caller::environment(path));
+            guest.cwd = guest.cwd.take().or_else(|| caller::cwd(path));
+        }
         if self.cwd.is_some() {
             guest.cwd.clone_from(&self.cwd);
         }
@@ -290,14 +303,33 @@ impl RunArgs {
             .with_context(|| format!("Cannot use {} as the guest's root", path.display()))?
             .file_type();
         let is_archive = kind.is_file() && is_initramfs(path)?;
-        if self.root_rw && (kind.is_dir() || is_archive) {
+        if self.root_rw && is_archive {
             bail!(
-                "--root-rw is for disk images: the guest has {} in memory only",
+                "--root-rw is for disk images and directories: the guest has {} in memory only",
                 path.display()
             );
         }
-        if kind.is_dir() {
+        if self.root_copy && !kind.is_dir() {
+            bail!(
+                "--root-copy is for directories, which {} is not: leave it out",
+                path.display()
+            );
+        }
+        config.shares.retain(|share| !share.is_root());
+        config.drives.retain(|drive| !drive.is_root_device);
+        if kind.is_dir() && self.root_copy {
             return Ok(Root::Directory(path.to_path_buf()));
+        }
+        if kind.is_dir() {
+            let share = Share {
+                tag: "root".to_owned(),
+                path_on_host: path.to_path_buf(),
+                mount_point: Some("/".to_owned()),
+                is_read_only: !self.root_rw,
+                ..Share::default()
+            };
+            config.shares.insert(0, share);
+            return Ok(Root::Share);
         }
         if is_archive {
             config.boot_source.initrd_path = Some(path.to_path_buf());
@@ -308,7 +340,6 @@ impl RunArgs {
             is_read_only: !self.root_rw,
             ..Drive::new("root", path.to_path_buf())
         };
-        config.drives.retain(|drive| !drive.is_root_device);
         config.drives.insert(0, drive);
         Ok(Root::Drive)
     }
@@ -374,7 +405,10 @@ mod tests {
             (Root::Initrd, vec!["ls".to_string()])
         );
         let guest = config(&["--root", "/"]).guest.unwrap();
-        assert_eq!(guest.root, Root::Directory("/".into()));
+        assert_eq!(guest.root, Root::Share);
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(guest.cwd.as_deref(), here.to_str());
+        assert!(guest.env.iter().any(|entry| entry.starts_with("PATH=")));
     }
 
     #[test]
@@ -441,13 +475,41 @@ mod tests {
         let made = config(&["--root", image]);
         assert_eq!(made.guest.unwrap().root, Root::Initrd);
         assert_eq!(made.boot_source.initrd_path.unwrap(), Path::new(image));
-        for words in [["--root", image], ["--root", "/"]] {
-            let words = ["bulle", "--kernel", "/k", "--root-rw"]
-                .iter()
-                .chain(&words);
-            let error = Wrapper::parse_from(words).args.into_config().unwrap_err();
-            assert!(error.to_string().contains("in memory only"), "{error}");
+        for (option, words) in [
+            ("--root-rw", "in memory only"),
+            ("--root-copy", "directories"),
+        ] {
+            let all = ["bulle", "--kernel", "/k", option, "--root", image];
+            let error = Wrapper::parse_from(all).args.into_config().unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
         }
+    }
+
+    #[test]
+    fn directories_are_shared_as_the_root_or_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_str().unwrap();
+        let made = config(&["--share", "/a:/x:ro", "--root", root, "--cwd", "/x"]);
+        assert_eq!(made.guest.as_ref().unwrap().cwd.as_deref(), Some("/x"));
+        let share = made.root_share().unwrap();
+        assert_eq!((share.tag.as_str(), share.is_read_only), ("root", true));
+        let tags: Vec<_> = made.shares.iter().map(|share| share.tag.as_str()).collect();
+        assert_eq!(tags, ["root", "share0"]);
+        let text = serde_json::to_string(&made).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), made);
+        made.validate().unwrap();
+        let made = config(&["--root", root, "--root-rw"]);
+        assert!(!made.shares[0].is_read_only);
+        // Nothing of the caller's is in there.
+        let guest = made.guest.unwrap();
+        assert_eq!((guest.cwd, guest.env), (None, vec![]));
+        let made = config(&["--root", root, "--root-copy"]);
+        assert_eq!(
+            made.guest.as_ref().unwrap().root,
+            Root::Directory(root.into())
+        );
+        assert_eq!(made.shares, []);
+        made.validate().unwrap();
     }
 
     #[test]

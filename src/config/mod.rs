@@ -18,11 +18,14 @@ use serde::{Deserialize, Serialize};
 
 pub use devices::{
     Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug, Pmem,
-    RateLimiter, Rtc, TokenBucket, Transport, Vsock, Watchdog, WatchdogAction,
+    RateLimiter, Rtc, Share, ShareCache, ShareOwnership, TokenBucket, Transport, Vsock, Watchdog,
+    WatchdogAction,
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
-pub use validate::{ConfigError, DriveError, LimitsError, Spec, VsockError, WatchdogError};
+pub use validate::{
+    ConfigError, DriveError, LimitsError, ShareError, Spec, VsockError, WatchdogError,
+};
 
 /// Fewest MiB of RAM.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -43,6 +46,9 @@ pub struct Config {
     /// Disks, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
+    /// Shared directories.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<Share>,
     /// An entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
@@ -256,8 +262,10 @@ pub enum Root {
     Busybox,
     /// What the user's initrd holds.
     Initrd,
-    /// A host directory, copied.
+    /// A host directory, copied into guest memory.
     Directory(PathBuf),
+    /// The share that is mounted on `/`, with a tmpfs over it if it is read-only.
+    Share,
     /// The drive with `is_root_device`, with a tmpfs over it if it is read-only.
     Drive,
 }
@@ -286,6 +294,11 @@ impl Config {
     /// The drive with the guest's root file system.
     pub fn root_drive(&self) -> Option<&Drive> {
         self.drives.iter().find(|drive| drive.is_root_device)
+    }
+
+    /// The share that is the guest's root file system.
+    pub fn root_share(&self) -> Option<&Share> {
+        self.shares.iter().find(|share| share.is_root())
     }
 
     /// Where the console goes when nothing was asked: to the terminal where the guest is on its

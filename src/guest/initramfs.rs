@@ -17,6 +17,8 @@ use super::{AGENT, AGENT_PATH};
 
 /// Where the agent looks for the list of modules to load.
 const MODULE_LIST: &str = ".bulle/modules";
+/// Where the agent looks for the list of shares to mount.
+const SHARE_LIST: &str = ".bulle/shares";
 const MODULE_DIRECTORY: &str = ".bulle/modules.d";
 
 /// Why an initramfs cannot be made.
@@ -124,6 +126,7 @@ pub struct Initramfs<'a> {
     modules: &'a [Module],
     nodes: &'a [Node],
     directory: Option<&'a Path>,
+    shares: &'a str,
     progress: Option<&'a dyn Fn(Progress)>,
 }
 
@@ -142,6 +145,12 @@ impl<'a> Initramfs<'a> {
     /// With modules, which the agent loads in this order.
     pub fn modules(mut self, modules: &'a [Module]) -> Self {
         self.modules = modules;
+        self
+    }
+
+    /// With this list of shares, which the agent mounts (see docs/agent-protocol.md).
+    pub fn shares(mut self, list: &'a str) -> Self {
+        self.shares = list;
         self
     }
 
@@ -183,6 +192,10 @@ impl<'a> Initramfs<'a> {
         if self.agent {
             let name = AGENT_PATH.trim_start_matches('/');
             archive.bytes(&Meta::file(0o755), name.as_bytes(), AGENT)?;
+        }
+        if !self.shares.is_empty() {
+            let list = self.shares.as_bytes();
+            archive.bytes(&Meta::file(0o644), SHARE_LIST.as_bytes(), list)?;
         }
         if !self.modules.is_empty() {
             pack_modules(&mut archive, self.modules)?;

@@ -1,7 +1,7 @@
 //! What a guest needs beside its kernel, decided from the configuration and packed.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use arch::kernel::KernelImage;
 
@@ -9,7 +9,7 @@ use super::busybox::{self, BusyboxError};
 use super::filesystem::module_for;
 use super::initramfs::{Initramfs, InitramfsError, Progress};
 use super::modules::{self, ModulesError, Resolved, Wanted};
-use crate::config::{Config, Guest, Root, Spec, Transport};
+use crate::config::{Config, Guest, Root, Share, Spec, Transport};
 use crate::vm::BuildError;
 use crate::vm::build::Initrd;
 
@@ -26,6 +26,12 @@ pub enum PrepareError {
     /// A kernel module.
     #[error(transparent)]
     Modules(#[from] ModulesError),
+    /// A kernel module without which a shared directory cannot be the root.
+    #[error(
+        "this kernel cannot have a directory of the host as its root: copy that into guest memory \
+         (--root-copy), or use another kernel"
+    )]
+    SharedRoot(#[source] ModulesError),
     /// Packing.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
@@ -67,7 +73,16 @@ fn archive(
     limit: u64,
     step: impl Fn(String),
 ) -> Result<Vec<u8>, PrepareError> {
-    let modules = resolve(guest, kernel, &wanted(config)?)?.modules;
+    let modules = resolve(guest, kernel, &wanted(config)?);
+    let modules = modules.map_err(|error| match error {
+        ModulesError::Missing { .. } | ModulesError::NoDirectory { .. }
+            if config.root_share().is_some() =>
+        {
+            PrepareError::SharedRoot(error)
+        }
+        error => error.into(),
+    })?;
+    let shares = share_list(&config.shares);
     let packing = |progress: Progress| {
         if progress.entries.is_multiple_of(256) {
             step(format!("packing the root: {} files", progress.entries));
@@ -75,10 +90,11 @@ fn archive(
     };
     let builder = Initramfs::builder()
         .agent()
-        .modules(&modules)
+        .modules(&modules.modules)
+        .shares(&shares)
         .progress(&packing);
     let archive = match &guest.root {
-        Root::Initrd | Root::Drive => builder.build(limit),
+        Root::Initrd | Root::Drive | Root::Share => builder.build(limit),
         Root::Directory(directory) => builder.directory(directory).build(limit),
         Root::Busybox => {
             let nodes = busybox::root(&busybox::find()?)?;
@@ -91,13 +107,14 @@ fn archive(
 /// The modules for the devices of `config`, and for a root on one of them.
 fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     // The drivers of devices; nd_pmem makes a block device of what virtio_pmem finds.
-    let drivers: [(bool, &[&str]); 6] = [
+    let drivers: [(bool, &[&str]); 7] = [
         (!config.drives.is_empty(), &["virtio_blk"]),
         (config.entropy.is_some(), &["virtio-rng"]),
         (config.vsock.is_some(), &["vmw_vsock_virtio_transport"]),
         (config.memory_hotplug.is_some(), &["virtio_mem"]),
         (!config.pmem.is_empty(), &["virtio_pmem", "nd_pmem"]),
         (config.balloon.is_some(), &["virtio_balloon"]),
+        (!config.shares.is_empty(), &["virtiofs"]),
     ];
     let drivers = drivers.into_iter().filter(|(there, _)| *there);
     let mut required: Vec<&str> = drivers.flat_map(|(_, names)| names).copied().collect();
@@ -110,6 +127,9 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     }
     if config.watchdog.is_some() {
         required.push("wdat_wdt");
+    }
+    if config.root_share().is_some_and(|share| share.is_read_only) {
+        required.push("overlay");
     }
     if let Some(drive) = config.root_drive() {
         let path = &drive.path_on_host;
@@ -135,16 +155,33 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
         .collect())
 }
 
+/// What the agent is told of `shares`: a line for each that it mounts, parents first.
+fn share_list(shares: &[Share]) -> String {
+    let place = |share: &Share| {
+        share
+            .mount_point
+            .clone()
+            .map(|place| (place, share.clone()))
+    };
+    let mut mounted: Vec<_> = shares.iter().filter_map(place).collect();
+    mounted.sort_by(|(a, _), (b, _)| Path::new(a).cmp(Path::new(b)));
+    let line = |(place, share): (String, Share)| {
+        let mode = if share.is_read_only { "ro" } else { "rw" };
+        format!("{} {mode} {place}\n", share.tag)
+    };
+    mounted.into_iter().map(line).collect()
+}
+
 fn resolve(
     guest: &Guest,
     kernel: &KernelImage,
     wanted: &[Wanted<'_>],
-) -> Result<Resolved, PrepareError> {
+) -> Result<Resolved, ModulesError> {
     let release = kernel.version().unwrap_or_default();
     let directory = match &guest.modules_dir {
         Some(directory) if !directory.join("modules.dep").is_file() => {
             let directory = directory.clone();
-            return Err(ModulesError::NoIndex { directory }.into());
+            return Err(ModulesError::NoIndex { directory });
         }
         Some(directory) => directory.clone(),
         None => modules::default_directory(&release),
@@ -161,4 +198,28 @@ fn resolve(
         log::info!("kernel {release} has no module {name}: the guest goes without");
     }
     Ok(resolved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_are_mounted_before_what_is_below_them() {
+        let share = |tag: &str, place: Option<&str>, is_read_only| Share {
+            tag: tag.to_owned(),
+            mount_point: place.map(str::to_owned),
+            is_read_only,
+            ..Share::default()
+        };
+        let shares = [
+            share("c", Some("/a/b"), false),
+            share("d", Some("/a-b"), true),
+            share("b", Some("/a"), true),
+            share("e", None, false),
+            share("a", Some("/"), true),
+        ];
+        let list = "a ro /\nb ro /a\nc rw /a/b\nd ro /a-b\n";
+        assert_eq!(share_list(&shares), list);
+    }
 }

@@ -64,6 +64,19 @@ pub fn allow_open_files(machine: &MachineConfig) -> Result<(), LimitError> {
     }
 }
 
+/// Raises the limit on open files as far as this process may, and returns it. Where it cannot be
+/// asked or raised, it stays as it is.
+pub fn allow_most_open_files() -> u64 {
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => hard,
+            Err(_) => soft,
+        },
+        Ok((soft, _)) => soft,
+        Err(_) => 0,
+    }
+}
+
 /// The soft limit to set, if the present one is too low.
 fn missing_files(machine: &MachineConfig, soft: u64, hard: u64) -> Result<Option<u64>, LimitError> {
     let vcpus = machine.vcpu_count;

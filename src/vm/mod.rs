@@ -9,7 +9,7 @@ mod exit;
 mod host;
 pub mod irq;
 pub mod kernel_cache;
-mod limits;
+pub mod limits;
 pub mod memory;
 pub mod slots;
 

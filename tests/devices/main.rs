@@ -6,6 +6,7 @@ mod common;
 mod disks;
 mod memory;
 mod rtc;
+mod shares;
 mod vsock;
 mod watchdog;
 

@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod disks;
+mod shares;
 mod vsock;
 mod watchdog;
 
@@ -443,7 +444,7 @@ fn the_kernel_address_is_random() {
 }
 
 #[test]
-fn a_directory_becomes_the_root() {
+fn a_directory_is_copied_as_the_root() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
     fs::create_dir_all(root.join("bin")).unwrap();
@@ -455,7 +456,7 @@ fn a_directory_becomes_the_root() {
     fs::set_permissions(root.join("etc/motd"), fs::Permissions::from_mode(0o640)).unwrap();
     let script = "busybox cat /bin/link; busybox stat -c 'mode %a' /etc/motd; busybox ls /";
     let bulle = linux("cloud-amd64")
-        .arg("--root")
+        .args(["--root-copy", "--root"])
         .arg(root)
         .command(["/bin/sh", "-c", script]);
     let outcome = bulle

@@ -9,11 +9,13 @@ mod limits;
 mod memory_hotplug;
 mod pmem;
 mod rtc;
+mod share;
 mod vsock;
 
 use std::path::PathBuf;
 
 use devices::virtio::block::DiskError;
+use devices::virtio::fs::FsError;
 use devices::virtio::pmem::PmemError;
 use devices::virtio::registry::DeviceConfig;
 use devices::virtio::vsock::VsockError;
@@ -77,6 +79,9 @@ pub enum PlanError {
     /// A socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A shared directory.
+    #[error(transparent)]
+    Share(#[from] FsError),
 }
 
 fn transport_room(transport: &Transport) -> String {
@@ -121,6 +126,7 @@ pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
     if let Some(balloon) = &config.balloon {
         plans.push(balloon::plan(balloon, spec));
     }
+    plans.extend(share::plan(&config.shares)?);
     let transport = spec.machine().virtio_transport;
     match plans.len() {
         count if count > attach::most(transport) => Err(PlanError::TooMany { count, transport }),

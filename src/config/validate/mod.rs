@@ -5,6 +5,7 @@ mod drives;
 mod limits;
 mod memory_hotplug;
 mod pmem;
+mod shares;
 mod vsock;
 mod watchdog;
 
@@ -16,6 +17,7 @@ pub use drives::DriveError;
 pub use limits::LimitsError;
 pub use memory_hotplug::MemoryHotplugError;
 pub use pmem::PmemError;
+pub use shares::ShareError;
 pub use vsock::VsockError;
 pub use watchdog::WatchdogError;
 
@@ -106,6 +108,9 @@ pub enum ConfigError {
     /// Persistent memory.
     #[error(transparent)]
     Pmem(#[from] PmemError),
+    /// A shared directory.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -175,6 +180,7 @@ impl Config {
         if let Some(balloon) = &self.balloon {
             balloon::validate(balloon, self.machine_config.mem_size_mib)?;
         }
+        shares::validate(&self)?;
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {

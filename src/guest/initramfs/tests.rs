@@ -50,6 +50,7 @@ fn agent_modules_and_nodes() {
         .agent()
         .modules(&modules)
         .nodes(&nodes)
+        .shares("a ro /x y\n")
         .build(LIMIT)
         .unwrap();
     assert_eq!(archive.len() % 4, 0);
@@ -62,6 +63,7 @@ fn agent_modules_and_nodes() {
         "/.bulle/modules.d/000-a.ko\n/.bulle/modules.d/001-b_c.ko\n"
     );
     assert_eq!(found[".bulle/modules.d/001-b_c.ko"].data, b"BBBB");
+    assert_eq!(found[".bulle/shares"].data, b"a ro /x y\n");
     assert_eq!(found["etc/motd"].data, b"hello");
     assert_eq!(found["etc/motd"].entry.mode(), 0o100_640);
     assert_eq!(found["sh"].data, b"/bin/busybox");

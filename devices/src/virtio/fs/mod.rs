@@ -21,6 +21,7 @@ mod server;
 mod tests;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -115,6 +116,43 @@ impl FsOptions {
             max_fds: None,
             max_nodes: 1 << 20,
         }
+    }
+
+    /// Whether a share can be made of this, as far as can be told without making it.
+    pub fn check(&self) -> Result<(), FsError> {
+        let size = self.tag.len();
+        if size == 0 || size > MAX_TAG || self.tag.contains('\0') {
+            let tag = self.tag.clone();
+            return Err(FsError::Tag { tag });
+        }
+        let (queues, size) = (self.queues, self.queue_size);
+        let sized = size.is_power_of_two() && (2..=1 << 15).contains(&size);
+        if !(1..=MAX_QUEUES).contains(&queues) || !sized {
+            return Err(FsError::Queues { queues, size });
+        }
+        let (fds, nodes) = (self.fds(), self.max_nodes);
+        if fds < MIN_FDS || nodes < MIN_FDS {
+            return Err(FsError::Limits { fds, nodes });
+        }
+        self.open().map(drop)
+    }
+
+    fn fds(&self) -> u32 {
+        self.max_fds.unwrap_or_else(usual_max_fds)
+    }
+
+    /// Opens the directory.
+    fn open(&self) -> Result<OwnedFd, FsError> {
+        let root = host::open_root(&self.path).map_err(|errno| FsError::Open {
+            path: self.path.clone(),
+            source: errno.into(),
+        })?;
+        host::probe(&root).map_err(failed("use openat2 (Linux 5.6)"))?;
+        if host::is_kernels(&root).map_err(failed("look at the filesystem"))? {
+            let path = self.path.clone();
+            return Err(FsError::Kernels { path });
+        }
+        Ok(root)
     }
 }
 
@@ -215,44 +253,17 @@ impl Fs {
     /// Opens the directory and makes the device. To be called in the process that runs it, with
     /// the user and limits that it will have.
     pub fn new(options: FsOptions, state: &FsState) -> Result<Self, FsError> {
+        options.check()?;
+        let (root, max_fds) = (options.open()?, options.fds());
         let FsOptions {
             tag,
-            path,
             queues,
             queue_size,
             max_nodes,
             ..
         } = options;
-        let size = tag.len();
-        if size == 0 || size > MAX_TAG || tag.contains('\0') {
-            return Err(FsError::Tag { tag });
-        }
-        let sized = queue_size.is_power_of_two() && (2..=1 << 15).contains(&queue_size);
-        if !(1..=MAX_QUEUES).contains(&queues) || !sized {
-            let size = queue_size;
-            return Err(FsError::Queues { queues, size });
-        }
-        let max_fds = options.max_fds.unwrap_or_else(usual_max_fds);
-        if max_fds < MIN_FDS || max_nodes < MIN_FDS {
-            let (fds, nodes) = (max_fds, max_nodes);
-            return Err(FsError::Limits { fds, nodes });
-        }
-        let host = |what| {
-            move |errno: Errno| FsError::Host {
-                what,
-                source: errno.into(),
-            }
-        };
-        let root = host::open_root(&path).map_err(|errno| FsError::Open {
-            path: path.clone(),
-            source: errno.into(),
-        })?;
-        host::probe(&root).map_err(host("use openat2 (Linux 5.6)"))?;
-        if host::is_kernels(&root).map_err(host("look at the filesystem"))? {
-            return Err(FsError::Kernels { path });
-        }
-        let stat = host::stat(&root).map_err(host("look at the directory"))?;
-        let proc = ProcFds::open().map_err(host("open /proc/self/fd"))?;
+        let stat = host::stat(&root).map_err(failed("look at the directory"))?;
+        let proc = ProcFds::open().map_err(failed("open /proc/self/fd"))?;
         let owners = Owners::new(options.ownership).map_err(|e| FsError::Ownership(e.into()))?;
         let policy = Policy {
             read_only: options.read_only,
@@ -303,6 +314,14 @@ impl Fs {
         writable: &[Segment],
     ) -> Result<u32, DeviceError> {
         self.server.serve(ram, readable, writable)
+    }
+}
+
+/// For `map_err`: something that the host lacks.
+fn failed(what: &'static str) -> impl Fn(Errno) -> FsError {
+    move |errno| FsError::Host {
+        what,
+        source: errno.into(),
     }
 }
 

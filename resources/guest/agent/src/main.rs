@@ -16,6 +16,7 @@ mod root;
 mod rt;
 mod session;
 mod setup;
+mod shares;
 mod sys;
 mod text;
 
@@ -50,8 +51,11 @@ fn init() -> ! {
     setup::mount_first(&mut notes);
     setup::open_standard_files();
     setup::load_modules(&mut notes);
-    let trouble = root::enter().err();
-    setup::mount_rest(&mut notes);
+    let mut list = [0; setup::MAX_LIST];
+    let list = setup::read_file(shares::LIST, &mut list);
+    let entered = root::enter(list);
+    setup::mount_rest(shares::root(list).is_some(), &mut notes);
+    let trouble = entered.and_then(|()| shares::mount_all(list)).err();
     setup::set_host_name(&mut notes);
     setup::bring_up_loopback(&mut notes);
     power::take_ctrl_alt_del();

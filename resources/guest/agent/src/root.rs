@@ -1,6 +1,7 @@
-//! A root file system on a disk: found by its serial number, mounted and entered.
+//! A root file system that is a shared directory or on a disk, mounted and entered. A disk is
+//! found by its serial number.
 //!
-//! A disk that is read-only gets a tmpfs over it: the guest may write, and the disk stays as it is.
+//! What is read-only gets a tmpfs over it: the guest may write, and the host's side stays as it is.
 
 use core::fmt::Write;
 
@@ -9,12 +10,12 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 
 use crate::text::Text;
-use crate::{setup, sys};
+use crate::{setup, shares, sys};
 
-/// How long the kernel may take to find the disk.
-const PATIENCE_MS: u64 = 10_000;
+/// How long the kernel may take to find a device.
+pub const PATIENCE_MS: u64 = 10_000;
 /// Between two looks.
-const PAUSE_MS: u64 = 10;
+pub const PAUSE_MS: u64 = 10;
 const DISK: &str = "/.bulle/disk";
 const LAYER: &str = "/.bulle/layer";
 const UNITED: &str = "/.bulle/root";
@@ -24,10 +25,11 @@ pub struct Trouble {
     /// Linux error number.
     pub errno: Errno,
     /// A sentence without its end.
-    pub text: Text<256>,
+    pub text: Text<400>,
 }
 
-fn trouble(text: core::fmt::Arguments<'_>) -> impl FnOnce(Errno) -> Trouble + use<> {
+/// For `map_err`: what was to be done.
+pub fn trouble(text: core::fmt::Arguments<'_>) -> impl FnOnce(Errno) -> Trouble + use<> {
     let mut sentence = Text::new();
     let _ = sentence.write_fmt(text);
     move |errno| Trouble {
@@ -36,9 +38,16 @@ fn trouble(text: core::fmt::Arguments<'_>) -> impl FnOnce(Errno) -> Trouble + us
     }
 }
 
-/// Makes the file system on the disk that `bulle.root=` names the root. Without that word there
-/// is nothing to do.
-pub fn enter() -> Result<(), Trouble> {
+/// Makes the root what `shares` has for it, or the file system on the disk that `bulle.root=`
+/// names. Without both there is nothing to do.
+pub fn enter(shares: &[u8]) -> Result<(), Trouble> {
+    if let Some(share) = shares::root(shares) {
+        let _ = rustix::fs::mkdir(DISK, Mode::from_raw_mode(0o755));
+        shares::mount_on(share, DISK)?;
+        let root = if share.read_only { unite()? } else { DISK };
+        return move_into(root)
+            .map_err(trouble(format_args!("the shared root cannot be entered")));
+    }
     let serial = setup::command_line_word(b"bulle.root=");
     let Some(serial) = serial.as_ref().map(Text::as_str) else {
         return Ok(());
@@ -140,17 +149,16 @@ fn unite() -> Result<&'static str, Trouble> {
     };
     prepare().map_err(trouble(format_args!("there is no tmpfs to write to")))?;
     let data = c"lowerdir=/.bulle/disk,upperdir=/.bulle/layer/upper,workdir=/.bulle/layer/work";
-    mount(
-        "overlay",
-        UNITED,
-        "overlay",
-        MountFlags::empty(),
-        Some(data),
-    )
-    .map_err(trouble(format_args!(
-        "the kernel has no overlayfs; use --root-rw, or a kernel that has it"
-    )))?;
-    Ok(UNITED)
+    let flags = MountFlags::empty();
+    match mount("overlay", UNITED, "overlay", flags, Some(data)) {
+        Ok(()) => Ok(UNITED),
+        Err(Errno::NODEV) => Err(trouble(format_args!(
+            "the kernel has no overlayfs; use --root-rw, or a kernel that has it"
+        ))(Errno::NODEV)),
+        Err(errno) => Err(trouble(format_args!(
+            "the root cannot have a tmpfs laid over it; use --root-rw"
+        ))(errno)),
+    }
 }
 
 /// Makes the file system at `root` that of every path, as switch_root does.

@@ -19,8 +19,8 @@ pub type Notes = Text<2048>;
 
 /// Lists the modules to load: one path per line, in order.
 const MODULE_LIST: &str = "/.bulle/modules";
-/// Longest module list, and what is read of the command line.
-const MAX_LIST: usize = 16 * 1024;
+/// Longest list of modules or of shares, and what is read of the command line.
+pub const MAX_LIST: usize = 16 * 1024;
 
 /// Where a root names its host.
 const HOST_NAME: &str = "/etc/hostname";
@@ -36,6 +36,9 @@ struct Mount {
     data: &'static CStr,
     /// Leave alone a directory that has something in it.
     only_if_empty: bool,
+    /// In a directory of the host as root this has what the host's processes keep there, which is
+    /// of no use here.
+    hides_hosts: bool,
 }
 
 const fn on(
@@ -50,6 +53,7 @@ const fn on(
         flags,
         data,
         only_if_empty: false,
+        hides_hosts: false,
     }
 }
 
@@ -71,6 +75,7 @@ const MOUNTS: [Mount; 8] = [
     on("tmpfs", "/dev/shm", SCRATCH, c"mode=1777"),
     Mount {
         only_if_empty: true,
+        hides_hosts: true,
         ..on("tmpfs", "/run", SCRATCH, c"mode=0755")
     },
     Mount {
@@ -106,21 +111,22 @@ pub fn open_standard_files() {
 
 /// Mounts what a root on a disk is found by.
 pub fn mount_first(notes: &mut Notes) {
-    mount_each(&MOUNTS[..FIRST], notes);
+    mount_each(&MOUNTS[..FIRST], false, notes);
 }
 
-/// Mounts the other usual file systems and makes the usual links.
-pub fn mount_rest(notes: &mut Notes) {
-    mount_each(&MOUNTS[FIRST..], notes);
+/// Mounts the other usual file systems and makes the usual links. `hosts`: the root is a directory
+/// of the host.
+pub fn mount_rest(hosts: bool, notes: &mut Notes) {
+    mount_each(&MOUNTS[FIRST..], hosts, notes);
     for (to, link) in LINKS {
         let _ = rustix::fs::symlink(to, link);
     }
 }
 
-fn mount_each(mounts: &[Mount], notes: &mut Notes) {
+fn mount_each(mounts: &[Mount], hosts: bool, notes: &mut Notes) {
     for m in mounts {
         let _ = rustix::fs::mkdir(m.target, Mode::from_raw_mode(0o755));
-        if m.only_if_empty && any_entry(m.target, |_| true) {
+        if m.only_if_empty && !(hosts && m.hides_hosts) && any_entry(m.target, |_| true) {
             continue;
         }
         match mount(m.kind, m.target, m.kind, m.flags, Some(m.data)) {
