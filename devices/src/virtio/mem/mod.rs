@@ -55,6 +55,8 @@ const ANSWER: usize = 10;
 
 /// Size of the one queue.
 const QUEUE_SIZE: u16 = 128;
+/// Most pieces of plugged memory. Each takes mappings of the process, of which it has some 65,000.
+const MAX_RUNS: usize = 2048;
 /// Source: the handle changed something.
 const WAKE: u32 = 0;
 /// Failures of the host that are logged; a guest can repeat them at will.
@@ -341,7 +343,11 @@ impl Mem {
         let guard = memory.lock().unwrap_or_else(PoisonError::into_inner);
         let mut ram: GuestRam = GuestRam::clone(&memory.memory());
         let mut wanted = BTreeMap::new();
-        for run in self.blocks.runs() {
+        let runs = self.blocks.runs();
+        if runs.len() > MAX_RUNS {
+            return Err(io::Error::other("there would be too many pieces"));
+        }
+        for run in runs {
             let bytes = self.bytes(&run);
             wanted.insert(self.space.address + bytes.start, bytes);
         }

@@ -284,6 +284,34 @@ fn layouts_that_cannot_be() {
     assert!(Region::new(0, PAGE).is_err() && Region::new(PAGE, PAGE).is_err());
 }
 
+#[test]
+fn a_guest_cannot_use_up_the_mappings_of_the_process() {
+    let pieces = 2 * MAX_RUNS as u64 + 4;
+    let options = MemOptions {
+        region: Arc::new(Region::new(pieces * BLOCK, PAGE).unwrap()),
+        requested: pieces * BLOCK,
+        ..options()
+    };
+    let state = MemState {
+        requested: None,
+        plugged: (0..MAX_RUNS as u64).map(|piece| (2 * piece, 1)).collect(),
+    };
+    let (mut mem, handle) = Mem::new(options, &state).unwrap();
+    handle.attach(Memory::new(ram()));
+    let next = 2 * MAX_RUNS as u64;
+    assert_eq!(mem.plug(next..next + 1), BUSY);
+    let plugged = handle.status().plugged;
+    assert_eq!(plugged, MAX_RUNS as u64 * BLOCK);
+    // What joins two of them is welcome, and then there is room for one more.
+    assert_eq!(mem.plug(1..2), ACK);
+    assert_eq!(mem.plug(next..next + 1), ACK);
+    // Neither can a piece be split, and all of it stays plugged.
+    assert_eq!(mem.unplug(1..2), BUSY);
+    assert_eq!(mem.state(0..3), PLUGGED);
+    assert_eq!(mem.unplug(next..next + 1), ACK);
+    assert_eq!(mem.unplug(1..2), ACK);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
