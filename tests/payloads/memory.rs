@@ -4,7 +4,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use crate::common::{Bulle, payload};
+use nix::sys::signal::Signal;
+
+use crate::common::{Bulle, Input, Running, payload};
 
 const TRANSPORTS: [&[&str]; 2] = [&[], &["--pci"]];
 
@@ -145,4 +147,56 @@ fn a_guest_that_writes_to_unplugged_memory_ends_with_the_reason() {
     let outcome = plug(&[], "write=1").outcome().exits(122);
     assert!(!outcome.stdout.contains("written"), "{outcome:#?}");
     assert!(outcome.stderr.contains("guest memory"), "{outcome:#?}");
+}
+
+/// Balloons are left out: a guest that attacks one gives its own memory away, code and all.
+#[test]
+fn a_guest_that_attacks_memory_devices_is_survived() {
+    for transport in TRANSPORTS {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), 4 << 20);
+        let list = format!("path={}", path.display());
+        let bulle = Bulle::payload("hostile").args(["--memory", "128M", "--pmem", &list]);
+        let bulle = bulle.args(["--hotplug-memory", "total=128M,requested=2M"]);
+        let outcome = bulle.args(transport).timeout("100s").outcome().exits(0);
+        let outcome = outcome.prints("device 24 works true\n");
+        let outcome = outcome.prints("device 27 works true\n");
+        let outcome = outcome.prints("survived\n");
+        assert!(!outcome.stderr.contains("panicked"), "{outcome:#?}");
+        assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 0x11));
+    }
+}
+
+/// What a line of /proc/PID/status says, in MiB.
+fn status(running: &Running, field: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field))
+        .unwrap();
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+    kib >> 10
+}
+
+#[test]
+fn a_balloon_gives_pages_back_and_no_others() {
+    for backing in ["anonymous", "memfd"] {
+        for transport in TRANSPORTS {
+            let bulle = Bulle::payload("balloon").args(["--memory-backing", backing]);
+            let bulle = bulle.args(["--memory", "128M", "--balloon", "size=48M"]);
+            let running = bulle.args(transport).input(Input::Open).start();
+            let running = running.wait_for("waiting");
+            let (peak, now) = (status(&running, "VmHWM:"), status(&running, "VmRSS:"));
+            let outcome = running.signal(Signal::SIGINT).finish();
+            assert_eq!(outcome.value("target"), "12288");
+            assert_eq!(outcome.value("given"), "true");
+            // The pages before and behind.
+            assert_eq!(outcome.value("kept"), "2", "{outcome:#?}");
+            assert_eq!(outcome.value("taken"), "true");
+            assert_eq!(outcome.value("kept then"), "3");
+            // A page of a memory file that is read is one that is there.
+            let least = if backing == "memfd" { 0 } else { 44 };
+            assert!(peak >= now + least, "{backing}: {peak} MiB, then {now} MiB");
+        }
+    }
 }
