@@ -18,7 +18,7 @@ use super::output::{Output, finish};
 use super::progress::Progress;
 use super::signals::Signals;
 use super::terminal::RawTerminal;
-use crate::board::plan::{PlanError, plan};
+use crate::board::plan::{PlanError, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
@@ -71,7 +71,7 @@ pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     let started = Instant::now();
     let mut progress = Progress::new();
     let devices = plan(&spec)?;
-    let host = Host::open(spec.machine())?;
+    let host = Host::open(spec.machine(), open_files(&devices))?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
     progress.step("starting the kernel".to_string());

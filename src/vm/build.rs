@@ -194,9 +194,9 @@ pub struct Host {
 }
 
 impl Host {
-    /// Opens KVM and checks it against `machine`.
-    pub fn open(machine: &MachineConfig) -> Result<Self, BuildError> {
-        limits::allow_open_files(machine)?;
+    /// Opens KVM and checks it against `machine`, whose virtio devices need so many open `files`.
+    pub fn open(machine: &MachineConfig, files: u64) -> Result<Self, BuildError> {
+        limits::allow_open_files(machine, files)?;
         let kvm = open_kvm()?;
         log::debug!("{KVM_PATH} is open");
         let capabilities = arch::capabilities::check(&kvm)?;

@@ -25,7 +25,7 @@ pub enum LimitError {
     NoSplitIrqchip,
     /// Too few open files allowed.
     #[error(
-        "A VM with {vcpus} vCPUs needs {need} open files, but this process may have only {limit}: \
+        "A VM with {vcpus} vCPUs and these devices needs {need} open files, but this process may have only {limit}: \
          raise the limit (ulimit -n, or LimitNOFILE of the service)"
     )]
     OpenFiles {
@@ -53,10 +53,11 @@ pub fn check(machine: &MachineConfig, kvm: &Capabilities) -> Result<(), LimitErr
     Ok(())
 }
 
-/// Raises the limit on open files where `machine` needs more than are allowed now.
-pub fn allow_open_files(machine: &MachineConfig) -> Result<(), LimitError> {
+/// Raises the limit on open files where `machine`, whose virtio devices need so many, needs more than
+/// are allowed now.
+pub fn allow_open_files(machine: &MachineConfig, devices: u64) -> Result<(), LimitError> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(LimitError::SetOpenFiles)?;
-    match missing_files(machine, soft, hard)? {
+    match missing_files(machine, devices, soft, hard)? {
         None => Ok(()),
         Some(need) => {
             setrlimit(Resource::RLIMIT_NOFILE, need, hard).map_err(LimitError::SetOpenFiles)
@@ -78,9 +79,14 @@ pub fn allow_most_open_files() -> u64 {
 }
 
 /// The soft limit to set, if the present one is too low.
-fn missing_files(machine: &MachineConfig, soft: u64, hard: u64) -> Result<Option<u64>, LimitError> {
+fn missing_files(
+    machine: &MachineConfig,
+    devices: u64,
+    soft: u64,
+    hard: u64,
+) -> Result<Option<u64>, LimitError> {
     let vcpus = machine.vcpu_count;
-    let need = OPEN_FILES + u64::from(vcpus);
+    let need = OPEN_FILES + u64::from(vcpus) + devices;
     if hard < need {
         let limit = hard;
         return Err(LimitError::OpenFiles { vcpus, need, limit });
@@ -147,9 +153,18 @@ mod tests {
 
     #[test]
     fn the_limit_on_open_files_is_raised_as_far_as_needed_and_allowed() {
-        assert_eq!(missing_files(&machine(1), 1024, 4096).unwrap(), None);
-        assert_eq!(missing_files(&machine(254), 256, 4096).unwrap(), Some(286));
-        let text = missing_files(&machine(4), 8, 16).unwrap_err().to_string();
+        assert_eq!(missing_files(&machine(1), 0, 1024, 4096).unwrap(), None);
+        assert_eq!(
+            missing_files(&machine(254), 0, 256, 4096).unwrap(),
+            Some(286)
+        );
+        assert_eq!(
+            missing_files(&machine(8), 1000, 1024, 4096).unwrap(),
+            Some(1040)
+        );
+        let text = missing_files(&machine(4), 0, 8, 16)
+            .unwrap_err()
+            .to_string();
         assert!(
             text.contains("needs 36") && text.contains("only 16"),
             "{text}"

@@ -378,6 +378,13 @@ impl<'a> Io<'a> {
             })
     }
 
+    /// Has the device look at queue `index` again when others have had their turn.
+    pub fn later(&mut self, index: usize) {
+        if let Some(queue) = self.queue(index) {
+            queue.starved = true;
+        }
+    }
+
     /// Tells the driver that the configuration space changed.
     pub fn config_changed(&mut self) {
         *self.config_changed = true;

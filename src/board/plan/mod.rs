@@ -92,6 +92,19 @@ fn transport_room(transport: &Transport) -> String {
     }
 }
 
+/// Files that the devices of `plans` have open while they run, rounded up. Those that open more by
+/// themselves, as for each connection, have limits of their own.
+pub fn open_files(plans: &[Plan]) -> u64 {
+    /// Kicks, timers and the host's side of a device.
+    const EACH: u64 = 24;
+    let files = plans.iter().map(|plan| match &plan.config {
+        // A kick and a ring for each queue.
+        DeviceConfig::Block(_, options) => EACH + 2 * u64::from(options.queues),
+        _ => EACH,
+    });
+    files.sum()
+}
+
 /// Opens what the devices of `spec` need.
 pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
     let config = spec.config();

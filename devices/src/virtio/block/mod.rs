@@ -50,6 +50,8 @@ const TIMER: u32 = 1 << 16;
 const WAKE: u32 = TIMER + 1;
 /// Errors of the host's disk that are logged; a guest can repeat them at will.
 const MAX_LOGGED: u32 = 16;
+/// Bytes under way on a queue from which on no more requests are taken.
+const MAX_UNDER_WAY: u64 = 64 << 20;
 
 /// How requests are carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,6 +143,14 @@ enum Engine {
     Uring(Vec<Ring>),
 }
 
+/// How far a queue was emptied.
+enum Taken {
+    /// As far as may be.
+    All,
+    /// There may be more, when what was taken is done.
+    Enough,
+}
+
 /// A request that waits for its tokens. It is the last popped of its queue.
 struct Held {
     chain: Chain,
@@ -159,6 +169,7 @@ pub struct Block {
     held: Vec<Option<Held>>,
     timer: TimerFd,
     wake: Arc<EventFd>,
+    new_limits: Arc<AtomicBool>,
     errors: u32,
 }
 
@@ -169,6 +180,7 @@ pub struct BlockHandle {
     space: Arc<Space>,
     limiter: Option<Arc<Limiter>>,
     wake: Arc<EventFd>,
+    new_limits: Arc<AtomicBool>,
 }
 
 impl BlockHandle {
@@ -188,6 +200,7 @@ impl BlockHandle {
 
     /// Lets requests go on that wait for old limits.
     pub fn limits_changed(&self) -> io::Result<()> {
+        self.new_limits.store(true, Ordering::SeqCst);
         self.wake.write(1)
     }
 }
@@ -220,7 +233,10 @@ impl Block {
         let engine = match engine {
             EngineKind::Sync => Engine::Sync,
             EngineKind::IoUring => rings(&disk, queues, queue_size).map_err(BlockError::IoUring)?,
-            EngineKind::Auto => rings(&disk, queues, queue_size).unwrap_or(Engine::Sync),
+            EngineKind::Auto => rings(&disk, queues, queue_size).unwrap_or_else(|error| {
+                log::info!("disk {:?} does without io_uring: {error}", disk.path());
+                Engine::Sync
+            }),
         };
         let mut id = [0; ID_LEN];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
@@ -243,6 +259,7 @@ impl Block {
             space: Arc::clone(&space),
             limiter: limiter.clone(),
             wake: Arc::new(wake),
+            new_limits: Arc::default(),
         };
         // The disk may have another size than the saved driver knows.
         handle.resize().map_err(host("find the size of the disk"))?;
@@ -256,6 +273,7 @@ impl Block {
             held: (0..queues).map(|_| None).collect(),
             timer,
             wake: Arc::clone(&handle.wake),
+            new_limits: Arc::clone(&handle.new_limits),
             errors: 0,
         };
         Ok((block, handle))
@@ -278,34 +296,55 @@ impl Block {
     /// the host as one batch.
     fn process(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let taken = self.take(queue, io);
+        let enough = matches!(taken, Ok(Taken::Enough));
         self.collect(queue, io, |ring| {
             ring.submit()?;
             ring.finished()
         })?;
-        taken
+        // Where something is under way, its end leads back here.
+        if enough && self.ring(queue).is_none_or(|ring| ring.in_flight() == 0) {
+            io.later(queue);
+        }
+        taken.map(|_| ())
     }
 
-    fn take(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+    fn ring(&self, queue: usize) -> Option<&Ring> {
+        match &self.engine {
+            Engine::Uring(rings) => rings.get(queue),
+            Engine::Sync => None,
+        }
+    }
+
+    /// Not more than [`MAX_UNDER_WAY`] at a time, so that the device comes to rest soon when it must.
+    fn take(&mut self, queue: usize, io: &mut Io<'_>) -> Result<Taken, DeviceError> {
         let geometry = self.geometry();
+        let mut begun = 0;
         loop {
+            let under_way = self.ring(queue).map_or(0, Ring::bytes);
+            if begun.max(under_way) >= MAX_UNDER_WAY {
+                return Ok(Taken::Enough);
+            }
             let held = self.held.get_mut(queue).and_then(Option::take);
             let (chain, request) = match held {
-                Some(held) if held.at > Instant::now() => return self.hold(queue, held),
+                Some(held) if held.at > Instant::now() => {
+                    return self.hold(queue, held).map(|()| Taken::All);
+                }
                 Some(held) => (held.chain, held.request),
                 None => {
                     let Some(chain) = io.pop(queue)? else {
-                        return Ok(());
+                        return Ok(Taken::All);
                     };
                     let request = Request::parse(io.ram(), &chain, geometry)?;
                     let limiter = self.limiter.as_ref();
                     let at = limiter.and_then(|l| l.charge(Instant::now(), request.bytes()));
                     if let Some(at) = at {
                         let held = Held { chain, request, at };
-                        return self.hold(queue, held);
+                        return self.hold(queue, held).map(|()| Taken::All);
                     }
                     (chain, request)
                 }
             };
+            begun += request.bytes();
             self.begin(queue, chain, request, io)?;
         }
     }
@@ -352,15 +391,17 @@ impl Block {
             }
             Request::Read { offset, len } => Task::transfer(chain, Op::Read, offset, len, ram)?,
             Request::Write { offset, len } => {
-                let writeback = self.space.writeback.load(Ordering::SeqCst);
-                let sync = writes_through(self.disk.cache(), |bit| io.has(bit), writeback);
+                let sync = self.is_synchronous(io);
                 Task::transfer(chain, Op::Write { sync }, offset, len, ram)?
             }
             Request::Discard(ranges) | Request::Zero(ranges) if ranges.is_empty() => {
                 return answer(io, chain, Status::Ok, 0);
             }
             Request::Discard(ranges) => Task::control(chain, Op::Discard(ranges), ram),
-            Request::Zero(ranges) => Task::control(chain, Op::Zero(ranges), ram),
+            Request::Zero(ranges) => {
+                let sync = self.is_synchronous(io);
+                Task::control(chain, Op::Zero { ranges, sync }, ram)
+            }
         };
         let mut task = Box::new(task);
         match &mut self.engine {
@@ -373,6 +414,12 @@ impl Block {
                 None => Ok(()),
             },
         }
+    }
+
+    /// Whether what is written must be on the disk when it is acknowledged.
+    fn is_synchronous(&self, io: &Io<'_>) -> bool {
+        let writeback = self.space.writeback.load(Ordering::SeqCst);
+        writes_through(self.disk.cache(), |bit| io.has(bit), writeback)
     }
 
     /// Ends what `how` says of the tasks on a queue's ring.
@@ -436,8 +483,9 @@ fn host_error(what: &'static str, source: io::Error) -> DeviceError {
 fn answer(io: &mut Io<'_>, chain: Chain, status: Status, produced: u64) -> Result<(), DeviceError> {
     let at = total(chain.writable()) - 1;
     write_at(io.ram(), chain.writable(), at, &[status.byte()])?;
-    let len = u32::try_from(produced + 1).unwrap_or(u32::MAX);
-    io.complete(chain, len)
+    // Section 2.7.8.2: so many bytes from the first on; with a gap before the status there are none.
+    let len = if produced == at { at + 1 } else { 0 };
+    io.complete(chain, u32::try_from(len).unwrap_or(u32::MAX))
 }
 
 impl VirtioDevice for Block {
@@ -493,8 +541,10 @@ impl VirtioDevice for Block {
                 if token == WAKE {
                     // Readable, or another event took it.
                     let _ = self.wake.read();
-                    for held in self.held.iter_mut().flatten() {
-                        held.at = Instant::now();
+                    if self.new_limits.swap(false, Ordering::SeqCst) {
+                        for held in self.held.iter_mut().flatten() {
+                            held.at = Instant::now();
+                        }
                     }
                     io.config_changed();
                 } else {

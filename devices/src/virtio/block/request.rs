@@ -17,6 +17,9 @@ use crate::virtio::io::{Chain, read_at, total};
 
 /// Bytes of the header: type, reserved, sector.
 pub(super) const HEADER: u64 = 16;
+/// Most bytes that a request moves: no driver asks for so many at once, but descriptors that name one
+/// buffer many times would come to 4 GiB.
+pub(super) const MAX_TRANSFER: u64 = 64 << 20;
 /// Bytes of a range to discard or zero.
 const RANGE: u64 = 16;
 /// Bytes of a device ID.
@@ -106,6 +109,7 @@ impl Request {
         let (out, input) = (readable - HEADER, writable - 1);
         let refused = Self::Refused(Status::IoError);
         Ok(match kind {
+            VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT if out.max(input) > MAX_TRANSFER => refused,
             VIRTIO_BLK_T_IN => match disk.place(sector, input) {
                 Some(offset) => Self::Read { offset, len: input },
                 None => refused,
@@ -133,7 +137,8 @@ impl Request {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Read { len, .. } | Self::Write { len, .. } => *len,
-            Self::Flush | Self::Id | Self::Discard(_) | Self::Zero(_) | Self::Refused(_) => 0,
+            Self::Zero(ranges) => ranges.iter().map(|range| range.len).sum(),
+            Self::Flush | Self::Id | Self::Discard(_) | Self::Refused(_) => 0,
         }
     }
 }

@@ -33,7 +33,7 @@ fn step(disk: &Disk, task: &Task) -> io::Result<u64> {
             Some(range) => disk.discard(range.offset, range.len).map(|()| 0),
             None => Ok(0),
         },
-        Op::Zero(ranges) => match ranges.last() {
+        Op::Zero { ranges, .. } => match ranges.last() {
             Some(range) => disk.zero(range.offset, range.len, range.unmap).map(|()| 0),
             None => Ok(0),
         },

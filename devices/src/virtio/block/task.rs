@@ -35,7 +35,11 @@ pub(super) enum Op {
     },
     Flush,
     Discard(Vec<Range>),
-    Zero(Vec<Range>),
+    /// With the zeroes on the disk when it is done.
+    Zero {
+        ranges: Vec<Range>,
+        sync: bool,
+    },
 }
 
 /// A request under way.
@@ -49,6 +53,8 @@ pub(super) struct Task {
     pub offset: u64,
     /// Bytes left.
     pub left: u64,
+    /// Bytes in all, for the account of what is under way.
+    pub weight: u64,
     buffers: Buffers,
     retries: u32,
     /// Keeps the buffers mapped.
@@ -104,6 +110,7 @@ impl Task {
             op,
             offset,
             left: len,
+            weight: len,
             buffers: Buffers { iovecs, next: 0 },
             retries: 0,
             ram,
@@ -118,6 +125,7 @@ impl Task {
             produced: 0,
             offset: 0,
             left: 0,
+            weight: 0,
             buffers: Buffers::default(),
             retries: 0,
             ram,
@@ -174,12 +182,16 @@ impl Task {
                 }
             }
             Op::Flush => Step::Done(Status::Ok),
-            Op::Discard(ranges) | Op::Zero(ranges) => {
+            Op::Discard(ranges) | Op::Zero { ranges, .. } => {
                 ranges.pop();
-                match ranges.is_empty() {
-                    true => Step::Done(Status::Ok),
-                    false => Step::More,
+                if !ranges.is_empty() {
+                    return Step::More;
                 }
+                if matches!(self.op, Op::Zero { sync: true, .. }) {
+                    self.op = Op::Flush;
+                    return Step::More;
+                }
+                Step::Done(Status::Ok)
             }
         }
     }

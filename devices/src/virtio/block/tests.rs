@@ -1,4 +1,5 @@
 mod control;
+mod large;
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -7,7 +8,7 @@ use virtio_bindings::virtio_blk::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::core::Reg;
-use super::super::driver::{Rig, Transport, Vq};
+use super::super::driver::{RAM, Rig, Transport, Vq};
 use super::*;
 
 /// Guest addresses of headers and of data.

@@ -30,6 +30,8 @@ pub(super) struct Ring {
     tasks: Vec<Option<Box<Task>>>,
     free: Vec<usize>,
     finished: Vec<Finished>,
+    /// Bytes of the tasks that the kernel has.
+    bytes: u64,
 }
 
 impl Ring {
@@ -52,6 +54,7 @@ impl Ring {
             tasks: Vec::new(),
             free: Vec::new(),
             finished: Vec::new(),
+            bytes: 0,
         })
     }
 
@@ -60,8 +63,14 @@ impl Ring {
         self.ring.as_raw_fd()
     }
 
-    fn in_flight(&self) -> usize {
+    /// Tasks that the kernel has.
+    pub fn in_flight(&self) -> usize {
         self.tasks.len() - self.free.len()
+    }
+
+    /// Bytes that they move.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Queues a task for the next [`submit`](Self::submit).
@@ -78,6 +87,7 @@ impl Ring {
             self.tasks.len() - 1
         });
         let entry = entry(&task).user_data(index as u64);
+        self.bytes += task.weight;
         if let Some(slot) = self.tasks.get_mut(index) {
             *slot = Some(task);
         }
@@ -142,6 +152,7 @@ impl Ring {
                 }
                 Step::Done(status) => {
                     self.free.push(index);
+                    self.bytes -= task.weight;
                     self.finished.push((task, status, failure(status, code)));
                 }
             }
@@ -180,7 +191,7 @@ impl Drop for Ring {
 fn fall_back(disk: &Disk, task: &Task, result: io::Result<u64>) -> io::Result<u64> {
     match (&result, &task.op) {
         (Err(error), Op::Discard(_)) if unsupported(error) => Ok(0),
-        (Err(error), Op::Zero(ranges)) if unsupported(error) => match ranges.last() {
+        (Err(error), Op::Zero { ranges, .. }) if unsupported(error) => match ranges.last() {
             Some(range) => disk.zero(range.offset, range.len, range.unmap).map(|()| 0),
             None => Ok(0),
         },
@@ -204,7 +215,7 @@ fn entry(task: &Task) -> squeue::Entry {
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
         Op::Discard(ranges) => fallocate(ranges, |_| PUNCH),
-        Op::Zero(ranges) => fallocate(ranges, |range| zero_mode(range.unmap)),
+        Op::Zero { ranges, .. } => fallocate(ranges, |range| zero_mode(range.unmap)),
     }
 }
 
