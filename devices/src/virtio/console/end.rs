@@ -15,11 +15,17 @@ use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Segment, read_at, total, write_at};
 use crate::virtio::iovecs::{IoVecs, send, would_block, write};
 use crate::virtio::poll::Poller;
+use crate::virtio::uds::Listener;
 
 /// How long a device that goes away waits for a reader that does not read, in milliseconds.
 const FLUSH_MS: i32 = 1000;
 /// Most bytes taken from a pipe for one buffer of the guest.
 const MAX_READ: usize = 64 * 1024;
+
+/// Events of an end, from its token on.
+const INPUT: u64 = 0;
+const OUTPUT: u64 = 1;
+const CLIENTS: u64 = 2;
 
 /// One file descriptor of a port.
 #[derive(Debug)]
@@ -54,6 +60,9 @@ pub struct PortEnd {
     input: Input,
     output: Output,
     pipe: Option<PipeEnd>,
+    listener: Option<Listener>,
+    /// A client may wait for the listener.
+    waiting: bool,
 }
 
 /// What came of reading.
@@ -73,7 +82,17 @@ impl PortEnd {
             input: Input::None,
             output: Output::None,
             pipe: None,
+            listener: None,
+            waiting: false,
         }
+    }
+
+    /// The clients of a stream socket, one after the other; the next is accepted when the guest
+    /// was told that the one before is gone. Between them the guest sees the port closed.
+    pub fn clients(listener: Listener) -> Self {
+        let mut end = Self::closed();
+        end.listener = Some(listener);
+        end
     }
 
     /// File descriptors: what the guest reads comes from `input`, what it writes goes to `output`.
@@ -84,11 +103,10 @@ impl PortEnd {
     pub fn fds(input: Option<OwnedFd>, output: Option<OwnedFd>) -> io::Result<Self> {
         let input = input.map(|fd| HostFd::new(fd, false)).transpose()?;
         let output = output.map(|fd| HostFd::new(fd, true)).transpose()?;
-        Ok(Self {
-            input: input.map_or(Input::None, Input::Fd),
-            output: output.map_or(Output::None, |fd| Output::Fd(fd, VecDeque::new())),
-            pipe: None,
-        })
+        let mut end = Self::closed();
+        end.input = input.map_or(Input::None, Input::Fd);
+        end.output = output.map_or(Output::None, |fd| Output::Fd(fd, VecDeque::new()));
+        Ok(end)
     }
 
     /// One file descriptor for both directions: a connected stream socket, or a pty's master.
@@ -99,12 +117,10 @@ impl PortEnd {
     /// An end inside this process, with room for `capacity` bytes in each direction.
     pub fn pipe(capacity: usize) -> io::Result<(HostPort, Self)> {
         let (host, end) = HostPort::pair(capacity)?;
-        let end = Self {
-            input: Input::Pipe,
-            output: Output::Pipe,
-            pipe: Some(end),
-        };
-        Ok((host, end))
+        let mut this = Self::closed();
+        (this.input, this.output) = (Input::Pipe, Output::Pipe);
+        this.pipe = Some(end);
+        Ok((host, this))
     }
 
     /// Whether anybody is there.
@@ -115,8 +131,12 @@ impl PortEnd {
         }
     }
 
-    /// Waits for the end's events under `input` and `output`.
-    pub(super) fn register(&self, poller: &Poller, input: u64, output: u64) -> io::Result<()> {
+    /// Waits for the end's events: input under `token`, output and clients under the next two.
+    pub(super) fn register(&self, poller: &Poller, token: u64) -> io::Result<()> {
+        let (input, output) = (token + INPUT, token + OUTPUT);
+        if let Some(listener) = &self.listener {
+            poller.add(listener, token + CLIENTS)?;
+        }
         if let Some(pipe) = &self.pipe {
             poller.add(&pipe.to_guest.data, input)?;
             poller.add(&pipe.from_guest.room, output)?;
@@ -130,6 +150,37 @@ impl PortEnd {
         Ok(())
     }
 
+    /// Clients may wait.
+    pub(super) fn clients_ready(&mut self) {
+        self.waiting = true;
+    }
+
+    /// Accepts the next client if there is none now; says whether it did.
+    pub(super) fn accept(&mut self, poller: &Poller, token: u64) -> bool {
+        while self.waiting && !self.is_open() {
+            let client = self.listener.as_ref().map(Listener::accept);
+            let Some(Ok(client)) = client else {
+                self.waiting = false;
+                return false;
+            };
+            // One that the host has no file descriptors for is let go.
+            if let Ok((input, output)) = Self::client(client, poller, token) {
+                self.input = Input::Fd(input);
+                self.output = Output::Fd(output, VecDeque::new());
+                return true;
+            }
+        }
+        false
+    }
+
+    fn client(client: OwnedFd, poller: &Poller, token: u64) -> io::Result<(HostFd, HostFd)> {
+        let input = HostFd::new(client.try_clone()?, false)?;
+        let output = HostFd::new(client, true)?;
+        poller.add(&input.fd, token + INPUT)?;
+        poller.add(&output.fd, token + OUTPUT)?;
+        Ok((input, output))
+    }
+
     /// The input's event came.
     pub(super) fn input_ready(&mut self, hung_up: bool) {
         if let Input::Fd(fd) = &mut self.input {
@@ -139,8 +190,14 @@ impl PortEnd {
     }
 
     /// The output's event came: writes what waits. Whether anything got away.
-    pub(super) fn output_ready(&mut self) -> bool {
+    pub(super) fn output_ready(&mut self, hung_up: bool) -> bool {
+        let ended = matches!(self.input, Input::None);
         match &mut self.output {
+            // Its input ended before, and now nobody is there at all.
+            Output::Fd(fd, _) if hung_up && ended && fd.socket => {
+                self.output = Output::None;
+                true
+            }
             Output::Fd(fd, waiting) => {
                 fd.ready = true;
                 match fd.flush(waiting) {
@@ -158,7 +215,7 @@ impl PortEnd {
 
     /// Writes what can be written at once and forgets the rest; says how much that was.
     pub(super) fn abandon(&mut self) -> u64 {
-        self.output_ready();
+        self.output_ready(false);
         match &mut self.output {
             Output::Fd(_, waiting) => std::mem::take(waiting).len() as u64,
             Output::None | Output::Pipe => 0,

@@ -48,7 +48,8 @@ const F_MULTIPORT: u32 = 1;
 const CONTROL_RX: usize = 2;
 const CONTROL_TX: usize = 3;
 
-/// Events; those of ports are twice their index, and one more for output.
+/// Events; each port has a few of its own.
+const PORT_EVENTS: u64 = 4;
 const WAKE: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 
@@ -413,16 +414,33 @@ impl Console {
             }
             TIMER => (0..self.ports.len()).try_for_each(|index| self.serve(index, io)),
             token => {
-                let index = (token / 2) as usize;
+                let index = (token / PORT_EVENTS) as usize;
                 if let Some(port) = self.ports.get_mut(index) {
-                    match token % 2 {
+                    match token % PORT_EVENTS {
                         0 => port.end.input_ready(event.hung_up),
-                        _ => port.output_ready(),
+                        1 => port.output_ready(event.hung_up),
+                        _ => port.end.clients_ready(),
                     }
                 }
                 self.serve(index, io)
             }
         }
+    }
+
+    /// Gives the driver its messages, and ports without a client the next one.
+    fn settle(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.send_messages(io)?;
+        let mut accepted = false;
+        for (index, port) in (0..).zip(&mut self.ports) {
+            if port.accept(&self.poller, PORT_EVENTS * index) {
+                port.tell_open();
+                accepted = true;
+            }
+        }
+        if accepted {
+            self.send_messages(io)?;
+        }
+        self.set_timer()
     }
 
     /// Sets the timer for the first port that gives up.
@@ -446,8 +464,7 @@ fn queues(port: usize) -> (usize, usize) {
 }
 
 fn connect(poller: &Poller, index: usize, end: &PortEnd) -> io::Result<()> {
-    let token = 2 * index as u64;
-    end.register(poller, token, token + 1)
+    end.register(poller, PORT_EVENTS * index as u64)
 }
 
 impl VirtioDevice for Console {
@@ -484,8 +501,7 @@ impl VirtioDevice for Console {
             0 | 1 => self.serve(0, io)?,
             queue => self.serve(queue / 2 - 1, io)?,
         }
-        self.send_messages(io)?;
-        self.set_timer()
+        self.settle(io)
     }
 
     fn on_source(&mut self, _: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -493,8 +509,7 @@ impl VirtioDevice for Console {
         for event in ready {
             self.on_event(event, io)?;
         }
-        self.send_messages(io)?;
-        self.set_timer()
+        self.settle(io)
     }
 
     fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {

@@ -75,7 +75,13 @@ impl Pipe {
     pub fn read(&self, max: usize) -> Option<Vec<u8>> {
         let mut content = lock(&self.content);
         let count = max.min(content.bytes.len());
-        let bytes: Vec<u8> = content.bytes.drain(..count).collect();
+        let mut bytes = Vec::with_capacity(count);
+        let (first, second) = content.bytes.as_slices();
+        for part in [first, second] {
+            let fits = part.len().min(count - bytes.len());
+            bytes.extend_from_slice(part.get(..fits).unwrap_or_default());
+        }
+        content.bytes.drain(..count);
         if count > 0 && std::mem::take(&mut content.refused) {
             signal(&self.room);
         }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::end::{Got, PortEnd};
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Chain, Io, total};
+use crate::virtio::poll::Poller;
 
 /// What a port is.
 #[derive(Debug)]
@@ -182,6 +183,12 @@ impl Port {
         Ok(())
     }
 
+    /// Accepts the next client, once the driver knows that the last is gone; says whether it did.
+    pub fn accept(&mut self, poller: &Poller, token: u64) -> bool {
+        let told = !self.state.ready || !self.state.host_open;
+        told && self.end.accept(poller, token)
+    }
+
     /// Another host end, and no wait for the old one.
     pub fn replace(&mut self, end: PortEnd) {
         let left = self.end.abandon();
@@ -191,8 +198,8 @@ impl Port {
     }
 
     /// The output's event came.
-    pub fn output_ready(&mut self) {
-        if self.end.output_ready() {
+    pub fn output_ready(&mut self, hung_up: bool) {
+        if self.end.output_ready(hung_up) {
             self.since = None;
         }
     }

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::super::core::Reg;
 use super::super::driver::{Rig, Transport, Vq};
+use super::super::uds::{Listener, SocketType};
 use super::*;
 
 const DATA: u64 = 0x2_0000;
@@ -361,6 +362,43 @@ fn closed_ends_are_told_and_ports_come_and_go() {
     bench.handle.connect(0, end).unwrap();
     assert_eq!(bench.messages(), [vec![0, 0, 0, 0, 1, 0, 1, 0]]);
     assert!(bench.handle.remove(1).is_err());
+}
+
+#[test]
+fn clients_of_a_socket_take_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = Listener::bind(&path, SocketType::Stream).unwrap();
+    let mut bench = Bench::opened(vec![PortOptions::named("p", PortEnd::clients(listener))]);
+    let open = |value: u8| [0, 0, 0, 0, PORT_OPEN as u8, 0, value, 0].to_vec();
+    let mut first = UnixStream::connect(&path).unwrap();
+    first.write_all(b"first").unwrap();
+    let second = UnixStream::connect(&path).unwrap();
+    assert_eq!(bench.messages(), [open(1)]);
+    bench.offer(0, 64);
+    assert_eq!(bench.input(0).unwrap(), b"first");
+    bench.write(0, b"to the first");
+    let mut bytes = [0; 12];
+    first.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"to the first");
+    // Its half-close is none for the guest; when it is gone, the guest hears of that, and then of
+    // the next.
+    first.shutdown(std::net::Shutdown::Write).unwrap();
+    bench.offer(0, 64);
+    assert_eq!(bench.input(0), None);
+    bench.write(0, b"still there?");
+    first.read_exact(&mut bytes).unwrap();
+    assert!(bench.messages().is_empty());
+    drop(first);
+    assert_eq!(bench.messages(), [open(0), open(1)]);
+    bench.write(0, b"to the other");
+    let mut second = second;
+    second.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"to the other");
+    drop(second);
+    assert_eq!(bench.messages(), [open(0)]);
+    drop(bench);
+    assert!(!path.exists());
 }
 
 #[test]
