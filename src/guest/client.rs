@@ -11,16 +11,17 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use agent_protocol::{
-    Decoder, FromGuest, FromHost, GUEST_WINDOW, HOST_WINDOW, OVERHEAD, Start, StartError, VERSION,
+    Decoder, FromGuest, FromHost, HOST_WINDOW, MAX_GUEST_WINDOW, MAX_HOST_WINDOW, MAX_PAYLOAD,
+    OVERHEAD, Start, StartError, VERSION,
 };
 pub use agent_protocol::{Exit, Level, Power, Stage, WinSize, features};
 use devices::console::clean;
 pub use types::{AgentEvent, AgentFailure, ProtocolError, RequestError, StartRequest};
 
 /// Largest piece of input in one frame.
-const PIECE: usize = 1024;
+const PIECE: usize = MAX_PAYLOAD;
 /// Bytes of input held here; what the guest may have on its way comes on top.
-const STDIN_BUFFER: usize = 4096;
+const STDIN_BUFFER: usize = 32 * 1024;
 /// Bytes waiting for the channel.
 const OUTGOING: usize = 4 * (PIECE + OVERHEAD);
 /// Signals waiting to be sent; more are dropped.
@@ -51,8 +52,11 @@ pub struct AgentClient {
     signals: Vec<u8>,
     resize: Option<WinSize>,
     shutdown: Option<Power>,
-    /// Input bytes that the guest takes now.
+    /// Input bytes that the guest takes now, and the most that it ever does.
     credit: u32,
+    guest_window: u32,
+    /// The most output bytes that may be on their way here.
+    window: u32,
     /// Output bytes received and not consumed.
     unconsumed: u32,
     /// Output bytes consumed and not yet granted again.
@@ -96,6 +100,8 @@ impl AgentClient {
             resize: None,
             shutdown: None,
             credit: 0,
+            guest_window: 0,
+            window: HOST_WINDOW,
             unconsumed: 0,
             owed: 0,
             outgoing: Vec::with_capacity(OUTGOING),
@@ -104,7 +110,7 @@ impl AgentClient {
 
     /// Takes bytes from the channel and appends what they mean to `events`.
     ///
-    /// At most [`HOST_WINDOW`] bytes of output are in events that have not been consumed.
+    /// At most [`HOST_WINDOW`] bytes of output, or [`MAX_HOST_WINDOW`] after [`Self::widen`], are in events that have not been consumed.
     pub fn received(&mut self, mut bytes: &[u8], events: &mut Vec<AgentEvent>) {
         // Apart from self while a frame lies in it.
         let mut decoder = std::mem::take(&mut self.decoder);
@@ -153,7 +159,8 @@ impl AgentClient {
                     });
                 }
                 self.state = Starting;
-                self.credit = hello.window.min(GUEST_WINDOW);
+                self.guest_window = hello.window.min(MAX_GUEST_WINDOW);
+                self.credit = self.guest_window;
                 AgentEvent::Hello {
                     features: hello.features,
                     release: clean(hello.release),
@@ -190,7 +197,7 @@ impl AgentClient {
             (FromGuest::Stopping(power), Starting | Running | Ended) => AgentEvent::Stopping(power),
             (FromGuest::Credit(n), Starting | Running | Ended) => {
                 // Never more than the window, whatever the guest says.
-                self.credit = self.credit.saturating_add(n).min(GUEST_WINDOW);
+                self.credit = self.credit.saturating_add(n).min(self.guest_window);
                 return Ok(None);
             }
             (message, _) => {
@@ -205,13 +212,20 @@ impl AgentClient {
     fn take_output(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
         // A frame's payload has at most 4096 bytes.
         let total = self.unconsumed + self.owed + bytes.len() as u32;
-        if total > HOST_WINDOW {
+        if total > self.window {
             return Err(ProtocolError::Window {
-                excess: total - HOST_WINDOW,
+                excess: total - self.window,
             });
         }
         self.unconsumed += bytes.len() as u32;
         Ok(())
+    }
+
+    /// The channel loses nothing, so more may be on its way. Once.
+    pub fn widen(&mut self) {
+        self.owed += MAX_HOST_WINDOW - self.window;
+        self.window = MAX_HOST_WINDOW;
+        self.fill();
     }
 
     /// So many bytes of Stdout and Stderr have been written: the guest may send as many more.
@@ -293,7 +307,7 @@ impl AgentClient {
     /// Sends one message if there is one to send.
     fn send_next(&mut self) -> bool {
         // Not for every byte: a frame costs more than it grants. The rest of the window still moves.
-        if self.owed >= HOST_WINDOW / 4 {
+        if self.owed >= self.window / 4 {
             let owed = std::mem::take(&mut self.owed);
             return self.send(FromHost::Credit(owed));
         }
@@ -317,7 +331,8 @@ impl AgentClient {
         if !self.stdin.is_empty() && room > 0 {
             let n = self.stdin.len().min(room);
             self.credit -= n as u32;
-            let piece: Vec<u8> = self.stdin.drain(..n).collect();
+            let piece = self.stdin.get(..n).unwrap_or_default().to_vec();
+            self.stdin.drain(..n);
             return self.send(FromHost::Stdin(&piece));
         }
         if self.stdin_eof && !self.eof_sent && self.stdin.is_empty() {

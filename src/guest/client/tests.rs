@@ -1,7 +1,7 @@
 use std::ffi::OsString;
 
 use agent_protocol::start::StartView;
-use agent_protocol::{Hello, MAX_FRAME};
+use agent_protocol::{GUEST_WINDOW, Hello, MAX_FRAME};
 use proptest::prelude::*;
 
 use super::*;
@@ -200,6 +200,40 @@ fn output_beyond_the_window_is_an_error_once() {
     assert!(tell(&mut client, FromGuest::Stdout(b"!")).is_empty());
     client.signal(9);
     assert!(take(&mut client, &mut decoder).is_empty());
+}
+
+#[test]
+fn a_channel_that_loses_nothing_has_a_wider_window() {
+    let mut client = AgentClient::new(&request()).unwrap();
+    let mut decoder = Decoder::new();
+    client.widen();
+    client.widen();
+    let hello = FromGuest::Hello(Hello {
+        version: VERSION,
+        features: 0,
+        window: u32::MAX,
+        release: b"",
+    });
+    tell(&mut client, hello);
+    let more = MAX_HOST_WINDOW - HOST_WINDOW;
+    let frames = take(&mut client, &mut decoder);
+    assert_eq!(frames[0], (0x87, 0, more.to_le_bytes().to_vec()));
+    tell(&mut client, FromGuest::Started { pid: 7 });
+    let piece = [b'o'; 4096];
+    for _ in 0..MAX_HOST_WINDOW / 4096 {
+        assert_eq!(tell(&mut client, FromGuest::Stdout(&piece)).len(), 1);
+    }
+    // And as much input as the host takes for granted, whatever the guest says.
+    let mut sent = 0;
+    while client.stdin(&piece) > 0 {
+        let frames = take(&mut client, &mut decoder);
+        sent += frames.iter().map(|f| f.2.len()).sum::<usize>();
+    }
+    let start = frames.iter().find(|f| f.0 == 0x81).map_or(0, |f| f.2.len());
+    assert_eq!(sent + start, MAX_GUEST_WINDOW as usize);
+    let events = tell(&mut client, FromGuest::Stdout(b"!"));
+    let error = ProtocolError::Window { excess: 1 };
+    assert_eq!(error_of(&events), Some(&error));
 }
 
 #[test]

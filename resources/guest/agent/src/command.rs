@@ -1,7 +1,7 @@
 //! The command: its process, its input and its output.
 
 use agent_protocol::start::StartView;
-use agent_protocol::{Exit, GUEST_WINDOW, Stage, WinSize};
+use agent_protocol::{Exit, MAX_GUEST_WINDOW, Stage, WinSize};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -57,7 +57,9 @@ fn pipes() -> Result<Files, Errno> {
     let make = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC);
     let ((in_read, in_write), (out_read, out_write), (err_read, err_write)) =
         (make()?, make()?, make()?);
-    rustix::fs::fcntl_setfl(&in_write, OFlags::NONBLOCK)?;
+    for ours in [&in_write, &out_read, &err_read] {
+        rustix::fs::fcntl_setfl(ours, OFlags::NONBLOCK)?;
+    }
     let child = [in_read, out_write, err_write];
     Ok(Files {
         child,
@@ -266,7 +268,7 @@ impl Command {
 
 /// Input that the command has not taken yet; as much as the host may send.
 pub struct Input {
-    bytes: [u8; GUEST_WINDOW as usize],
+    bytes: [u8; MAX_GUEST_WINDOW as usize],
     len: usize,
     /// The host has no more.
     pub eof: bool,
@@ -276,7 +278,7 @@ impl Input {
     /// Nothing yet.
     pub const fn new() -> Self {
         Self {
-            bytes: [0; GUEST_WINDOW as usize],
+            bytes: [0; MAX_GUEST_WINDOW as usize],
             len: 0,
             eof: false,
         }
@@ -290,6 +292,11 @@ impl Input {
         room.copy_from_slice(bytes);
         self.len += bytes.len();
         true
+    }
+
+    /// Forgets everything, the end of input included.
+    pub fn clear(&mut self) {
+        (self.len, self.eof) = (0, false);
     }
 
     /// The command has everything.

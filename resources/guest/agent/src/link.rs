@@ -1,18 +1,28 @@
-//! The byte stream to the host: a UART or any other file, with a bounded queue of frames to send.
+//! The byte stream to the host: a UART, a port of a virtio console or any other file, with a bounded
+//! queue of frames to send.
 
-use agent_protocol::{FromGuest, MAX_FRAME};
+use agent_protocol::{FromGuest, GUEST_WINDOW, MAX_FRAME, MAX_GUEST_WINDOW};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::termios::{ControlModes, OptionalActions, QueueSelector, SpecialCodeIndex};
 
+use crate::sys;
+
 /// Room that output leaves for control messages.
 const RESERVE: usize = 2048;
-const QUEUE: usize = 3 * MAX_FRAME + RESERVE;
+/// Several frames for one write, which costs an exit or two whatever its length.
+const QUEUE: usize = 7 * MAX_FRAME + RESERVE;
+/// How long the host may take to say that it has a port open, and how often that is looked for.
+const PORT_PATIENCE_MS: u64 = 2000;
+const PORT_PAUSE_MS: u64 = 1;
 
 /// The channel, with frames that wait to be sent.
 pub struct Link {
     file: OwnedFd,
+    /// A terminal that may drop what it has no room for.
+    is_tty: bool,
     queue: [u8; QUEUE],
     start: usize,
     end: usize,
@@ -23,7 +33,7 @@ impl Link {
     pub fn open(path: &str) -> Result<Self, Errno> {
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::empty())?;
-        match rustix::termios::tcgetattr(&file) {
+        let is_tty = match rustix::termios::tcgetattr(&file) {
             Ok(mut termios) => {
                 termios.make_raw();
                 termios.control_modes |= ControlModes::CLOCAL | ControlModes::CREAD;
@@ -33,17 +43,48 @@ impl Link {
                 let _ = termios.set_speed(115_200);
                 rustix::termios::tcsetattr(&file, OptionalActions::Now, &termios)?;
                 rustix::termios::tcflush(&file, QueueSelector::IFlush)?;
+                true
             }
-            // Not a terminal: a virtio port, say.
-            Err(Errno::NOTTY) => {}
+            Err(Errno::NOTTY) => false,
             Err(errno) => return Err(errno),
-        }
+        };
         Ok(Self {
             file,
+            is_tty,
             queue: [0; QUEUE],
             start: 0,
             end: 0,
         })
+    }
+
+    /// Opens a port of a virtio console, once the host has it open as well.
+    pub fn open_port(path: &str) -> Result<Self, Errno> {
+        let link = Self::open(path)?;
+        let deadline = sys::now_ms() + PORT_PATIENCE_MS;
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        loop {
+            let mut files = [PollFd::new(&link.file, PollFlags::OUT)];
+            poll(&mut files, Some(&now))?;
+            if !files[0].revents().contains(PollFlags::HUP) {
+                return Ok(link);
+            }
+            if sys::now_ms() >= deadline {
+                return Err(Errno::TIMEDOUT);
+            }
+            sys::sleep_ms(PORT_PAUSE_MS);
+        }
+    }
+
+    /// Bytes of input that may be on their way here.
+    pub fn window(&self) -> u32 {
+        if self.is_tty {
+            GUEST_WINDOW
+        } else {
+            MAX_GUEST_WINDOW
+        }
     }
 
     /// The file, to wait on.

@@ -59,22 +59,45 @@ fn init() -> ! {
     setup::set_host_name(&mut notes);
     setup::bring_up_loopback(&mut notes);
     power::take_ctrl_alt_del();
-    let mut path = Text::<64>::new();
-    let _ = write!(path, "/dev/{}", setup::channel_name().as_str());
-    let end = match link::Link::open(path.as_str()) {
-        Ok(link) => session::Session::new(link, power::Buttons::open(), true)
+    let end = match open_channel(&mut notes) {
+        Some(link) => session::Session::new(link, power::Buttons::open(), true)
             .without_root(trouble)
             .run(notes.as_bytes()),
-        Err(errno) => {
-            sys::complain(format_args!(
-                "cannot open the channel to the host, {}: error {}; powering off",
-                path.as_str(),
-                errno.raw_os_error()
-            ));
+        None => {
+            sys::complain(format_args!("no channel to the host; powering off"));
             agent_protocol::Power::Off
         }
     };
     power::end(end)
+}
+
+/// Opens the first channel of those that the host offers which this kernel has.
+fn open_channel(notes: &mut setup::Notes) -> Option<link::Link> {
+    for channel in setup::channels().as_str().split(',') {
+        let opened = match channel.strip_prefix("port:") {
+            Some(name) => match setup::virtio_port(name.as_bytes()) {
+                Some(path) => link::Link::open_port(path.as_str()),
+                // No driver, which is what the next channel is for.
+                None => continue,
+            },
+            None => {
+                let mut path = Text::<64>::new();
+                let _ = write!(path, "/dev/{channel}");
+                link::Link::open(path.as_str())
+            }
+        };
+        match opened {
+            Ok(link) => return Some(link),
+            Err(errno) => {
+                let errno = errno.raw_os_error();
+                setup::note(
+                    notes,
+                    format_args!("cannot open {channel} to the host: error {errno}"),
+                );
+            }
+        }
+    }
+    None
 }
 
 /// The part of the agent that runs a command, for tests on the host.

@@ -5,8 +5,8 @@
 
 use agent_protocol::start::StartView;
 use agent_protocol::{
-    Decoder, Exit, FromGuest, FromHost, GUEST_WINDOW, Hello, Level, MAX_PAYLOAD, MAX_START, Power,
-    Stage, VERSION, features,
+    Decoder, Exit, FromGuest, FromHost, Hello, Level, MAX_PAYLOAD, MAX_START, Power, Stage,
+    VERSION, features,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
@@ -169,7 +169,7 @@ impl Session {
         self.link.send(&FromGuest::Hello(Hello {
             version: VERSION,
             features: have,
-            window: GUEST_WINDOW,
+            window: self.link.window(),
             release,
         }));
         for line in notes.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
@@ -192,10 +192,10 @@ impl Session {
             outcome = command.outcome(stalled).ok();
         } else if self.done_at.is_some() {
             // Nobody reads input any more.
-            self.input = Input::new();
+            self.input.clear();
         }
         // Not for every byte: each costs the host an exit. The rest of the window still moves.
-        if self.owed >= GUEST_WINDOW / 4 && self.link.send(&FromGuest::Credit(self.owed)) {
+        if self.owed >= self.link.window() / 4 && self.link.send(&FromGuest::Credit(self.owed)) {
             self.owed = 0;
         }
         if let Some(exit) = outcome {
@@ -366,7 +366,7 @@ impl Session {
     }
 
     fn receive(&mut self, decoder: &mut Decoder) -> Result<(), Errno> {
-        let mut buffer = [0; 2048];
+        let mut buffer = [0; 8192];
         let n = self.link.read(&mut buffer)?;
         let mut bytes = &buffer[..n];
         // Stale bytes may lie before the first frame; after it, bytes that are skipped were lost.
@@ -478,16 +478,15 @@ impl Session {
     }
 
     fn pass_output(&mut self, index: usize) {
-        if self.is_stalled() {
-            return;
-        }
-        let Some(command) = &mut self.command else {
-            return;
-        };
         let mut buffer = [0; MAX_PAYLOAD];
-        let room = (self.credit as usize).min(MAX_PAYLOAD);
-        let n = command.read(index, &mut buffer[..room]);
-        if n > 0 {
+        while !self.is_stalled()
+            && let Some(command) = &mut self.command
+        {
+            let room = (self.credit as usize).min(MAX_PAYLOAD);
+            let n = command.read(index, &mut buffer[..room]);
+            if n == 0 {
+                return;
+            }
             self.credit -= n as u64;
             let bytes = &buffer[..n];
             let message = if index == 0 {

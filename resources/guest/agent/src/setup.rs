@@ -29,6 +29,10 @@ const DEFAULT_HOST_NAME: &[u8] = b"bulle";
 /// Longest host name of Linux (`HOST_NAME_MAX`).
 const MAX_HOST_NAME: usize = 64;
 
+/// How long a port may take to be there once its device has a driver, and how often it is looked for.
+const PORT_PATIENCE_MS: u64 = 2000;
+const PORT_PAUSE_MS: u64 = 1;
+
 struct Mount {
     kind: &'static str,
     target: &'static str,
@@ -207,8 +211,10 @@ pub fn bring_up_loopback(notes: &mut Notes) {
     }
 }
 
-/// The device that `bulle.agent=` on the kernel command line names; `ttyS1` without it.
-pub fn channel_name() -> Text<32> {
+/// The channels to the host that `bulle.agent=` on the kernel command line names, best first and with
+/// commas between: a file in /dev, or `port:` and the name of a port of a virtio console. `ttyS1`
+/// without it.
+pub fn channels() -> Text<128> {
     command_line_word(b"bulle.agent=").unwrap_or_else(|| {
         let mut name = Text::new();
         name.push(b"ttyS1");
@@ -216,8 +222,40 @@ pub fn channel_name() -> Text<32> {
     })
 }
 
+/// The device file of the port called `name`. Where a console device is bound to its driver, which
+/// then learns of its ports one by one, it is waited for.
+pub fn virtio_port(name: &[u8]) -> Option<Text<64>> {
+    let bound = any_entry("/sys/bus/virtio/drivers/virtio_console", |entry| {
+        entry.starts_with(b"virtio")
+    });
+    let deadline = sys::now_ms() + if bound { PORT_PATIENCE_MS } else { 0 };
+    loop {
+        let mut path = Text::new();
+        let found = any_entry("/sys/class/virtio-ports", |port| {
+            let Ok(port) = core::str::from_utf8(port) else {
+                return false;
+            };
+            let mut file = Text::<96>::new();
+            let _ = write!(file, "/sys/class/virtio-ports/{port}/name");
+            let mut buffer = [0; 160];
+            if read_file(file.as_str(), &mut buffer).trim_ascii() != name {
+                return false;
+            }
+            let _ = write!(path, "/dev/{port}");
+            true
+        });
+        if found {
+            return Some(path);
+        }
+        if sys::now_ms() >= deadline {
+            return None;
+        }
+        sys::sleep_ms(PORT_PAUSE_MS);
+    }
+}
+
 /// What follows `key` on the kernel command line, the last time.
-pub fn command_line_word(key: &[u8]) -> Option<Text<32>> {
+pub fn command_line_word(key: &[u8]) -> Option<Text<128>> {
     let mut buffer = [0; MAX_LIST];
     let words = read_file("/proc/cmdline", &mut buffer).split(|b| b.is_ascii_whitespace());
     let value = words
@@ -275,7 +313,8 @@ pub fn read_file<'a>(path: &str, buffer: &'a mut [u8]) -> &'a [u8] {
     &buffer[..length]
 }
 
-fn note(notes: &mut Notes, message: core::fmt::Arguments<'_>) {
+/// Tells the console, and the host once it listens.
+pub fn note(notes: &mut Notes, message: core::fmt::Arguments<'_>) {
     sys::complain(message);
     let _ = writeln!(notes, "{message}");
 }

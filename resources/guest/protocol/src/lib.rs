@@ -27,8 +27,15 @@ pub const VERSION: u16 = 1;
 /// frames they fit the tty buffer of a Linux UART (64 KiB), so nothing is lost on a busy guest.
 pub const GUEST_WINDOW: u32 = 2048;
 
+/// The same over a channel that loses nothing, such as a port of a virtio console, and the most that
+/// the host takes for granted.
+pub const MAX_GUEST_WINDOW: u32 = 64 * 1024;
+
 /// Bytes of Stdout and Stderr payload that the host can take before it grants more.
 pub const HOST_WINDOW: u32 = 32 * 1024;
+
+/// The same over a channel that loses nothing: granted by a Credit as soon as the channel is known.
+pub const MAX_HOST_WINDOW: u32 = 128 * 1024;
 
 #[cfg(test)]
 mod tests;
