@@ -14,6 +14,7 @@ use devices::bus::{Bus, BusError};
 use devices::irq::Interrupt;
 use devices::pci::{ConfigPorts, Ecam, IntxLine, PciBus, PciError, PciWindow};
 use devices::virtio::Memory;
+use devices::virtio::console::ConsoleHandle;
 use devices::virtio::core::{NewError, Parts, VirtioCore, VirtioState};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::notifier::VirtioInterrupt;
@@ -269,6 +270,23 @@ impl Devices {
     /// The devices, in the order of the configuration.
     pub fn list(&self) -> &[Attached] {
         &self.list
+    }
+
+    /// The virtio console's handle, where there is one.
+    pub fn console(&self) -> Option<&ConsoleHandle> {
+        self.list.iter().find_map(|device| match &device.handle {
+            DeviceHandle::Console(handle) => Some(handle),
+            _ => None,
+        })
+    }
+
+    /// Has the virtio console take all that the guest has given it, and go on. The guest has ended.
+    pub fn settle_console(&self) {
+        let consoles = self.list.iter();
+        for device in consoles.filter(|d| matches!(d.handle, DeviceHandle::Console(_))) {
+            device.core.pause();
+            device.core.resume();
+        }
     }
 
     /// What ACPI says of devices over MMIO.

@@ -8,6 +8,12 @@ pub fn kernel_words(config: &Config) -> String {
     let mut words = vec![
         // COM1; the kernel's messages, never the command's output.
         "console=ttyS0",
+    ];
+    if config.console().is_hvc0() {
+        // The last is /dev/console. What came before it is there gets printed on it as well.
+        words.push("console=hvc0");
+    }
+    words.extend([
         // Through the ACPI reset register: Linux expects EFI's on hardware-reduced ACPI.
         "reboot=acpi",
         // A panic resets at once, so that it never waits for a time limit.
@@ -16,7 +22,7 @@ pub fn kernel_words(config: &Config) -> String {
         "i8042.noaux",
         "i8042.nomux",
         "i8042.dumbkbd",
-    ];
+    ]);
     if config.machine_config.virtio_transport != Transport::Pci {
         // No PCI bus to probe.
         words.push("pci=off");
@@ -46,7 +52,7 @@ pub fn kernel_words(config: &Config) -> String {
     };
     words.extend(root.as_deref());
     if config.guest.is_some() {
-        words.extend(["rdinit=/.bulle/init", "bulle.agent=ttyS1"]);
+        words.extend(["rdinit=/.bulle/init", "bulle.agent=port:bulle.agent,ttyS1"]);
         if config.console() == Console::Off {
             // Each byte costs an exit; a panic raises the level by itself.
             words.push("quiet");
@@ -63,11 +69,13 @@ mod tests {
     fn the_agent_gets_its_port_and_a_quiet_console() {
         let text = r#"{"boot-source":{"kernel_image_path":"/k"},"guest":{}}"#;
         let mut config: Config = serde_json::from_str(text).unwrap();
-        assert!(kernel_words(&config).ends_with("bulle.agent=ttyS1 quiet"));
+        assert!(kernel_words(&config).ends_with("bulle.agent=port:bulle.agent,ttyS1 quiet"));
         config.console = Some(Console::Tty);
-        assert!(kernel_words(&config).ends_with("bulle.agent=ttyS1"));
+        assert!(kernel_words(&config).ends_with("bulle.agent=port:bulle.agent,ttyS1"));
         config.guest = None;
         assert!(!kernel_words(&config).contains("bulle"));
+        config.console = Some(Console::Hvc0);
+        assert!(kernel_words(&config).starts_with("console=ttyS0 console=hvc0 "));
     }
 
     #[test]

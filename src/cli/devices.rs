@@ -5,8 +5,8 @@ use serde::de::DeserializeOwned;
 
 use super::share::parse_share;
 use crate::config::{
-    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, Pmem, Rtc, Share, Transport, Vsock,
-    Watchdog, parse_list,
+    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, Pmem, Port, Rtc, Share, Transport,
+    Vsock, Watchdog, parse_list,
 };
 
 /// Arguments that add devices to a machine.
@@ -56,6 +56,10 @@ pub struct DeviceArgs {
         value_parser = parse_list::<Balloon>
     )]
     balloon: Option<Balloon>,
+    /// Named port of the virtio console, /dev/virtio-ports/NAME in the guest (repeatable):
+    /// NAME=socket:PATH for the clients of a Unix socket, NAME=file:PATH to append to a file
+    #[arg(long, value_name = "NAME=TO", value_parser = Port::parse)]
+    port: Vec<Port>,
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     pci: bool,
@@ -89,6 +93,7 @@ impl DeviceArgs {
         if self.entropy {
             config.entropy = Some(Entropy {});
         }
+        config.ports.extend(self.port.iter().cloned());
         if self.vsock.is_some() {
             config.vsock.clone_from(&self.vsock);
         }

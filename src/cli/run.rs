@@ -101,7 +101,9 @@ pub struct RunArgs {
     /// End the VM after this time, such as 30s or 2m
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
-    /// Where the guest's console goes: tty, off or file=PATH [default: off, or tty without agent]
+    /// Where the guest's console goes: tty, off or file=PATH over the serial port; hvc0 or
+    /// hvc0=PATH over the virtio console to the terminal or a file [default: off, or tty without
+    /// agent]
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     console: Option<Console>,
     /// Show bulle's log at this level: off, error, warn, info, debug or trace
@@ -133,9 +135,11 @@ fn parse_console(text: &str) -> Result<Console, String> {
     match text {
         "tty" => Ok(Console::Tty),
         "off" => Ok(Console::Off),
-        _ => match text.strip_prefix("file=") {
-            Some(path) if !path.is_empty() => Ok(Console::File(path.into())),
-            _ => Err("write tty, off or file=PATH".to_string()),
+        "hvc0" => Ok(Console::Hvc0),
+        _ => match text.split_once('=') {
+            Some(("file", path)) if !path.is_empty() => Ok(Console::File(path.into())),
+            Some(("hvc0", path)) if !path.is_empty() => Ok(Console::Hvc0File(path.into())),
+            _ => Err("write tty, off, file=PATH, hvc0 or hvc0=PATH".to_string()),
         },
     }
 }
@@ -184,6 +188,7 @@ impl RunArgs {
                 pmem: Vec::new(),
                 memory_hotplug: None,
                 balloon: None,
+                ports: Vec::new(),
                 guest: None,
                 console: None,
                 timeout_ms: None,
@@ -515,6 +520,8 @@ mod tests {
     #[test]
     fn console_words() {
         assert_eq!(parse_console("file=/x"), Ok(Console::File("/x".into())));
+        assert_eq!(parse_console("hvc0"), Ok(Console::Hvc0));
+        assert_eq!(parse_console("hvc0=/x"), Ok(Console::Hvc0File("/x".into())));
         assert!(parse_console("file=").is_err());
         assert!(parse_console("serial").is_err());
     }

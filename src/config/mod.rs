@@ -17,14 +17,14 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use devices::{
-    Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug, Pmem,
-    RateLimiter, Rtc, Share, ShareCache, ShareOwnership, TokenBucket, Transport, Vsock, Watchdog,
-    WatchdogAction,
+    AGENT_PORT, Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug,
+    Pmem, Port, PortTo, RateLimiter, Rtc, Share, ShareCache, ShareOwnership, TokenBucket,
+    Transport, Vsock, Watchdog, WatchdogAction,
 };
 pub use list::{ListError, parse_list};
 pub use size::{SizeError, parse_bytes, parse_size};
 pub use validate::{
-    ConfigError, DriveError, LimitsError, ShareError, Spec, VsockError, WatchdogError,
+    ConfigError, DriveError, LimitsError, PortsError, ShareError, Spec, VsockError, WatchdogError,
 };
 
 /// Fewest MiB of RAM.
@@ -70,10 +70,13 @@ pub struct Config {
     /// A memory balloon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
+    /// Named ports of the virtio console.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
-    /// Where the guest's console (COM1) goes; absent: chosen by [`Config::console`].
+    /// Where the guest's console goes; absent: chosen by [`Config::console`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Console>,
     /// The VM ends after so many milliseconds; absent: never.
@@ -280,6 +283,19 @@ pub enum Console {
     Off,
     /// Appended to a file.
     File(PathBuf),
+    /// As `Tty`, but over the virtio console (hvc0); COM1 has the kernel's messages as well, and
+    /// its last lines are kept for reports.
+    Hvc0,
+    /// As `File`, but over the virtio console (hvc0).
+    #[serde(rename = "hvc0-file")]
+    Hvc0File(PathBuf),
+}
+
+impl Console {
+    /// Whether it is on the virtio console.
+    pub fn is_hvc0(&self) -> bool {
+        matches!(self, Self::Hvc0 | Self::Hvc0File(_))
+    }
 }
 
 impl Config {

@@ -106,8 +106,13 @@ fn archive(
 
 /// The modules for the devices of `config`, and for a root on one of them.
 fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
+    let transport = match config.machine_config.virtio_transport {
+        Transport::Mmio => "virtio_mmio",
+        Transport::Pci => "virtio_pci",
+    };
+    let console = !config.ports.is_empty() || config.console().is_hvc0();
     // The drivers of devices; nd_pmem makes a block device of what virtio_pmem finds.
-    let drivers: [(bool, &[&str]); 7] = [
+    let drivers: [(bool, &[&str]); 8] = [
         (!config.drives.is_empty(), &["virtio_blk"]),
         (config.entropy.is_some(), &["virtio-rng"]),
         (config.vsock.is_some(), &["vmw_vsock_virtio_transport"]),
@@ -115,14 +120,11 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
         (!config.pmem.is_empty(), &["virtio_pmem", "nd_pmem"]),
         (config.balloon.is_some(), &["virtio_balloon"]),
         (!config.shares.is_empty(), &["virtiofs"]),
+        (console, &["virtio_console"]),
     ];
     let drivers = drivers.into_iter().filter(|(there, _)| *there);
     let mut required: Vec<&str> = drivers.flat_map(|(_, names)| names).copied().collect();
     if !required.is_empty() || config.rtc.is_some() {
-        let transport = match config.machine_config.virtio_transport {
-            Transport::Mmio => "virtio_mmio",
-            Transport::Pci => "virtio_pci",
-        };
         required.insert(0, transport);
     }
     if config.watchdog.is_some() {
@@ -148,7 +150,9 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     // So that a file system in persistent memory can be mounted.
     let files = config.pmem.iter();
     let pmem = files.filter_map(|pmem| module_for(&pmem.path_on_host).ok().flatten());
-    let comfort = COMFORT.into_iter().chain(clock).chain(pmem);
+    // Without these two the agent's channel is a UART.
+    let channel = [transport, "virtio_console"];
+    let comfort = COMFORT.into_iter().chain(clock).chain(pmem).chain(channel);
     let comfort = comfort.map(wanted(false));
     Ok(comfort
         .chain(required.into_iter().map(wanted(true)))

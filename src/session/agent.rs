@@ -1,12 +1,12 @@
-//! The session's end of the agent: its protocol client, joined to COM2 and to stdout and stderr.
+//! The session's end of the agent: its protocol client, joined to its channel and to stdout and stderr.
 
 use std::ffi::OsString;
-use std::sync::Arc;
+use std::os::fd::AsRawFd;
 
 use devices::legacy::serial::Serial;
 use nix::sys::signal::Signal;
 
-use super::agent_port::AgentPort;
+use super::agent_port::Channel;
 use super::outcome::Outcome;
 use super::output::Output;
 use super::terminal::window_size;
@@ -33,7 +33,7 @@ const DEFAULT_SIZE: (u16, u16) = (24, 80);
 /// The agent of a foreground run.
 pub struct AgentLink {
     client: AgentClient,
-    port: Arc<AgentPort>,
+    channel: Channel,
     features: u32,
     running: bool,
     interrupted: bool,
@@ -42,11 +42,11 @@ pub struct AgentLink {
 
 impl AgentLink {
     /// For the command of `guest`, on a terminal if `tty`.
-    pub fn new(guest: &Guest, tty: bool, port: Arc<AgentPort>) -> Result<Self, RequestError> {
+    pub fn new(guest: &Guest, tty: bool, channel: Channel) -> Result<Self, RequestError> {
         let client = AgentClient::new(&request(guest, tty))?;
         Ok(Self {
             client,
-            port,
+            channel,
             features: 0,
             running: false,
             interrupted: false,
@@ -103,24 +103,36 @@ impl AgentLink {
         self.client.consumed(bytes);
     }
 
-    /// Moves what there is to say into the UART, as far as that takes it.
+    /// Descriptors that are readable when the channel has bytes, and when it has room, beside those of
+    /// COM2.
+    pub fn events(&self) -> Option<[i32; 2]> {
+        let port = self.channel.port()?;
+        Some([port.readable().as_raw_fd(), port.writable().as_raw_fd()])
+    }
+
+    /// Moves what there is to say into the channel, as far as that takes it.
     pub fn pump(&mut self, uart: &Serial) {
         loop {
-            let waiting = self.client.outgoing();
-            if waiting.is_empty() {
-                return;
-            }
-            match uart.input(waiting) {
+            // Nothing at all is written as well: that takes the event of room.
+            match self.channel.write(self.client.outgoing(), uart) {
                 0 => return,
                 taken => self.client.sent(taken),
             }
         }
     }
 
-    /// Takes what the guest has sent; output goes to its queue. An end of the run is returned.
-    pub fn receive(&mut self, stdout: &mut Output, stderr: &mut Output) -> Option<Outcome> {
+    /// Takes what the guest has sent; output goes to its queue. An end of the run is returned, and
+    /// whether anything came.
+    pub fn receive(&mut self, stdout: &mut Output, stderr: &mut Output) -> (Option<Outcome>, bool) {
         let mut events = Vec::new();
-        self.client.received(&self.port.take(), &mut events);
+        let bytes = self.channel.take();
+        if self.channel.is_lossless() {
+            self.client.widen();
+        }
+        self.client.received(&bytes, &mut events);
+        if self.client.is_connected() {
+            self.channel.settle();
+        }
         let mut end = None;
         for event in events {
             match event {
@@ -129,7 +141,7 @@ impl AgentLink {
                 event => end = end.or(self.on_event(event)),
             }
         }
-        end
+        (end, !bytes.is_empty())
     }
 
     fn print(&mut self, output: &mut Output, bytes: &[u8]) {

@@ -1,13 +1,83 @@
-//! The host's end of the agent's UART (COM2): bytes from the guest, waiting for the vmm thread.
+//! The host's ends of the agent's channels: a port of the virtio console, and COM2 for guests that
+//! have no driver for that. The agent takes one of them; who speaks first has it.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use devices::legacy::serial::Serial;
+use devices::virtio::console::HostPort;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Most bytes that wait. The agent's window is far smaller; a guest that sends more is broken,
 /// and what does not fit is dropped, which its protocol then shows.
 const LIMIT: usize = 256 * 1024;
+
+/// The way to the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Not known yet.
+    Either,
+    /// COM2.
+    Uart,
+    /// The port.
+    Port,
+}
+
+/// Both channels, owned by the vmm thread.
+#[derive(Debug)]
+pub struct Channel {
+    uart: Arc<AgentPort>,
+    port: Option<HostPort>,
+    way: Way,
+}
+
+impl Channel {
+    /// COM2, and the port where the machine has it.
+    pub fn new(uart: Arc<AgentPort>, port: Option<HostPort>) -> Self {
+        let way = Way::Either;
+        Self { uart, port, way }
+    }
+
+    /// The port, whose events are the channel's as well as those of COM2.
+    pub fn port(&self) -> Option<&HostPort> {
+        self.port.as_ref()
+    }
+
+    /// Whether bytes are never lost.
+    pub fn is_lossless(&self) -> bool {
+        self.way == Way::Port
+    }
+
+    /// The agent has said Hello.
+    pub fn settle(&mut self) {
+        if self.way == Way::Either {
+            self.way = Way::Uart;
+        }
+    }
+
+    /// Takes all that waits. Only the agent has the port open, so its first byte decides; on the UART
+    /// there may be noise.
+    pub fn take(&mut self) -> Vec<u8> {
+        let bytes = self.port.as_ref().and_then(HostPort::take);
+        match bytes {
+            Some(bytes) if !bytes.is_empty() && self.way != Way::Uart => {
+                self.way = Way::Port;
+                bytes
+            }
+            _ if self.way == Way::Port => Vec::new(),
+            _ => self.uart.take(),
+        }
+    }
+
+    /// Moves as many of `bytes` to the agent as there is room for; says how many.
+    pub fn write(&mut self, bytes: &[u8], uart: &Serial) -> usize {
+        match (self.way, &self.port) {
+            (Way::Port, Some(port)) => port.write(bytes).unwrap_or(0),
+            (Way::Port | Way::Either, _) => 0,
+            (Way::Uart, _) => uart.input(bytes),
+        }
+    }
+}
 
 /// Filled on vCPU threads, emptied on the vmm thread.
 #[derive(Debug)]
@@ -63,6 +133,22 @@ impl Write for Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_speaks_first_has_the_channel() {
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let uart = AgentPort::new(event());
+        let (port, _end) = devices::virtio::console::PortEnd::pipe(64).unwrap();
+        let mut channel = Channel::new(uart.clone(), Some(port));
+        uart.writer().write_all(b"noise").unwrap();
+        assert_eq!(channel.take(), b"noise");
+        assert_eq!(channel.take(), b"");
+        assert!(!channel.is_lossless());
+        channel.settle();
+        uart.writer().write_all(b"more").unwrap();
+        assert_eq!(channel.take(), b"more");
+        assert!(!channel.is_lossless());
+    }
 
     #[test]
     fn bytes_wait_in_order_and_bounded() {

@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::agent::AgentLink;
 use super::console::ConsoleTap;
 use super::escape::{Escapes, HELP, Request};
+use super::hvc::{self, Hvc};
 use super::outcome::Outcome;
 use super::output::{Output, read_input};
 use super::progress::Progress;
@@ -32,7 +33,9 @@ const PANIC_GRACE: Duration = Duration::from_secs(2);
 /// How long a guest with pvpanic may take to report a panic that its console shows.
 const PVPANIC_GRACE: Duration = Duration::from_secs(10);
 /// Bytes of stdin taken at once.
-const INPUT_CHUNK: usize = 2048;
+const INPUT_CHUNK: usize = 16 * 1024;
+/// Times that a virtio console is asked for the last words of a guest that ended.
+const LAST_WORDS: u32 = 256;
 
 /// What an event is about; the number travels as epoll data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,13 +50,14 @@ enum Token {
     ConsoleRoom,
     AgentRoom,
     AgentData,
+    Hvc,
     Stdout,
     Stderr,
     Watchdog,
 }
 
 impl Token {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Exit,
         Self::Signal,
         Self::Timeout,
@@ -63,6 +67,7 @@ impl Token {
         Self::ConsoleRoom,
         Self::AgentRoom,
         Self::AgentData,
+        Self::Hvc,
         Self::Stdout,
         Self::Stderr,
         Self::Watchdog,
@@ -114,6 +119,7 @@ pub struct Foreground<'a> {
     vm: &'a Vm,
     tap: Arc<ConsoleTap>,
     agent: Option<AgentLink>,
+    hvc: Option<Hvc>,
     events: GuestEvents,
     signals: Signals,
     timeout: Option<(TimerFd, Duration)>,
@@ -135,7 +141,7 @@ impl<'a> Foreground<'a> {
     pub fn new(
         vm: &'a Vm,
         (tap, events): (Arc<ConsoleTap>, GuestEvents),
-        agent: Option<AgentLink>,
+        (agent, hvc): (Option<AgentLink>, Option<Hvc>),
         signals: Signals,
         raw: bool,
         progress: Progress,
@@ -145,6 +151,7 @@ impl<'a> Foreground<'a> {
             vm,
             tap,
             agent,
+            hvc,
             events,
             signals,
             timeout: None,
@@ -208,8 +215,8 @@ impl<'a> Foreground<'a> {
         let Some(exit) = self.vm.exit().take() else {
             return;
         };
+        self.take_last_words();
         // A kernel that panicked resets itself: the panic is the reason.
-        self.on_agent_data();
         let outcome = match Outcome::from(exit) {
             Outcome::Reset if self.tap.panicked() => Outcome::Panicked,
             // Asked for by SIGTERM: no success of the command that it ended.
@@ -222,6 +229,28 @@ impl<'a> Foreground<'a> {
             outcome => outcome,
         };
         self.end(outcome);
+    }
+
+    /// What the guest said before it ended, some of which its devices may not have looked at yet.
+    fn take_last_words(&mut self) {
+        for _ in 0..LAST_WORDS {
+            self.vm.board().devices.settle_console();
+            if !self.on_agent_data() && !self.on_hvc(true) {
+                return;
+            }
+        }
+    }
+
+    /// Passes on the output of hvc0, where its reader takes it; says whether there was any.
+    fn on_hvc(&mut self, all: bool) -> bool {
+        let Some(hvc) = &self.hvc else { return false };
+        if self.stdout.is_waiting() && !all {
+            return false;
+        }
+        let bytes = hvc.output();
+        self.stdout.push(&bytes);
+        self.flush();
+        !bytes.is_empty()
     }
 
     fn on_signal(&mut self) {
@@ -266,9 +295,13 @@ impl<'a> Foreground<'a> {
     }
 
     fn resize(&mut self) {
-        if let (Some(agent), Some(size)) = (&mut self.agent, window_size()) {
+        let Some(size) = window_size() else { return };
+        if let Some(agent) = &mut self.agent {
             agent.resize(size);
             self.pump_agent();
+        }
+        if let Some(console) = self.vm.board().devices.console() {
+            hvc::resize(console, size);
         }
     }
 
@@ -308,7 +341,7 @@ impl<'a> Foreground<'a> {
     }
 
     fn on_stdin(&mut self) {
-        let mut buffer = [0; INPUT_CHUNK];
+        let mut buffer = vec![0; INPUT_CHUNK];
         match read_input(&mut buffer) {
             Ok(Some(count)) => {
                 let bytes = buffer.get(..count).unwrap_or_default();
@@ -333,9 +366,10 @@ impl<'a> Foreground<'a> {
 
     /// Gives waiting input to whoever takes it.
     fn pump_input(&mut self) {
-        let taken = match &mut self.agent {
-            None => self.vm.board().console.input(&self.input.waiting),
-            Some(agent) => {
+        let taken = match (&mut self.agent, &self.hvc) {
+            (None, Some(hvc)) => hvc.input(&self.input.waiting),
+            (None, None) => self.vm.board().console.input(&self.input.waiting),
+            (Some(agent), _) => {
                 let taken = agent.input(&self.input.waiting);
                 if self.input.ended && taken == self.input.waiting.len() {
                     agent.input_ended();
@@ -347,16 +381,19 @@ impl<'a> Foreground<'a> {
         self.pump_agent();
     }
 
-    /// Moves what the client has to say into COM2, as far as that takes it.
+    /// Moves what the client has to say into its channel, as far as that takes it.
     fn pump_agent(&mut self) {
         if let Some(agent) = &mut self.agent {
             agent.pump(&self.vm.board().agent);
         }
     }
 
-    fn on_agent_data(&mut self) {
-        let Some(agent) = &mut self.agent else { return };
-        let ended = agent.receive(&mut self.stdout, &mut self.stderr);
+    /// Takes what the agent has sent; says whether there was anything.
+    fn on_agent_data(&mut self) -> bool {
+        let Some(agent) = &mut self.agent else {
+            return false;
+        };
+        let (ended, any) = agent.receive(&mut self.stdout, &mut self.stderr);
         if agent.is_running() {
             self.progress.clear();
             if std::mem::take(&mut self.press_again) {
@@ -368,6 +405,7 @@ impl<'a> Foreground<'a> {
         if let Some(outcome) = ended {
             self.end(outcome);
         }
+        any
     }
 
     fn flush(&mut self) {
@@ -387,6 +425,12 @@ impl<'a> Foreground<'a> {
         if watch(ops, stdin, wants, &mut self.input.watched).is_err() {
             self.input.unpollable = true;
             return self.update_interest(ops);
+        }
+        if let Some(hvc) = &mut self.hvc {
+            let source = (hvc.output_event(), Token::Hvc, EventSet::IN);
+            if let Err(error) = watch(ops, source, !self.stdout.is_waiting(), &mut hvc.watched) {
+                log::error!("cannot watch hvc0: {error:?}");
+            }
         }
         let watched = &mut self.outputs_watched;
         let outputs = [(&self.stdout, Token::Stdout), (&self.stderr, Token::Stderr)];
@@ -441,6 +485,9 @@ impl<'a> Foreground<'a> {
                     self.vm.exit().set(VmExit::Guest(reason));
                 }
             }
+            Token::Hvc => {
+                self.on_hvc(false);
+            }
             Token::Stdout | Token::Stderr => {
                 self.flush();
                 self.pump_agent();
@@ -466,6 +513,12 @@ impl MutEventSubscriber for Foreground<'_> {
         }
         if let Some(watchdog) = &self.vm.board().watchdog {
             sources.push((watchdog.as_raw_fd(), Token::Watchdog));
+        }
+        if let Some([data, room]) = self.agent.as_ref().and_then(AgentLink::events) {
+            sources.extend([(data, Token::AgentData), (room, Token::AgentRoom)]);
+        }
+        if let Some(hvc) = &self.hvc {
+            sources.push((hvc.room_event(), Token::ConsoleRoom));
         }
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN)) {

@@ -10,15 +10,16 @@ use nix::poll::PollTimeout;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::agent::AgentLink;
-use super::agent_port::AgentPort;
+use super::agent_port::{AgentPort, Channel};
 use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
 use super::foreground::{Foreground, GuestEvents, Rest};
+use super::hvc::Hvc;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
 use super::progress::Progress;
 use super::signals::Signals;
-use super::terminal::RawTerminal;
-use crate::board::plan::{PlanError, open_files, plan};
+use super::terminal::{RawTerminal, window_size};
+use crate::board::plan::{PlanError, fit, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
@@ -70,9 +71,14 @@ pub enum LaunchError {
 pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     let started = Instant::now();
     let mut progress = Progress::new();
-    let devices = plan(&spec)?;
+    let (mut devices, ends) = plan(&spec)?;
     let host = Host::open(spec.machine(), open_files(&devices))?;
     let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
+    fit(
+        &mut devices,
+        window_size(),
+        &kernel.version().unwrap_or_default(),
+    );
     let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
     progress.step("starting the kernel".to_string());
 
@@ -98,7 +104,7 @@ pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     let tty = wants_tty(&spec);
     let agent = spec
         .guest()
-        .map(|guest| AgentLink::new(guest, tty, port))
+        .map(|guest| AgentLink::new(guest, tty, Channel::new(port, ends.agent)))
         .transpose()?;
     let raw = if tty || agent.is_none() {
         enter_raw()?
@@ -116,7 +122,8 @@ pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
     let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
     let (outcome, rest) = {
         let parts = (tap.clone(), events);
-        let mut foreground = Foreground::new(&vm, parts, agent, signals, raw.is_some(), progress)
+        let ends = (agent, ends.terminal.map(Hvc::new));
+        let mut foreground = Foreground::new(&vm, parts, ends, signals, raw.is_some(), progress)
             .map_err(|error| session("timers", error))?;
         if let Some(limit) = spec.timeout() {
             foreground
@@ -224,7 +231,7 @@ fn guest_events() -> Result<GuestEvents, LaunchError> {
 /// Where the console's bytes go. Beside an agent it never goes to stdout, which is the command's.
 fn sink(spec: &Spec) -> Result<Sink, ConsoleFileError> {
     match spec.console() {
-        Console::Off => Ok(Sink::None),
+        Console::Off | Console::Hvc0 | Console::Hvc0File(_) => Ok(Sink::None),
         Console::File(path) => Sink::file(&path),
         Console::Tty if spec.guest().is_some() => Ok(Sink::stderr()),
         Console::Tty => Ok(Sink::stdout()),

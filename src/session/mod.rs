@@ -2,13 +2,14 @@
 //!
 //! `launch` goes from a checked configuration to an exit code; `foreground` is the vmm thread's
 //! event loop meanwhile. The rest are its parts: terminal, escapes, signals, output, the host's
-//! ends of both UARTs, and the outcome.
+//! ends of both UARTs and of the virtio console, and the outcome.
 
 mod agent;
 mod agent_port;
 mod console;
 mod escape;
 mod foreground;
+mod hvc;
 mod launch;
 mod outcome;
 mod output;

@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod console;
 mod disks;
 mod shares;
 mod vsock;

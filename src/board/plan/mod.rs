@@ -4,6 +4,7 @@
 
 mod addresses;
 mod balloon;
+mod console;
 mod disk;
 mod limits;
 mod memory_hotplug;
@@ -22,6 +23,7 @@ use devices::virtio::vsock::VsockError;
 
 pub use self::addresses::AddressError;
 use self::addresses::Addresses;
+pub use self::console::{ConsoleEnds, PortError, fit};
 use self::limits::Limiters;
 pub use self::memory_hotplug::RegionError;
 use super::attach;
@@ -82,6 +84,9 @@ pub enum PlanError {
     /// A shared directory.
     #[error(transparent)]
     Share(#[from] FsError),
+    /// The virtio console.
+    #[error(transparent)]
+    Console(#[from] PortError),
 }
 
 fn transport_room(transport: &Transport) -> String {
@@ -106,7 +111,7 @@ pub fn open_files(plans: &[Plan]) -> u64 {
 }
 
 /// Opens what the devices of `spec` need.
-pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
+pub fn plan(spec: &Spec) -> Result<(Vec<Plan>, ConsoleEnds), PlanError> {
     let config = spec.config();
     let limiters = Limiters::new(config);
     let mut plans = Vec::new();
@@ -141,8 +146,16 @@ pub fn plan(spec: &Spec) -> Result<Vec<Plan>, PlanError> {
     }
     plans.extend(share::plan(&config.shares)?);
     let transport = spec.machine().virtio_transport;
+    let room = attach::most(transport);
+    let mut ends = ConsoleEnds::default();
+    // The agent can do without.
+    if console::is_asked_for(config) || config.guest.is_some() && plans.len() < room {
+        let (plan, console) = console::plan(spec)?;
+        plans.push(plan);
+        ends = console;
+    }
     match plans.len() {
-        count if count > attach::most(transport) => Err(PlanError::TooMany { count, transport }),
-        _ => Ok(plans),
+        count if count > room => Err(PlanError::TooMany { count, transport }),
+        _ => Ok((plans, ends)),
     }
 }

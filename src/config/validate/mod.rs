@@ -5,6 +5,7 @@ mod drives;
 mod limits;
 mod memory_hotplug;
 mod pmem;
+mod ports;
 mod shares;
 mod vsock;
 mod watchdog;
@@ -17,6 +18,7 @@ pub use drives::DriveError;
 pub use limits::LimitsError;
 pub use memory_hotplug::MemoryHotplugError;
 pub use pmem::PmemError;
+pub use ports::PortsError;
 pub use shares::ShareError;
 pub use vsock::VsockError;
 pub use watchdog::WatchdogError;
@@ -111,6 +113,9 @@ pub enum ConfigError {
     /// A shared directory.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// Named ports.
+    #[error(transparent)]
+    Ports(#[from] PortsError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -181,6 +186,7 @@ impl Config {
             balloon::validate(balloon, self.machine_config.mem_size_mib)?;
         }
         shares::validate(&self)?;
+        ports::validate(&self.ports)?;
         if let Some(guest) = &self.guest {
             guest.validate()?;
             if (guest.root == Root::Drive) != self.root_drive().is_some() {
