@@ -8,6 +8,7 @@
 mod common;
 mod console;
 mod disks;
+mod disks_fs;
 mod shares;
 mod vsock;
 mod watchdog;
