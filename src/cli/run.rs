@@ -20,8 +20,8 @@ use crate::telemetry;
 
 const AFTER_HELP: &str = "\
 Exit codes: the command's own, 128+N when signal N killed it, 126 and 127 as in a shell;
-120 watchdog not fed, 121 kernel panic, 122 triple fault or KVM failure, 123 the guest ended before the command did,
-124 time limit, 125 bulle's own failure.
+120 watchdog not fed, 121 kernel panic, 122 triple fault or KVM failure, 123 the guest ended
+before the command did, 124 time limit, 125 bulle's own failure.
 
 On a terminal, Ctrl-A x ends the virtual machine and Ctrl-A h lists more.
 SIGTERM asks the guest to power off, SIGUSR1 presses its power button, SIGUSR2 sends Ctrl-Alt-Del,

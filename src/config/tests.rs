@@ -215,6 +215,21 @@ fn drives_as_firecracker_writes_them() {
     config.validate().unwrap();
 }
 
+#[test]
+fn a_watchdog_has_times_as_people_write_them() {
+    let seconds = std::time::Duration::from_secs;
+    let dog: Watchdog = parse_list("timeout=1m 30s,action=nmi").unwrap();
+    assert_eq!(
+        (dog.timeout, dog.action),
+        (seconds(90), WatchdogAction::Nmi)
+    );
+    let text = serde_json::to_string(&dog).unwrap();
+    assert!(text.contains("\"1m 30s\""), "{text}");
+    assert_eq!(serde_json::from_str::<Watchdog>(&text).unwrap(), dog);
+    let dog: Watchdog = serde_json::from_str("{}").unwrap();
+    assert_eq!(dog, Watchdog::default());
+}
+
 proptest! {
     #[test]
     fn size_never_panics(text in ".{0,24}") {
