@@ -8,6 +8,8 @@ mod clock;
 mod common;
 #[path = "payloads/disks.rs"]
 mod disks;
+#[path = "payloads/many.rs"]
+mod many;
 #[path = "payloads/memory.rs"]
 mod memory;
 #[path = "payloads/watchdog.rs"]

@@ -322,6 +322,17 @@ impl Bulle {
             patience: PATIENCE,
         }
     }
+    /// `bulle run` without any capability, for root too.
+    pub fn unprivileged() -> Self {
+        let mut bulle = Bulle::run();
+        if nix::unistd::geteuid().is_root() {
+            bulle.command = Command::new("setpriv");
+            let drop = ["--bounding-set=-all", "--inh-caps=-all", "--"];
+            bulle.command.args(drop);
+            bulle.command.args([env!("CARGO_BIN_EXE_bulle"), "run"]);
+        }
+        bulle
+    }
     /// `bulle run --root none --kernel PAYLOAD`.
     pub fn payload(name: &str) -> Self {
         let path = payload(name);
