@@ -29,10 +29,10 @@ lint: ## Formatting, clippy, licences and sources of dependencies
 	@tests/setup lint
 	@tests/lint
 
-bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths)
+bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths), and I/O against the host
 	@tests/setup bench
 	@$(MAKE) --no-print-directory build
-	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start
+	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench io
 
 install: build ## Install the binary below PREFIX (/usr/local)
 	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle

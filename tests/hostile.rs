@@ -18,8 +18,8 @@ use nix::sys::signal::Signal;
 const ATTACKED: usize = 64 * 512;
 /// Growth of bulle's own memory that is no leak: stacks, caches and buffers that are used once.
 const GROWTH: u64 = 4096;
-/// The whole of it takes five seconds, or several times that on a busy machine.
-const DEADLINE: Duration = Duration::from_secs(110);
+/// An attack takes five to ten seconds on an idle machine, and much longer on a busy one.
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// An image of `len` bytes, each its place's.
 fn image(dir: &Path, name: &str, len: usize) -> PathBuf {
@@ -99,7 +99,8 @@ fn attack(devices: &[String], transport: &[&str], seed: u64) -> Outcome {
         .args(["--memory", "128M", "--append", &append])
         .args(transport)
         .args(devices)
-        .timeout("100s")
+        .timeout("290s")
+        .patience(DEADLINE)
         .start()
         .wait_for("ready\n");
     let outcome = watch(running)
@@ -107,9 +108,9 @@ fn attack(devices: &[String], transport: &[&str], seed: u64) -> Outcome {
         .prints("survived\n")
         .within(DEADLINE);
     assert!(!outcome.stderr.contains("panicked"), "{outcome:#?}");
-    // Every device is allowed eight lines.
+    // Every device is allowed eight lines of what the driver did, and some of what the host did.
     let lines = outcome.stderr.lines().count();
-    assert!(lines <= 64, "{lines} lines of log: {outcome:#?}");
+    assert!(lines <= 160, "{lines} lines of log: {outcome:#?}");
     outcome
 }
 
@@ -127,7 +128,16 @@ fn devices(dir: &Path) -> (Vec<String>, [PathBuf; 3]) {
     {
         devices.extend(disk(path, more));
     }
-    devices.push("--entropy".into());
+    let path = |option: &str, name: &str| {
+        let path = dir.join(name);
+        [option.to_owned(), format!("path={}", path.display())]
+    };
+    devices.extend(path("--vsock", "socket"));
+    image(dir, "pmem", 1 << 20);
+    devices.extend(path("--pmem", "pmem"));
+    let others = ["--entropy", "--rtc", "--balloon", "--hotplug-memory"];
+    devices.extend(others.map(str::to_owned));
+    devices.push("total=256M,requested=128M".into());
     (devices, images)
 }
 
@@ -139,14 +149,15 @@ fn attack_all(transport: &[&str], seed: u64) {
         .args(disk(&quiet, ""))
         .args(transport)
         .input(Input::Open)
-        .timeout("115s")
+        .timeout("310s")
+        .patience(DEADLINE * 2)
         .start()
         .wait_for("round 1\n");
     let (devices, images) = devices(dir.path());
     let outcome = attack(&devices, transport, seed);
     assert_eq!(
         outcome.stdout.matches("works true\n").count(),
-        4,
+        9,
         "{outcome:#?}"
     );
 
@@ -183,5 +194,9 @@ fn every_device_over_pci_survives() {
 
 #[test]
 fn the_kernel_irqchip_survives_too() {
-    attack_all(&["--pci", "--irqchip", "kernel"], 3);
+    let dir = tempfile::tempdir().unwrap();
+    for (seed, transport) in [(3, "--pci"), (4, "--entropy")] {
+        let image = image(dir.path(), transport, 1 << 20);
+        attack(&disk(&image, ""), &[transport, "--irqchip", "kernel"], seed);
+    }
 }

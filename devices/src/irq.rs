@@ -7,8 +7,9 @@ pub trait Interrupt: Send + Sync {
     fn signal(&self);
 }
 
-#[cfg(test)]
-pub(crate) mod mock {
+/// An interrupt line for tests.
+#[cfg(any(test, feature = "test-util"))]
+pub mod mock {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     /// Counts edges.

@@ -1,4 +1,6 @@
-//! A scripted driver for tests: guest RAM between guard pages, a virtqueue, and either transport.
+//! A scripted driver for tests and fuzz targets: guest RAM between guard pages, a virtqueue, and
+//! either transport. It panics where the test is wrong or a device does not keep its word.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -46,6 +48,7 @@ fn guarded(base: u64) -> GuestRegionMmap<()> {
     GuestRegionMmap::new(region, GuestAddress(base)).unwrap()
 }
 
+/// Two pieces of RAM, [`RAM_LEN`] bytes at each place of [`RAM`].
 pub fn ram() -> GuestRam {
     GuestMemoryMmap::from_regions(RAM.map(guarded).into()).unwrap()
 }
@@ -65,9 +68,13 @@ pub fn reused_ram() -> GuestRam {
 pub trait Port {
     /// The range on the bus.
     fn bus(&self) -> (&dyn BusDevice, u64);
+    /// Reads a register by the table of the transport.
     fn get(&self, reg: Reg) -> u32;
+    /// Writes a register.
     fn set(&self, reg: Reg, value: u32);
+    /// Reads the device's configuration space.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes the device's configuration space.
     fn write_config(&self, offset: u64, data: &[u8]);
     /// Gives `vector` an interrupt of its own, where the transport has such.
     fn bind(&self, vector: Vector) {
@@ -101,8 +108,10 @@ impl Port for Mmio {
 
 /// A virtio device in slot 1 of a PCI bus, its BAR in front and its configuration space behind.
 pub struct PciPort {
+    /// The function.
     pub device: Arc<VirtioPci>,
     window: PciWindow,
+    /// The bus's configuration space.
     pub ecam: Ecam,
 }
 
@@ -111,6 +120,7 @@ pub const BAR: u64 = 0xe000_0000;
 const SLOT: u64 = 1 << 15;
 
 impl PciPort {
+    /// Puts `device` on a bus, with MSI-X on and a message for each vector.
     pub fn new(device: Arc<VirtioPci>) -> Self {
         let mut bus = PciBus::new();
         assert_eq!(bus.add(Arc::clone(&device) as _), Ok(1));
@@ -134,12 +144,14 @@ impl PciPort {
         port
     }
 
+    /// Four bytes of configuration space.
     pub fn read_space(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.ecam.read(SLOT + offset, &mut data);
         u32::from_le_bytes(data)
     }
 
+    /// Writes configuration space.
     pub fn write_space(&self, offset: u64, data: &[u8]) {
         let _ = self.ecam.write(SLOT + offset, data);
     }
@@ -236,26 +248,35 @@ impl MsiSink for Sink {
 /// Which transport a rig has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
+    /// A window with registers.
     Mmio,
+    /// A function of a PCI bus.
     Pci,
 }
 
+/// Both.
 pub const TRANSPORTS: [Transport; 2] = [Transport::Mmio, Transport::Pci];
 
 /// A device in a machine of its own.
 pub struct Rig {
+    /// The guest's RAM.
     pub ram: GuestRam,
+    /// The device's registers.
     pub core: Arc<VirtioCore>,
+    /// The transport.
     pub port: Box<dyn Port>,
+    /// Counts interrupts of all vectors.
     pub irq: Arc<Counter>,
     host: Arc<Mutex<IoLoop>>,
 }
 
 impl Rig {
+    /// A device in a machine with new RAM.
     pub fn new(transport: Transport, device: Box<dyn VirtioDevice>) -> Self {
         Self::with(transport, device, ram(), VirtioState::default())
     }
 
+    /// A device in a machine with `ram`, from a saved state.
     pub fn with(
         transport: Transport,
         device: Box<dyn VirtioDevice>,
@@ -334,6 +355,7 @@ impl Rig {
         offered
     }
 
+    /// Sets a queue up with its rings, and makes it ready.
     pub fn set_queue(&self, queue: u16, size: u16, rings: [u64; 3]) {
         let port = &self.port;
         port.set(Reg::QueueSel, queue.into());
@@ -347,6 +369,7 @@ impl Rig {
         port.set(Reg::QueueReady, 1);
     }
 
+    /// Sets DRIVER_OK.
     pub fn driver_ok(&self) {
         let status = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
         self.port.set(Reg::Status, status.into());
@@ -368,6 +391,7 @@ impl Rig {
         vqs
     }
 
+    /// Notifies the device of a queue.
     pub fn kick(&self, vq: &Vq) {
         self.port.set(Reg::QueueNotify, vq.index.into());
     }
@@ -378,12 +402,16 @@ pub type Buf = (u64, u32, bool);
 
 /// A split virtqueue, driver's side. Queue `i` has its rings at `0x1000 + i * 0x1000`.
 pub struct Vq {
+    /// Its index.
     pub index: u16,
+    /// Entries.
     pub size: u16,
+    /// The next available index.
     pub avail: u16,
     seen: u16,
     next: u16,
     ram: GuestRam,
+    /// Where the rings begin.
     pub base: u64,
 }
 
@@ -403,15 +431,18 @@ impl Vq {
         }
     }
 
+    /// Addresses of descriptors, available and used ring.
     pub fn rings(&self) -> [u64; 3] {
         [self.base, self.base + 0x400, self.base + 0x800]
     }
 
+    /// Writes descriptor `at`, and whether another follows.
     pub fn desc(&self, at: u16, (addr, len, write): Buf, next: Option<u16>) {
         let flags = u16::from(next.is_some()) | u16::from(write) << 1;
         self.raw_desc(at, addr, len, flags, next.unwrap_or(0));
     }
 
+    /// Writes descriptor `at` as it is said.
     pub fn raw_desc(&self, at: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let to = GuestAddress(self.base + 16 * u64::from(at));
         write_desc(&self.ram, to, addr, len, flags, next);
@@ -425,6 +456,7 @@ impl Vq {
         self.set_avail(self.avail);
     }
 
+    /// Sets the index of the available ring.
     pub fn set_avail(&self, index: u16) {
         let at = GuestAddress(self.base + 0x402);
         self.ram.write_obj(index, at).unwrap();
@@ -457,6 +489,7 @@ impl Vq {
         head
     }
 
+    /// The index of the used ring.
     pub fn used_index(&self) -> u16 {
         self.ram.read_obj(GuestAddress(self.base + 0x802)).unwrap()
     }
@@ -492,6 +525,7 @@ impl Vq {
     }
 }
 
+/// Writes a descriptor anywhere in RAM.
 pub fn write_desc(ram: &GuestRam, to: GuestAddress, addr: u64, len: u32, flags: u16, next: u16) {
     let words = [
         addr,

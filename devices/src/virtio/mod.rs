@@ -30,8 +30,8 @@ pub mod worker;
 
 #[cfg(test)]
 mod conformance;
-#[cfg(test)]
-mod driver;
+#[cfg(any(test, feature = "test-util"))]
+pub mod driver;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 

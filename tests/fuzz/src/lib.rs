@@ -8,6 +8,9 @@ pub mod config;
 pub mod devices;
 mod input;
 pub mod kernel_image;
+pub mod list;
+pub mod pci;
+pub mod virtio;
 
 /// A target's body: takes any bytes, must not panic.
 pub type Target = fn(&[u8]);
@@ -18,4 +21,15 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("config", config::run),
     ("devices", devices::run),
     ("kernel_image", kernel_image::run),
+    ("list", list::run),
+    ("pci", pci::run),
+    ("virtio_balloon", virtio::kinds::balloon),
+    ("virtio_block", virtio::kinds::block),
+    ("virtio_console", virtio::kinds::console),
+    ("virtio_entropy", virtio::kinds::entropy),
+    ("virtio_fs", virtio::kinds::fs),
+    ("virtio_mem", virtio::kinds::mem),
+    ("virtio_pmem", virtio::kinds::pmem),
+    ("virtio_rtc", virtio::kinds::rtc),
+    ("virtio_vsock", virtio::kinds::vsock),
 ];

@@ -130,7 +130,7 @@ fn cell(offset: u64) -> Option<Cell> {
 }
 
 /// Where a register is.
-#[cfg(test)]
+#[cfg(any(test, feature = "test-util"))]
 pub(crate) fn offset(reg: Reg) -> Option<u64> {
     let is = |cell: &Cell| matches!(cell, Cell::Core(r) if *r == reg);
     TABLE.iter().find(|(_, cell)| is(cell)).map(|(at, _)| *at)

@@ -405,7 +405,7 @@ fn header(core: &VirtioCore, interrupt: &PciInterrupt, bar: u64) -> Config {
 }
 
 /// Where a register is, and how wide; for the driver of tests.
-#[cfg(test)]
+#[cfg(any(test, feature = "test-util"))]
 pub(crate) fn place(reg: Reg) -> Option<(u64, usize)> {
     let is = |f: &&(u64, usize, Field)| f.2 == Field::Core(reg);
     FIELDS.iter().find(is).map(|(at, len, _)| (*at, *len))

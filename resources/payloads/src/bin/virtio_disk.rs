@@ -123,7 +123,10 @@ fn log(disk: &mut Disk, count: u64) {
         }
     }
     fill(0);
-    println!("reads back {}", disk.request(IN, 1) == 0 && io::read::<u64>(DATA) == 1);
+    println!(
+        "reads back {}",
+        disk.request(IN, 1) == 0 && io::read::<u64>(DATA) == 1
+    );
 }
 
 /// Everything that a hostile driver might do to a running device.

@@ -234,6 +234,19 @@ impl Device {
         self.set_status(15);
     }
 
+    /// Resets it and lets it run with all its queues empty, whose rings begin at `base`; false if
+    /// it does not.
+    pub fn start_all(&self, base: u64) -> bool {
+        let agrees = self.negotiate(0);
+        for n in 0..self.queues() {
+            self.select(n);
+            let size = self.queue_max().min(16);
+            queue::Queue::new(base + u64::from(n) * 0x1000, n, size).announce(self);
+        }
+        self.driver_ok();
+        agrees && self.runs()
+    }
+
     /// Whether it runs and has not given up.
     pub fn runs(&self) -> bool {
         self.status() & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK

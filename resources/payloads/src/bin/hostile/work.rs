@@ -16,7 +16,7 @@ pub fn works(device: &Device) -> bool {
     match device.id {
         disk::ID => disk_works(device),
         ENTROPY => entropy_works(device),
-        _ => starts(device),
+        _ => device.start_all(BASE),
     }
 }
 
@@ -57,16 +57,4 @@ fn entropy_works(device: &Device) -> bool {
         },
     );
     queue.one(device) == Some(64) && (0..64).any(|at| io::read::<u8>(data + at) != 0)
-}
-
-/// All queues are taken and the device runs.
-fn starts(device: &Device) -> bool {
-    let agrees = device.negotiate(0);
-    for n in 0..device.queues() {
-        device.select(n);
-        let size = device.queue_max().min(16);
-        Queue::new(BASE + u64::from(n) * 0x1000, n, size).announce(device);
-    }
-    device.driver_ok();
-    agrees && device.runs()
 }

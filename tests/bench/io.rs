@@ -1,0 +1,279 @@
+//! Input and output of a guest that polls its queues, as a ratio to a process of the host that does
+//! the same: `make bench`.
+//!
+//! Guest and host take turns on one file. The guest is a payload at privilege level 3, which runs
+//! natively on any KVM. BULLE is the binary, BENCH_ROUNDS the number of turns (7), BENCH_DIR where
+//! the file of 256 MiB is made (target). What devices cost at boot and while idle is in `idle`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod exits;
+mod host;
+mod idle;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Bytes of the file.
+const SPAN: usize = 256 << 20;
+
+/// What is done, over and over.
+pub struct Case {
+    name: &'static str,
+    write: bool,
+    sequential: bool,
+    depth: usize,
+    size: usize,
+}
+
+/// How it went.
+#[derive(Clone, Copy)]
+pub struct Run {
+    /// Requests a second.
+    rate: f64,
+    median: Duration,
+    p99: Duration,
+    /// Per request.
+    kicks: f64,
+    /// Per request, of all kinds.
+    exits: f64,
+}
+
+const fn case(name: &'static str, write: bool, sequential: bool, depth: usize, kib: usize) -> Case {
+    Case {
+        name,
+        write,
+        sequential,
+        depth,
+        size: kib << 10,
+    }
+}
+
+const CASES: [Case; 6] = [
+    case("4 KiB random read, depth 1", false, false, 1, 4),
+    case("4 KiB random read, depth 32", false, false, 32, 4),
+    case("4 KiB random write, depth 1", true, false, 1, 4),
+    case("4 KiB random write, depth 32", true, false, 32, 4),
+    case("128 KiB sequential read, depth 8", false, true, 8, 128),
+    case("128 KiB sequential write, depth 8", true, true, 8, 128),
+];
+
+/// About how long one turn is to take.
+const TURN: Duration = Duration::from_millis(400);
+
+/// The binary to be measured.
+fn bulle() -> PathBuf {
+    let named = std::env::var_os("BULLE").filter(|value| !value.is_empty());
+    named.map_or_else(|| env!("CARGO_BIN_EXE_bulle").into(), PathBuf::from)
+}
+
+/// A guest, ended when dropped.
+pub struct Guest {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Guest {
+    fn start(payload: &str, append: &str, more: &[String]) -> Self {
+        let mut child = Command::new(bulle())
+            .args(["run", "--root", "none", "--cpus", "1", "--memory", "128M"])
+            .args(["--append", append, "--kernel"])
+            .arg(common::payload(payload))
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("bulle runs");
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Self { child, lines }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        line
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Cycles of the time stamp counter in a second.
+fn cycles_per_second() -> f64 {
+    // SAFETY: every x86_64 processor has one.
+    let now = || unsafe { std::arch::x86_64::_rdtsc() };
+    let (begin, cycles) = (Instant::now(), now());
+    std::thread::sleep(Duration::from_millis(200));
+    (now() - cycles) as f64 / begin.elapsed().as_secs_f64()
+}
+
+/// The numbers of the guest's line, and its exits.
+fn guest_numbers(case: &Case, disk: &str, count: usize, seed: u64) -> ([f64; 5], u64) {
+    let mut append = format!(
+        "depth={} size={} count={count} seed={seed}",
+        case.depth, case.size
+    );
+    append += if case.write { " write=1" } else { "" };
+    append += if case.sequential { " sequential=1" } else { "" };
+    let disk = ["--disk".to_owned(), disk.to_owned()];
+    let mut guest = Guest::start("block_bench", &append, &disk);
+    let line = guest.line();
+    let exits = exits::of(guest.child.id()).expect("KVM's statistics");
+    let numbers: Vec<f64> = line.split_whitespace().flat_map(str::parse).collect();
+    let numbers = numbers.try_into();
+    (
+        numbers.unwrap_or_else(|_| panic!("the guest said {line:?}")),
+        exits,
+    )
+}
+
+fn guest(case: &Case, disk: &str, count: usize, seed: u64, hertz: f64) -> Run {
+    let ([_, cycles, median, p99, kicks], exits) = guest_numbers(case, disk, count, seed);
+    let time = |cycles: f64| Duration::from_secs_f64(cycles / hertz);
+    Run {
+        rate: count as f64 / time(cycles).as_secs_f64(),
+        median: time(median),
+        p99: time(p99),
+        kicks: kicks / count as f64,
+        exits: exits as f64,
+    }
+}
+
+fn middle(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}
+
+/// Measures `case` by turns and prints a line of the table; the ratio, and exits per request.
+fn measure(case: &Case, path: &Path, direct: bool, rounds: usize, hertz: f64) -> (f64, f64) {
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    let open = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path);
+    let file = open.expect("the file of the benchmark");
+    let cache = if direct { "none" } else { "writeback" };
+    let disk = format!("path={},cache={cache}", path.display());
+    // A first turn of the host, to find how many requests make a turn.
+    let probe = host::run(case, &file, 1000, 1).rate;
+    let count = ((probe * TURN.as_secs_f64()) as usize).clamp(2000, 1_000_000);
+    // What booting the guest takes in exits.
+    let (_, least) = guest_numbers(case, &disk, case.depth, 1);
+    let (mut hosts, mut guests) = (Vec::new(), Vec::new());
+    for round in 0..rounds as u64 {
+        for turn in [round % 2, (round + 1) % 2] {
+            match turn {
+                0 => hosts.push(host::run(case, &file, count, round)),
+                _ => {
+                    let mut run = guest(case, &disk, count, round, hertz);
+                    run.exits = (run.exits - least as f64).max(0.0) / count as f64;
+                    guests.push(run);
+                }
+            }
+        }
+    }
+    let of = |runs: &[Run], what: fn(&Run) -> f64| middle(runs.iter().map(what).collect());
+    let micros = |time: Duration| time.as_secs_f64() * 1e6;
+    let ratios = hosts
+        .iter()
+        .zip(&guests)
+        .map(|(host, guest)| guest.rate / host.rate);
+    let ratio = middle(ratios.collect());
+    print!(
+        "{:<34}{:<8}",
+        case.name,
+        if direct { "direct" } else { "cached" }
+    );
+    for runs in [&hosts, &guests] {
+        print!(
+            "{:>10.1}{:>9.1}{:>9.1}",
+            of(runs, |r| r.rate) / 1000.0,
+            micros(Duration::from_secs_f64(of(runs, |r| r
+                .median
+                .as_secs_f64()))),
+            micros(Duration::from_secs_f64(of(runs, |r| r.p99.as_secs_f64()))),
+        );
+    }
+    let (kicks, exits) = (of(&guests, |r| r.kicks), of(&guests, |r| r.exits));
+    println!("{ratio:>8.2}{kicks:>9.4}{exits:>9.4}");
+    (ratio, exits)
+}
+
+/// The file, written once so that every block has a place on the disk.
+fn prepare() -> PathBuf {
+    let dir =
+        std::env::var_os("BENCH_DIR").map_or_else(|| common::tree().join("target"), PathBuf::from);
+    let path = dir.join("bench.img");
+    let mut file = File::create(&path).expect("BENCH_DIR is writable");
+    let chunk: Vec<u8> = (0..1 << 20).map(|at: u32| (at % 251) as u8).collect();
+    for _ in 0..SPAN / chunk.len() {
+        file.write_all(&chunk).expect("room for the file");
+    }
+    file.sync_all().unwrap();
+    path
+}
+
+fn goal(what: &str, value: f64, limit: f64, at_least: bool) {
+    let met = if at_least {
+        value >= limit
+    } else {
+        value <= limit
+    };
+    let (verdict, sign) = (
+        if met { "met" } else { "MISSED" },
+        if at_least { "≥" } else { "≤" },
+    );
+    println!("{verdict:<7} {what}: {value:.3} (goal {sign} {limit})");
+}
+
+fn main() {
+    let rounds = std::env::var("BENCH_ROUNDS").map_or(7, |n| n.parse().expect("a number"));
+    let hertz = cycles_per_second();
+    idle::print(rounds);
+    let path = prepare();
+    println!("\nblock: {rounds} turns each, medians; thousands a second, µs, per request");
+    println!(
+        "{:<42}{:>28}{:>28}{:>8}{:>9}{:>9}",
+        "", "host", "guest", "", "", ""
+    );
+    println!(
+        "{:<42}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>8}{:>9}{:>9}",
+        "", "rate", "p50", "p99", "rate", "p50", "p99", "ratio", "kicks", "exits"
+    );
+    let mut goals = Vec::new();
+    for direct in [true, false] {
+        for case in &CASES {
+            let figures = measure(case, &path, direct, rounds, hertz);
+            if case.depth == 32 && !case.write {
+                goals.push((direct, figures));
+            }
+        }
+    }
+    let _ = fs::remove_file(&path);
+    println!();
+    for (direct, (ratio, exits)) in goals {
+        let cache = if direct { "direct" } else { "cached" };
+        goal(
+            &format!("4 KiB random read at depth 32, {cache}"),
+            ratio,
+            0.9,
+            true,
+        );
+        goal(
+            &format!("exits per request at depth 32, {cache}"),
+            exits,
+            0.06,
+            false,
+        );
+    }
+}
