@@ -133,7 +133,7 @@ fn devices(dir: &Path) -> (Vec<String>, [PathBuf; 3]) {
         [option.to_owned(), format!("path={}", path.display())]
     };
     devices.extend(path("--vsock", "socket"));
-    image(dir, "pmem", 1 << 20);
+    image(dir, "pmem", 2 << 20);
     devices.extend(path("--pmem", "pmem"));
     let others = ["--entropy", "--rtc", "--balloon", "--hotplug-memory"];
     devices.extend(others.map(str::to_owned));
