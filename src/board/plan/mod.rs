@@ -105,6 +105,8 @@ pub fn open_files(plans: &[Plan]) -> u64 {
     let files = plans.iter().map(|plan| match &plan.config {
         // A kick and a ring for each queue.
         DeviceConfig::Block(_, options) => EACH + 2 * u64::from(options.queues),
+        // Two queues for each port, and the host's end.
+        DeviceConfig::Console(options) => EACH + 5 * options.ports.len() as u64,
         _ => EACH,
     });
     files.sum()
