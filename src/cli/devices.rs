@@ -17,8 +17,8 @@ pub struct DeviceArgs {
     /// [,rate.group=NAME: limits shared by all devices that name it]
     #[arg(long, value_name = "LIST", value_parser = parse_list::<Drive>)]
     disk: Vec<Drive>,
-    /// Directory of the host in the guest (repeatable): HOST:GUEST, read-only with `:ro` behind it.
-    /// More options: [,cache=none|auto|always][,writeback][,ownership=guest|squash|host][,tag=NAME].
+    /// Directory of the host in the guest (repeatable): HOST:GUEST[:ro][,cache=none|auto|always]
+    /// [,writeback][,ownership=guest|squash|host][,tag=NAME], the first option behind a colon;
     /// path=DIR,tag=NAME leaves the mounting to the guest
     #[arg(long, value_name = "HOST:GUEST[:ro]", value_parser = parse_share)]
     share: Vec<Share>,

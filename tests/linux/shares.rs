@@ -6,8 +6,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::{Bulle, Outcome};
-use crate::{busybox, linux};
+use crate::common::{Bulle, Input, Outcome, Running};
+use crate::{PATIENCE, busybox, linux};
 
 const MMIO: (&str, &[&str]) = ("cloud-amd64", &[]);
 const PCI: (&str, &[&str]) = ("amd64", &["--pci"]);
@@ -247,4 +247,103 @@ fn a_directory_as_root_is_left_as_it_is() {
     change(MMIO, &root, &[]);
     change(PCI, &root, &[]);
     assert_eq!(everything(&root), before);
+}
+
+#[test]
+fn a_directory_as_root_is_written_through_if_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = root_tree(dir.path());
+    change(MMIO, &root, &["--root-rw"]);
+    let content = |name: &str| fs::read_to_string(root.join(name)).unwrap();
+    assert_eq!(content("etc/motd"), "new\nmore\n");
+    assert_eq!(content("etc/moved"), "new\nmore\n");
+    assert_eq!(content("etc/deep/file"), "again\n");
+    let meta = |name: &str| fs::symlink_metadata(root.join(name));
+    assert_eq!(meta("etc/motd").unwrap().mode() & 0o7777, 0o600);
+    assert_eq!(meta("zeros").unwrap().len(), 3 << 20);
+    assert!(meta("etc/link").unwrap().is_symlink() && meta("srv/e1").unwrap().is_dir());
+    assert!(meta("srv/d2").is_err() && meta("etc/deep/er").is_err());
+}
+
+/// The whole machine as root: a program of it, in the caller's directory, with the caller's PATH.
+#[test]
+fn the_hosts_own_root_runs_its_programs_and_stays_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let work = dir.path().join("work");
+    fs::create_dir(&work).unwrap();
+    let script = r#"
+import hashlib, mmap, os, subprocess, sys
+print("cwd", os.getcwd())
+print("path", os.environ["PATH"])
+print("home", os.environ["HOME"])
+print("secret", os.environ.get("BULLE_SECRET"))
+with open("file", "r+b") as file:
+    with mmap.mmap(file.fileno(), 0) as map:
+        map[0:4] = b"MMAP"
+        map.flush()
+    print("mapped", file.read().decode())
+print("hosts", hashlib.md5(open("/etc/passwd", "rb").read()).hexdigest())
+walked = [os.lstat(os.path.join(top, name)) for top, dirs, names in os.walk("tree") for name in names]
+print("walked", len(walked), sum(stat.st_size for stat in walked))
+os.makedirs("/var/tmp/made/by/guest", exist_ok=True)
+open("new", "w").write("new")
+os.remove("gone")
+os.rename("tree/d0", "tree/renamed")
+print("run", sorted(os.listdir("/run")) == [])
+print("self", open("/proc/self/comm").read())
+print("shell", subprocess.run(["sh", "-c", "uname -r"], capture_output=True, text=True).stdout)
+"#;
+    fs::write(work.join("script.py"), script).unwrap();
+    fs::write(work.join("file"), "mmap this").unwrap();
+    fs::write(work.join("gone"), "").unwrap();
+    many_files(&work.join("tree"));
+    let before = everything(&work);
+    let (flavour, more) = PCI;
+    let mut bulle = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    let kernel = crate::kernel(flavour);
+    bulle.args(["run", "--timeout", "280s", "--root", "/", "--kernel"]);
+    bulle
+        .arg(&kernel)
+        .args(more)
+        .args(["--", "python3", "script.py"]);
+    bulle
+        .current_dir(&work)
+        .env("BULLE_SECRET", "secret")
+        .env("HOME", "/somebody");
+    let outcome = Running::start(bulle, Input::Null, 2 * PATIENCE)
+        .finish()
+        .exits(0);
+    let release = kernel.file_name().unwrap().to_str().unwrap();
+    let digest = Command::new("md5sum").arg("/etc/passwd").output().unwrap();
+    let digest = String::from_utf8(digest.stdout).unwrap();
+    let size: u64 = (0..60).map(|n: u64| n * n).sum();
+    says(
+        &outcome,
+        &[
+            ("cwd", work.to_str().unwrap()),
+            ("path", &std::env::var("PATH").unwrap()),
+            ("home", "/somebody"),
+            ("secret", "None"),
+            ("mapped", "MMAP this"),
+            ("hosts", digest.split(' ').next().unwrap()),
+            ("walked", &format!("60 {size}")),
+            ("run", "True"),
+            ("self", "python3"),
+            ("shell", release.trim_start_matches("vmlinuz-")),
+        ],
+    );
+    assert_eq!(everything(&work), before);
+    assert!(!Path::new("/var/tmp/made").exists());
+}
+
+#[test]
+fn a_kernel_without_virtiofs_is_told_in_a_sentence() {
+    let refused = |module: &str, words: &[&str], text: &str| {
+        let mut bulle = linux("cloud-amd64").arg("--append");
+        bulle = bulle.arg(format!("module_blacklist={module}")).args(words);
+        bulle.command(["true"]).outcome().exits(125).complains(text);
+    };
+    let share = ["--share", "/usr:/usr/host:ro"];
+    refused("virtiofs", &share, "no virtiofs for the share on /usr/host");
+    refused("overlay", &["--root", "/"], "no overlayfs; use --root-rw");
 }

@@ -148,7 +148,8 @@ fn unite() -> Result<&'static str, Trouble> {
         directory("/.bulle/layer/work")
     };
     prepare().map_err(trouble(format_args!("there is no tmpfs to write to")))?;
-    let data = c"lowerdir=/.bulle/disk,upperdir=/.bulle/layer/upper,workdir=/.bulle/layer/work";
+    // Directories of the lower layer can be renamed, as on any file system.
+    let data = c"lowerdir=/.bulle/disk,upperdir=/.bulle/layer/upper,workdir=/.bulle/layer/work,redirect_dir=on";
     let flags = MountFlags::empty();
     match mount("overlay", UNITED, "overlay", flags, Some(data)) {
         Ok(()) => Ok(UNITED),
