@@ -9,6 +9,8 @@ mod common;
 mod console;
 mod disks;
 mod disks_fs;
+mod machine;
+mod memory;
 mod shares;
 mod vsock;
 mod watchdog;
