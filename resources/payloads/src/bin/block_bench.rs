@@ -15,6 +15,8 @@ use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
 
+/// `VIRTIO_BLK_F_FLUSH`: without it, every write would go to the disk before it is answered.
+const FLUSH: u64 = 1 << 9;
 const RINGS: u64 = 0x100_0000;
 /// Request headers, and the status behind each.
 const HEADERS: u64 = 0x110_0000;
@@ -138,7 +140,7 @@ fn main(info: &StartInfo) -> u8 {
         println!("no disk");
         return 2;
     };
-    device.negotiate(EVENT_IDX);
+    device.negotiate(EVENT_IDX | FLUSH);
     device.select(0);
     let queue = Queue::new(RINGS, 0, device.queue_max().min(QUEUE));
     queue.announce(&device);
