@@ -249,7 +249,7 @@ fn main() {
             true,
         );
         goal(
-            &format!("exits and interrupts per request at depth 32, {cache}"),
+            &format!("kicks per request at depth 32, without interrupts, {cache}"),
             kicks,
             0.06,
             false,
