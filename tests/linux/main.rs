@@ -213,8 +213,7 @@ fn an_interrupt_reaches_the_command() {
 
 #[test]
 fn a_reader_that_goes_away_ends_the_command() {
-    let script =
-        "\"$0\" run --timeout 140s --kernel \"$1\" -- yes | head -n 1; exit ${PIPESTATUS[0]}";
+    let script = "\"$0\" run --timeout 290s --kernel \"$1\" -- yes | head -n 1 >/dev/null; exit ${PIPESTATUS[0]}";
     let status = Command::new("bash")
         .args(["-c", script, env!("CARGO_BIN_EXE_bulle")])
         .arg(kernel("cloud-amd64"))
@@ -225,14 +224,9 @@ fn a_reader_that_goes_away_ends_the_command() {
 }
 
 #[test]
-fn a_guest_without_the_agents_port_is_no_success() {
+fn a_guest_without_the_second_uart_has_the_port() {
     let options = ["--append", "8250.nr_uarts=1"];
-    let outcome = shell("cloud-amd64", &options, "true").exits(125);
-    assert!(
-        outcome.stderr.contains("before the command began"),
-        "{}",
-        outcome.stderr
-    );
+    shell("cloud-amd64", &options, "exit 9").exits(9);
 }
 
 #[test]
