@@ -13,6 +13,7 @@ use super::device::{DeviceState, VirtioDevice};
 use super::driver::{RAM, RAM_LEN, Rig, TRANSPORTS, Transport, Vq, ram, reused_ram, write_desc};
 use super::fs::FsOptions;
 use super::mem::tests::options as mem_options;
+use super::net::tests::on_socket;
 use super::pmem::tests::options as pmem_options;
 use super::registry::{DeviceConfig, build};
 use super::rtc::tests::options as rtc_options;
@@ -48,6 +49,7 @@ fn devices() -> Vec<(&'static str, Make)> {
         ("block, io_uring", block(EngineKind::IoUring, 2, false)),
         ("block, read-only", block(EngineKind::Auto, 1, true)),
         ("block, sync", block(EngineKind::Sync, 1, false)),
+        ("net", make(|| DeviceConfig::Net(on_socket().0))),
         (
             "fs",
             make(|| DeviceConfig::Fs(FsOptions::new("share", env!("CARGO_MANIFEST_DIR")))),

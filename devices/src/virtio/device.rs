@@ -17,6 +17,7 @@ use super::entropy::EntropyState;
 use super::fs::FsState;
 use super::io::Io;
 use super::mem::MemState;
+use super::net::NetState;
 use super::pmem::PmemState;
 use super::rtc::RtcState;
 use super::vsock::VsockState;
@@ -158,6 +159,8 @@ pub enum DeviceState {
     Pmem(PmemState),
     /// Memory device.
     Mem(MemState),
+    /// Network device.
+    Net(NetState),
 }
 
 /// Why a device cannot go on: the core sets `DEVICE_NEEDS_RESET` (section 2.1).

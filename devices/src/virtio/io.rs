@@ -7,7 +7,7 @@
 //! checked at each access.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -150,6 +150,8 @@ pub(super) struct ActiveQueue {
     starved: bool,
     /// Used buffers were added since the driver was last told.
     added: bool,
+    /// Next used index when it was last decided whether to interrupt.
+    told: u16,
     /// Empty vectors for the next chains.
     spare: Vec<Vec<Segment>>,
 }
@@ -168,6 +170,7 @@ pub(super) enum Next {
 impl ActiveQueue {
     pub(super) fn new(queue: Queue) -> Self {
         Self {
+            told: queue.next_used(),
             queue,
             in_flight: 0,
             budget: 0,
@@ -209,17 +212,53 @@ impl ActiveQueue {
     }
 
     fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, virtio_queue::Error> {
-        if !self.queue.needs_notification(ram)? {
-            return Ok(false);
-        }
+        let now = self.queue.next_used();
+        let before = std::mem::replace(&mut self.told, now);
+        // What the driver wants is read after what was used is written.
+        fence(Ordering::SeqCst);
+        let avail = self.queue.avail_ring();
+        let word = |offset: u64| -> Result<u16, virtio_queue::Error> {
+            let at = GuestAddress(avail.wrapping_add(offset));
+            let word = ram.load(at, Ordering::Relaxed);
+            word.map(u16::from_le)
+                .map_err(virtio_queue::Error::GuestMemory)
+        };
         if self.queue.event_idx_enabled() {
-            return Ok(true);
+            // Section 2.7.7.2: `used_event` is among those that were used since.
+            let event = word(4 + 2 * u64::from(self.queue.size()))?;
+            let since = now.wrapping_sub(before);
+            return Ok(now.wrapping_sub(event).wrapping_sub(1) < since);
         }
         // Section 2.7.7: without EVENT_IDX the flag decides.
-        let flags: u16 = ram
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(u32::from(word(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Adds used chains so that the driver sees all of them or none.
+    fn add_together(
+        &mut self,
+        ram: &GuestRam,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), virtio_queue::Error> {
+        let mut last = None;
+        let mut next = self.queue.next_used();
+        for (chain, len) in chains {
+            let Some((head, len)) = last.replace((self.recycle(chain), len)) else {
+                continue;
+            };
+            // Ahead of the index that the driver sees.
+            let slot = u64::from(next % self.queue.size());
+            let at = GuestAddress(self.queue.used_ring().wrapping_add(4 + 8 * slot));
+            let element = [u32::from(head).to_le(), u32::to_le(len)];
+            ram.write_obj(element, at)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+        }
+        let Some((head, len)) = last else {
+            return Ok(());
+        };
+        self.added = true;
+        self.queue.set_next_used(next);
+        self.queue.add_used(ram, head, len)
     }
 
     fn pop(&mut self, index: usize, ram: &GuestRam) -> Result<Option<Chain>, DeviceError> {
@@ -383,6 +422,30 @@ impl<'a> Io<'a> {
         if let Some(queue) = self.queue(index) {
             queue.starved = true;
         }
+    }
+
+    /// Gives chains of queue `index` back with the bytes written to each. The driver sees all of
+    /// them or none.
+    pub fn complete_together(
+        &mut self,
+        index: usize,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), DeviceError> {
+        let ram = self.ram();
+        let Some(queue) = self.queue(index) else {
+            return Ok(());
+        };
+        let added = queue.add_together(ram, chains);
+        added.map_err(|source| DeviceError::Queue {
+            queue: index,
+            source,
+        })
+    }
+
+    /// Chains that queue `index` has room for; none where the driver did not set it up.
+    pub fn queue_size(&self, index: usize) -> u16 {
+        let queue = self.queues.get(index).and_then(Option::as_ref);
+        queue.map_or(0, |queue| queue.queue.size())
     }
 
     /// Tells the driver that the configuration space changed.

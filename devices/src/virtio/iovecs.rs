@@ -8,10 +8,10 @@ use super::GuestRam;
 use super::device::DeviceError;
 use super::io::{Segment, for_slices};
 
-/// Most buffers of one system call.
-const IOV_MAX: usize = 1024;
+/// Most pieces of guest RAM in one system call, so that two of the device's own fit beside them.
+const MAX_GUEST: usize = 1022;
 
-/// Pieces of guest RAM as one system call takes them. Calls may do less than all.
+/// Pieces of guest RAM, and of the device's own memory, as one system call takes them. Calls may do less than all.
 #[derive(Debug)]
 pub(super) struct IoVecs<'m> {
     iovecs: Vec<libc::iovec>,
@@ -26,31 +26,63 @@ impl<'m> IoVecs<'m> {
         offset: u64,
         len: u64,
     ) -> Result<Self, DeviceError> {
-        let mut iovecs = Vec::new();
+        let mut all = Self::empty();
+        all.guest(ram, segments, offset, len)?;
+        Ok(all)
+    }
+
+    /// Nothing yet.
+    pub fn empty() -> Self {
+        Self {
+            iovecs: Vec::new(),
+            ram: PhantomData,
+        }
+    }
+
+    /// Appends up to `len` bytes of `segments` from `offset` on.
+    pub fn guest(
+        &mut self,
+        ram: &'m GuestRam,
+        segments: &[Segment],
+        offset: u64,
+        len: u64,
+    ) -> Result<(), DeviceError> {
         for_slices(ram, segments, offset, len, |slice| {
-            if iovecs.len() < IOV_MAX {
-                iovecs.push(libc::iovec {
+            if self.iovecs.len() < MAX_GUEST {
+                self.iovecs.push(libc::iovec {
                     iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                     iov_len: slice.len(),
                 });
             }
             Ok(())
         })?;
-        let ram = PhantomData;
-        Ok(Self { iovecs, ram })
+        Ok(())
+    }
+
+    /// Appends memory of the device's own.
+    pub fn host(&mut self, bytes: &'m mut [u8]) {
+        self.iovecs.push(libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        });
+    }
+
+    /// Bytes in all.
+    pub fn total(&self) -> u64 {
+        self.iovecs.iter().map(|piece| piece.iov_len as u64).sum()
     }
 
     /// Writes them to `fd`.
     pub fn write(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let (at, count) = self.raw();
-        // SAFETY: the vectors point into guest RAM, which is borrowed and so stays mapped.
+        // SAFETY: the vectors point into memory that is borrowed and so stays mapped.
         check(|| unsafe { libc::writev(fd.as_raw_fd(), at, count) })
     }
 
     /// Fills them from `fd`.
     pub fn read(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let (at, count) = self.raw();
-        // SAFETY: the vectors point into guest RAM, which is borrowed and so stays mapped; as
+        // SAFETY: the vectors point into memory that is borrowed and so stays mapped; as
         // shared volatile memory it may change at any time.
         check(|| unsafe { libc::readv(fd.as_raw_fd(), at, count) })
     }

@@ -18,6 +18,7 @@ pub mod io;
 mod iovecs;
 pub mod limiter;
 pub mod mem;
+pub mod net;
 pub mod notifier;
 pub mod pmem;
 mod poll;

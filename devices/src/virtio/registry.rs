@@ -9,6 +9,7 @@ use super::device::{DeviceState, VirtioDevice};
 use super::entropy::{Entropy, EntropyState};
 use super::fs::{Fs, FsError, FsOptions, FsState};
 use super::mem::{Mem, MemError, MemHandle, MemOptions, MemState};
+use super::net::{Net, NetError, NetHandle, NetOptions};
 use super::pmem::{Pmem, PmemOptions};
 use super::rtc::{Rtc, RtcHandle, RtcOptions};
 use super::vsock::{Vsock, VsockEnd, VsockError};
@@ -34,6 +35,8 @@ pub enum DeviceConfig {
     Pmem(PmemOptions),
     /// Memory device.
     Mem(MemOptions),
+    /// Network device.
+    Net(NetOptions),
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -57,6 +60,8 @@ pub enum DeviceHandle {
     Pmem,
     /// How much memory is to be plugged.
     Mem(MemHandle),
+    /// Traffic and limits.
+    Net(NetHandle),
 }
 
 /// A device could not be made.
@@ -86,6 +91,9 @@ pub enum BuildError {
     /// A memory device.
     #[error(transparent)]
     Mem(#[from] MemError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetError),
 }
 
 /// Makes a device from its configuration and a saved state, or [`DeviceState::Reset`].
@@ -173,6 +181,15 @@ pub fn build(
                 _ => return Err(BuildError::State { device: "mem" }),
             };
             Ok((Box::new(mem), DeviceHandle::Mem(handle)))
+        }
+        DeviceConfig::Net(options) => {
+            let state = match state {
+                DeviceState::Reset => Default::default(),
+                DeviceState::Net(state) => *state,
+                _ => return Err(BuildError::State { device: "net" }),
+            };
+            let (net, handle) = Net::new(options, state)?;
+            Ok((Box::new(net), DeviceHandle::Net(handle)))
         }
     }
 }

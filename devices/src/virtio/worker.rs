@@ -284,7 +284,8 @@ impl Worker {
 
     fn events(source: &Source, on: bool) -> Events {
         let set = match (on, source.writable) {
-            (false, _) => EventSet::empty(),
+            // Errors and hang-ups come whatever is asked for; so they come once only.
+            (false, _) => EventSet::EDGE_TRIGGERED,
             (true, false) => EventSet::IN,
             (true, true) => EventSet::IN | EventSet::OUT,
         };

@@ -1,0 +1,517 @@
+//! Network device (section 5.1): queues in pairs, in front of a tap or a stream socket.
+//!
+//! The device is owned by its I/O thread. Frames go between guest RAM and the host without a copy;
+//! headers are copied and cleaned. What the driver has no buffers for stays with the host, which
+//! is not waited for meanwhile. A limit delays what follows the frame that went over it. The host's
+//! ends are in `backend`, `tap` and `stream`, receiving in `rx`.
+
+mod backend;
+mod header;
+mod rx;
+mod space;
+mod stream;
+mod tap;
+
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::*;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+pub use self::backend::NetBackend;
+use self::backend::{Received, Sent};
+use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
+use self::rx::{Rx, RxMode};
+use self::space::{Counters, Space};
+pub use self::space::{Mac, Traffic};
+pub use self::stream::Stream;
+pub use self::tap::{Tap, TapError};
+use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
+use super::io::{Io, read_at, total, write_at};
+use super::limiter::Limiter;
+
+/// Size of the queues for frames.
+const QUEUE_SIZE: u16 = 256;
+/// Size of the control queue.
+const CONTROL_SIZE: u16 = 64;
+/// Most pairs of queues.
+pub const MAX_PAIRS: u16 = 64;
+/// Frames received in one turn.
+const TURN: u32 = 256;
+
+/// Sources other than those of the pairs.
+const TIMER: u32 = 1 << 16;
+const WAKE: u32 = TIMER + 1;
+const WRITABLE: u32 = TIMER + 2;
+
+/// What a network device is made of.
+#[derive(Debug)]
+pub struct NetOptions {
+    /// The host's end.
+    pub backend: NetBackend,
+    /// The guest's address.
+    pub mac: Mac,
+    /// Largest packet that the guest is told to send, in bytes; absent: it is not told.
+    pub mtu: Option<u16>,
+    /// Limits of what the guest receives.
+    pub rx_limiter: Option<Arc<Limiter>>,
+    /// Limits of what it sends.
+    pub tx_limiter: Option<Arc<Limiter>>,
+}
+
+/// A network device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// A number of queues that no device has.
+    #[error("{pairs} pairs of queues: want 1 to {MAX_PAIRS}")]
+    Pairs {
+        /// As wanted, or as saved.
+        pairs: u16,
+    },
+    /// The host failed.
+    #[error("cannot {what} for a network device")]
+    Host {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is saved of a network device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Pairs of queues that the driver uses.
+    pub pairs: u16,
+}
+
+impl Default for NetState {
+    fn default() -> Self {
+        Self { pairs: 1 }
+    }
+}
+
+/// The sending side of a pair of queues.
+#[derive(Debug, Default)]
+struct Tx {
+    /// Nothing is sent before.
+    until: Option<Instant>,
+}
+
+/// The network device.
+#[derive(Debug)]
+pub struct Net {
+    backend: NetBackend,
+    space: Arc<Space>,
+    counters: Arc<Counters>,
+    limiters: [Option<Arc<Limiter>>; 2],
+    rx: Vec<Rx>,
+    tx: Vec<Tx>,
+    /// Pairs that the driver uses, and those that the host does.
+    active: u16,
+    host_active: u16,
+    /// The backend fits the negotiated features.
+    mode: Option<RxMode>,
+    /// Sending waits for the host.
+    blocked: bool,
+    timer: TimerFd,
+    timer_at: Option<Instant>,
+    wake: Arc<EventFd>,
+}
+
+/// The side of a network device that the VMM keeps.
+#[derive(Clone, Debug)]
+pub struct NetHandle {
+    counters: Arc<Counters>,
+    limiters: [Option<Arc<Limiter>>; 2],
+    wake: Arc<EventFd>,
+}
+
+impl NetHandle {
+    /// What the guest received and sent.
+    pub fn traffic(&self) -> [Traffic; 2] {
+        [self.counters.rx.traffic(), self.counters.tx.traffic()]
+    }
+
+    /// The limiters for receiving and sending; after [`Limiter::set`] call
+    /// [`limits_changed`](Self::limits_changed).
+    pub fn limiters(&self) -> &[Option<Arc<Limiter>>; 2] {
+        &self.limiters
+    }
+
+    /// Lets frames go on that wait for old limits.
+    pub fn limits_changed(&self) -> io::Result<()> {
+        self.wake.write(1)
+    }
+}
+
+fn host_error(what: &'static str, source: io::Error) -> DeviceError {
+    DeviceError::Host { what, source }
+}
+
+/// Whether a moment to wait for is still to come; forgets one that is not.
+fn must_wait(until: &mut Option<Instant>) -> Option<Instant> {
+    *until = until.filter(|at| *at > Instant::now());
+    *until
+}
+
+impl Net {
+    /// Makes the device and its handle.
+    pub fn new(options: NetOptions, state: NetState) -> Result<(Self, NetHandle), NetError> {
+        let NetOptions {
+            backend,
+            mac,
+            mtu,
+            rx_limiter,
+            tx_limiter,
+        } = options;
+        let pairs = backend.pairs();
+        if !(1..=MAX_PAIRS).contains(&pairs) {
+            return Err(NetError::Pairs { pairs });
+        }
+        if !(1..=pairs).contains(&state.pairs) {
+            return Err(NetError::Pairs { pairs: state.pairs });
+        }
+        let host = |what| move |source| NetError::Host { what, source };
+        let timer = TimerFd::new().map_err(io::Error::from);
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let handle = NetHandle {
+            counters: Arc::default(),
+            limiters: [rx_limiter, tx_limiter],
+            wake: Arc::new(wake),
+        };
+        let net = Self {
+            space: Arc::new(Space {
+                mac,
+                pairs,
+                mtu: mtu.unwrap_or(0),
+                downs: AtomicU32::new(0),
+            }),
+            counters: Arc::clone(&handle.counters),
+            limiters: handle.limiters.clone(),
+            rx: (0..pairs.into()).map(|pair| Rx::new(2 * pair)).collect(),
+            tx: (0..pairs).map(|_| Tx::default()).collect(),
+            active: state.pairs,
+            host_active: pairs,
+            mode: None,
+            blocked: false,
+            timer: timer.map_err(host("create a timer"))?,
+            timer_at: None,
+            wake: Arc::clone(&handle.wake),
+            backend,
+        };
+        Ok((net, handle))
+    }
+
+    /// What is negotiated; the first call after a start makes the host's end fit it.
+    fn begin(&mut self, io: &Io<'_>) -> Result<RxMode, DeviceError> {
+        if let Some(mode) = self.mode {
+            return Ok(mode);
+        }
+        let configured = self.backend.configure(|bit| io.has(bit));
+        configured.map_err(|error| host_error("set the offloads of a tap interface", error))?;
+        self.use_pairs()?;
+        let mode = RxMode::new(io, self.space.mtu);
+        self.mode = Some(mode);
+        Ok(mode)
+    }
+
+    fn use_pairs(&mut self) -> Result<(), DeviceError> {
+        let (before, active) = (self.host_active, self.active);
+        let used = self.backend.use_pairs(before, active);
+        used.map_err(|error| host_error("use the queues of a tap interface", error))?;
+        self.host_active = active;
+        Ok(())
+    }
+
+    /// The host's end is gone: the driver sees a link that is down.
+    fn close(&mut self, io: &mut Io<'_>, error: &io::Error) {
+        if self.space.downs.swap(1, Ordering::SeqCst) == 0 {
+            log::warn!("a network device has lost the host's side: {error}; its link is down");
+            io.config_changed();
+        }
+    }
+
+    /// Has the timer go off at `at` at the latest.
+    fn schedule(&mut self, at: Instant) -> Result<(), DeviceError> {
+        if self.timer_at.is_some_and(|set| set <= at) {
+            return Ok(());
+        }
+        self.timer_at = Some(at);
+        // Zero would disarm it.
+        let wait = at.saturating_duration_since(Instant::now());
+        let set = self.timer.reset(wait.max(Duration::from_nanos(1)), None);
+        set.map_err(|error| host_error("set a timer", error.into()))
+    }
+
+    fn arm(&mut self, pair: usize, on: bool, io: &mut Io<'_>) {
+        if let Some(rx) = self.rx.get_mut(pair).filter(|rx| rx.armed != on) {
+            rx.armed = on;
+            io.arm(pair as u32, on);
+        }
+    }
+
+    /// Gives the guest what the host has for a pair, as far as there are buffers.
+    fn receive(&mut self, pair: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let wait = self.receive_turn(pair, io)?;
+        self.arm(pair, wait, io);
+        Ok(())
+    }
+
+    /// One turn of [`receive`](Self::receive): whether the host is to be waited for.
+    fn receive_turn(&mut self, pair: usize, io: &mut Io<'_>) -> Result<bool, DeviceError> {
+        let mode = self.begin(io)?;
+        if pair >= usize::from(self.active) {
+            return Ok(false);
+        }
+        for _ in 0..TURN {
+            let Some(rx) = self.rx.get_mut(pair) else {
+                return Ok(false);
+            };
+            if let Some(at) = must_wait(&mut rx.until) {
+                self.schedule(at)?;
+                return Ok(false);
+            }
+            if !self.space.link_is_up() || !rx.gather(io, mode)? {
+                return Ok(false);
+            }
+            let buffers = rx.buffers(mode);
+            let received = self.backend.receive(pair, io.ram(), buffers, mode.longest);
+            match received? {
+                Received::Nothing => return Ok(true),
+                Received::Dropped => self.counters.rx.dropped("it does not fit the buffers"),
+                Received::Closed(error) => {
+                    self.close(io, &error);
+                    return Ok(false);
+                }
+                Received::Frame(len) => {
+                    let blank = matches!(self.backend, NetBackend::Stream(_));
+                    rx.deliver(io, mode, (len, blank))?;
+                    let bytes = len - HEADER;
+                    self.counters.rx.passed(bytes);
+                    let [limiter, _] = &self.limiters;
+                    rx.until = limiter
+                        .as_ref()
+                        .and_then(|limiter| limiter.charge(Instant::now(), bytes));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends nothing before the host can take it.
+    fn block(&mut self, io: &mut Io<'_>) {
+        self.blocked = true;
+        io.arm(WRITABLE, true);
+    }
+
+    /// Sends what the driver has for a pair.
+    fn transmit(&mut self, pair: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.begin(io)?;
+        while !self.blocked {
+            let Some(tx) = self.tx.get_mut(pair) else {
+                return Ok(());
+            };
+            if let Some(at) = must_wait(&mut tx.until) {
+                return self.schedule(at);
+            }
+            let Some(chain) = io.pop(2 * pair + 1)? else {
+                return Ok(());
+            };
+            let ram = io.ram();
+            let mut header: Header = [0; HEADER as usize];
+            read_at(ram, chain.readable(), 0, &mut header)?;
+            let len = total(chain.readable()).saturating_sub(HEADER);
+            let fits = self.space.link_is_up() && (MIN_FRAME..=MAX_FRAME).contains(&len);
+            let header = clean(&header, |bit| io.has(bit)).filter(|_| fits);
+            let sent = match header {
+                None => Sent::Refused,
+                Some(header) => {
+                    let frame = (header, len);
+                    self.backend.send(pair, ram, chain.readable(), frame)?
+                }
+            };
+            match sent {
+                Sent::All => self.counters.tx.passed(len),
+                Sent::Part => {
+                    self.counters.tx.passed(len);
+                    self.block(io);
+                }
+                Sent::Refused => self.counters.tx.dropped("the host does not take it"),
+                Sent::Later => {
+                    io.unpop(chain);
+                    self.block(io);
+                    return Ok(());
+                }
+                Sent::Closed(error) => self.close(io, &error),
+            }
+            io.complete(chain, 0)?;
+            let [_, limiter] = &self.limiters;
+            let limiter = limiter.as_ref();
+            let until = limiter.and_then(|limiter| limiter.charge(Instant::now(), len));
+            if let Some(tx) = self.tx.get_mut(pair) {
+                tx.until = until;
+            }
+        }
+        Ok(())
+    }
+
+    /// Commands of the driver (section 5.1.6.5).
+    fn control(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        while let Some(chain) = io.pop(queue)? {
+            let mut command = [0; 4];
+            let got = read_at(io.ram(), chain.readable(), 0, &mut command)?;
+            if got < 2 || chain.writable().is_empty() {
+                return Err(chain.layout_error());
+            }
+            let [class, command, low, high] = command;
+            let kind = (u32::from(class), u32::from(command));
+            let pairs = u16::from_le_bytes([low, high]);
+            let known = kind == (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
+            let ok = known && got == 4 && (1..=self.space.pairs).contains(&pairs);
+            let status = match ok && io.has(VIRTIO_NET_F_MQ) {
+                true => VIRTIO_NET_OK,
+                false => VIRTIO_NET_ERR,
+            };
+            write_at(io.ram(), chain.writable(), 0, &[status as u8])?;
+            io.complete(chain, 1)?;
+            if status == VIRTIO_NET_OK {
+                self.active = pairs;
+                self.use_pairs()?;
+                for pair in 0..usize::from(pairs) {
+                    self.receive(pair, io)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Index of the control queue: behind the pairs that the driver may use (section 5.1.2).
+    fn control_queue(&self, io: &Io<'_>) -> Option<usize> {
+        let offered = self.space.pairs > 1 && io.has(VIRTIO_NET_F_CTRL_VQ);
+        let pairs = match io.has(VIRTIO_NET_F_MQ) {
+            true => self.space.pairs.into(),
+            false => 1,
+        };
+        offered.then_some(2 * pairs)
+    }
+
+    fn all_pairs(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        for pair in 0..self.rx.len() {
+            self.receive(pair, io)?;
+            self.transmit(pair, io)?;
+        }
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Net {
+    fn traits(&self) -> Traits {
+        let mut features = self.backend.features()
+            | 1 << VIRTIO_NET_F_MAC
+            | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_MRG_RXBUF;
+        if self.space.mtu != 0 {
+            features |= 1 << VIRTIO_NET_F_MTU;
+        }
+        let mut queues = vec![QUEUE_SIZE; 2 * self.rx.len()];
+        if self.rx.len() > 1 {
+            features |= 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_MQ;
+            queues.push(CONTROL_SIZE);
+        }
+        Traits {
+            id: VIRTIO_ID_NET,
+            features,
+            queues,
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.space) as _
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let source = |token, fd| Source {
+            token,
+            fd,
+            writable: false,
+        };
+        let pairs = (0..self.rx.len()).filter_map(|pair| Some((pair, self.backend.fd(pair)?)));
+        let mut sources: Vec<_> = pairs.map(|(pair, fd)| source(pair as u32, fd)).collect();
+        sources.push(source(TIMER, self.timer.as_raw_fd()));
+        sources.push(source(WAKE, self.wake.as_raw_fd()));
+        let writable = self.backend.writable_fd();
+        sources.extend(writable.map(|fd| source(WRITABLE, fd)));
+        sources
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if self.control_queue(io) == Some(queue) {
+            return self.control(queue, io);
+        }
+        let pair = queue / 2;
+        match queue % 2 {
+            // With buffers at hand, the source says when there is something for them.
+            0 if self.mode.is_some() && self.rx.get(pair).is_some_and(|rx| rx.armed) => Ok(()),
+            0 => self.receive(pair, io),
+            _ => self.transmit(pair, io),
+        }
+    }
+
+    fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        match token {
+            TIMER => {
+                let cleared = self.timer.clear();
+                cleared.map_err(|error| host_error("clear a timer", error.into()))?;
+                self.timer_at = None;
+                self.all_pairs(io)
+            }
+            WAKE => {
+                // Readable, or another event took it.
+                let _ = self.wake.read();
+                self.rx.iter_mut().for_each(|rx| rx.until = None);
+                self.tx.iter_mut().for_each(|tx| tx.until = None);
+                self.all_pairs(io)
+            }
+            WRITABLE => {
+                match self.backend.flush() {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(()),
+                    Err(error) => self.close(io, &error),
+                }
+                self.blocked = false;
+                io.arm(WRITABLE, false);
+                (0..self.tx.len()).try_for_each(|pair| self.transmit(pair, io))
+            }
+            pair => self.receive(pair as usize, io),
+        }
+    }
+
+    fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.rx.iter_mut().for_each(|rx| rx.let_go(io));
+        self.tx.iter_mut().for_each(|tx| tx.until = None);
+        self.backend.let_go();
+        self.mode = None;
+        self.blocked = false;
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = 1;
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Net(NetState { pairs: self.active })
+    }
+}

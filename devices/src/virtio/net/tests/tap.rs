@@ -1,0 +1,189 @@
+//! Tap interfaces, where this process may make them; errors where it may not.
+
+use std::fs;
+use std::process::Command;
+
+use super::*;
+
+/// A new tap, or why there is none here.
+fn tap(queues: u16) -> Option<Tap> {
+    match Tap::open("bulletest%d", queues) {
+        Ok(tap) => Some(tap),
+        // No tun driver or no CAP_NET_ADMIN: then the error says so, which is all there is to see.
+        Err(error @ (TapError::Driver(_) | TapError::Permission { .. })) => {
+            let text = error.to_string();
+            assert!(text.contains("CAP_NET_ADMIN") || text.contains("modprobe tun"));
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A raw socket on the host's side of an interface.
+fn packet_socket(name: &str) -> UnixStream {
+    use std::os::fd::FromRawFd;
+    let name = std::ffi::CString::new(name).unwrap();
+    // SAFETY: plain system calls with structures that live as long as the calls; the descriptor is
+    // owned by nobody else.
+    unsafe {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        let fd = libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+            all.into(),
+        );
+        assert!(fd >= 0);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = all;
+        address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
+        let len = size_of_val(&address) as u32;
+        assert_eq!(libc::bind(fd, (&raw const address).cast(), len), 0);
+        // Reading and writing is all that is wanted of it.
+        let socket = UnixStream::from_raw_fd(fd);
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        socket
+    }
+}
+
+/// An Ethernet frame of no protocol that the host would answer.
+fn ether(len: usize) -> Vec<u8> {
+    let mut bytes = vec![0xff; 6];
+    bytes.extend(MAC);
+    bytes.extend([0x88, 0xb5]);
+    bytes.extend(frame(len - 14));
+    bytes
+}
+
+/// The next frame of ours.
+fn next(socket: &mut UnixStream) -> Vec<u8> {
+    loop {
+        let mut bytes = vec![0; 65600];
+        let len = socket.read(&mut bytes).unwrap();
+        bytes.truncate(len);
+        if bytes[12..14] == [0x88, 0xb5] {
+            return bytes;
+        }
+    }
+}
+
+fn ours(frames: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    let bodies = frames.into_iter().map(|mut all| all.split_off(12));
+    bodies.filter(|body| body[12..14] == [0x88, 0xb5]).collect()
+}
+
+#[test]
+fn frames_pass_a_tap_both_ways() {
+    for features in [None, Some(0)] {
+        let Some(tap) = tap(1) else { return };
+        let mut socket = packet_socket(tap.name());
+        let mut guest = Guest::new(with_backend(NetBackend::Tap(tap)), features);
+        guest.offer(15, 0x1_0000);
+        for len in [60, 1514] {
+            guest.send(BLANK, &ether(len));
+            assert!(next(&mut socket) == ether(len));
+            assert_eq!(guest.vqs[1].used().len(), 1);
+            socket.write_all(&ether(len)).unwrap();
+            // What the host says of itself may come as well.
+            let mut got = Vec::new();
+            for _ in 0..100 {
+                got.extend(ours(guest.used()));
+                if !got.is_empty() {
+                    break;
+                }
+            }
+            assert!(got == [ether(len)]);
+        }
+    }
+}
+
+#[test]
+fn a_tap_has_offloads_and_several_queues() {
+    let Some(tap) = tap(4) else { return };
+    let name = tap.name().to_string();
+    assert!(name.starts_with("bulletest") && tap.queues() == 4);
+    let (net, _) = Net::new(with_backend(NetBackend::Tap(tap)), NetState::default()).unwrap();
+    let traits = net.traits();
+    for bit in [
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_HOST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_GUEST_UFO,
+        VIRTIO_NET_F_MQ,
+        VIRTIO_NET_F_CTRL_VQ,
+    ] {
+        assert!(traits.features >> bit & 1 != 0, "feature {bit}");
+    }
+    assert_eq!(traits.queues.len(), 9);
+    let rig = Rig::new(Transport::Pci, Box::new(net));
+    let mut vqs = rig.start(None);
+    rig.run(0);
+    let mut command = |queue: usize, bytes: &[u8]| {
+        rig.ram.write_slice(bytes, GuestAddress(TX_AT)).unwrap();
+        let data = (TX_AT, bytes.len() as u32, false);
+        vqs[queue].add(&[data, (TX_AT + 64, 1, true)]);
+        rig.kick(&vqs[queue]);
+        rig.run(0);
+        assert_eq!(vqs[queue].used().len(), 1);
+        rig.ram.read_obj::<u8>(GuestAddress(TX_AT + 64)).unwrap()
+    };
+    assert_eq!(command(8, &[4, 0, 3, 0]), 0);
+    assert_eq!(command(8, &[4, 0, 5, 0]), 1, "more than there are");
+    assert_eq!(command(8, &[4, 0, 0, 0]), 1);
+    assert_eq!(command(8, &[4, 0, 1]), 1, "cut short");
+    assert_eq!(command(8, &[0, 0, 1, 0]), 1, "another command");
+    assert_eq!(
+        rig.core.save().device,
+        DeviceState::Net(NetState { pairs: 3 })
+    );
+    // A driver that leaves MQ alone has its control queue behind the first pair.
+    let plain = traits.features & !(1 << VIRTIO_NET_F_MQ) | CORE_FEATURES;
+    let mut vqs = rig.start(Some(plain));
+    rig.run(0);
+    let (data, ack) = ((TX_AT, 4, false), (TX_AT + 64, 1, true));
+    vqs[2].add(&[data, ack]);
+    rig.kick(&vqs[2]);
+    rig.run(0);
+    assert_eq!(vqs[2].used().len(), 1);
+    assert_eq!(
+        rig.core.save().device,
+        DeviceState::Net(NetState::default())
+    );
+    // Gone under its driver: the link goes down, and nothing spins.
+    let status = Command::new("ip").args(["link", "del", &name]).status();
+    if status.is_ok_and(|status| status.success()) {
+        for vq in &mut vqs[..1] {
+            vq.add(&[(RX_AT, 0x8_0000, true)]);
+            rig.kick(vq);
+        }
+        rig.run(5);
+        let mut link = [0xff; 2];
+        rig.port.read_config(6, &mut link);
+        assert_eq!(link, [0, 0]);
+    }
+}
+
+#[test]
+fn taps_that_cannot_be_had() {
+    let error = |name: &str, queues| Tap::open(name, queues).unwrap_err();
+    for name in ["", "a/b", "sixteen-bytes-xy", "..", "a%s", "%d%d"] {
+        assert!(matches!(error(name, 1), TapError::Name { .. }), "{name}");
+    }
+    let missing = error("bulle-none", 1);
+    assert!(matches!(missing, TapError::Missing { .. }));
+    assert!(
+        missing
+            .to_string()
+            .contains("ip tuntap add bulle-none mode tap user")
+    );
+    let Some(one) = tap(1) else { return };
+    assert!(matches!(error(one.name(), 1), TapError::Busy { .. }));
+    let kind = error(one.name(), 2);
+    assert!(kind.to_string().contains("multi_queue"), "{kind}");
+    assert!(matches!(error("lo", 1), TapError::Kind { .. }));
+    let null = fs::File::open("/dev/null").unwrap();
+    let fd = Tap::from_fd(null.into()).unwrap_err();
+    assert!(matches!(fd, TapError::Descriptor { .. }), "{fd}");
+}
