@@ -181,6 +181,7 @@ impl RunArgs {
                 machine_config: MachineConfig::default(),
                 drives: Vec::new(),
                 shares: Vec::new(),
+                network_interfaces: Vec::new(),
                 entropy: None,
                 vsock: None,
                 rtc: None,

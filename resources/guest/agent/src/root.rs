@@ -45,8 +45,7 @@ pub fn enter(shares: &[u8]) -> Result<(), Trouble> {
         let _ = rustix::fs::mkdir(DISK, Mode::from_raw_mode(0o755));
         shares::mount_on(share, DISK)?;
         let root = if share.read_only { unite()? } else { DISK };
-        return move_into(root)
-            .map_err(trouble(format_args!("the shared root cannot be entered")));
+        return move_into(root).map_err(trouble(format_args!("the shared root cannot be entered")));
     }
     let serial = setup::command_line_word(b"bulle.root=");
     let Some(serial) = serial.as_ref().map(Text::as_str) else {
