@@ -13,6 +13,7 @@ mod limits;
 pub mod memory;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
 
@@ -23,7 +24,17 @@ pub use limits::LimitError;
 
 use crate::board::Board;
 use crate::vcpu::VcpuHandle;
-use crate::vcpu::handle::Command;
+
+/// A vCPU that does not leave the guest.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "vCPU {index} does not pause within {patience:?}: it waits for the host, perhaps for a reader of the \
+     console"
+)]
+pub struct PauseError {
+    index: usize,
+    patience: Duration,
+}
 
 /// A built virtual machine.
 pub struct Vm {
@@ -45,11 +56,27 @@ impl Vm {
         &self.exit
     }
 
-    /// Lets every vCPU run.
+    /// Lets every vCPU run: first, or again after [`pause`](Self::pause).
     pub fn start(&self) {
         for vcpu in &self.vcpus {
-            vcpu.send(Command::Run);
+            vcpu.run();
         }
+    }
+
+    /// Gets every vCPU out of the guest, its last access finished. Devices go on with what they have.
+    ///
+    /// # Errors
+    /// A vCPU thread that waits for somebody else, such as the reader of its console, and does not
+    /// answer within `patience`; it parks when that is over.
+    pub fn pause(&self, patience: Duration) -> Result<(), PauseError> {
+        let deadline = Instant::now() + patience;
+        let pausing: Vec<_> = self.vcpus.iter().map(VcpuHandle::request_pause).collect();
+        for (index, vcpu) in pausing.into_iter().enumerate() {
+            if !vcpu.wait(deadline) {
+                return Err(PauseError { index, patience });
+            }
+        }
+        Ok(())
     }
 
     /// Gets every vCPU out of the guest and ends its thread; then brings the devices to rest.
