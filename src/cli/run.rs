@@ -156,24 +156,10 @@ impl RunArgs {
     fn into_config(self) -> Result<Config> {
         let mut config = match &self.config {
             Some(path) => read_config(path)?,
-            None => Config {
-                boot_source: BootSource {
-                    kernel_image_path: match &self.kernel {
-                        Some(path) => path.clone(),
-                        None => default_kernel()?,
-                    },
-                    initrd_path: None,
-                    boot_args: None,
-                    kernel_entry: KernelEntry::default(),
-                    kernel_cache: true,
-                },
-                machine_config: MachineConfig::default(),
-                drives: Vec::new(),
-                entropy: None,
-                guest: None,
-                console: None,
-                timeout_ms: None,
-            },
+            None => Config::new(match &self.kernel {
+                Some(path) => path.clone(),
+                None => default_kernel()?,
+            }),
         };
         let from_file = self.config.is_some();
         self.devices.apply(&mut config);

@@ -256,6 +256,25 @@ pub enum Console {
 }
 
 impl Config {
+    /// A machine that boots `kernel`, with everything else as by default and without an agent.
+    pub fn new(kernel: PathBuf) -> Self {
+        Self {
+            boot_source: BootSource {
+                kernel_image_path: kernel,
+                initrd_path: None,
+                boot_args: None,
+                kernel_entry: KernelEntry::default(),
+                kernel_cache: true,
+            },
+            machine_config: MachineConfig::default(),
+            drives: Vec::new(),
+            entropy: None,
+            guest: None,
+            console: None,
+            timeout_ms: None,
+        }
+    }
+
     /// The limiters of all devices, each with what people call its device.
     pub fn rate_limiters(&self) -> impl Iterator<Item = (&str, &RateLimiter)> {
         self.drives.iter().filter_map(|drive| {

@@ -1,0 +1,203 @@
+//! Before the start: a configuration is collected, checked piece by piece.
+
+use std::path::PathBuf;
+
+use super::{Action, ActionError, Instance, MachineUpdate, Reply, State};
+use crate::config::{BootSource, Config, Drive, MachineConfig, Spec};
+
+/// RAM of a machine of which nobody says how much it has, as Firecracker has it.
+const DEFAULT_MEMORY_MIB: u64 = 128;
+
+/// A microVM that is being configured.
+#[derive(Debug)]
+pub struct Preboot {
+    id: String,
+    config: Config,
+    has_kernel: bool,
+}
+
+impl Preboot {
+    /// The microVM `id`, with what `config` has already.
+    pub fn new(id: String, config: Option<Config>) -> Self {
+        let has_kernel = config.is_some();
+        let config = config.unwrap_or_else(|| {
+            let mut config = Config::new(PathBuf::new());
+            config.machine_config.mem_size_mib = DEFAULT_MEMORY_MIB;
+            config
+        });
+        Self {
+            id,
+            config,
+            has_kernel,
+        }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Does what can be done without a machine; [`Action::InstanceStart`] is the caller's, who
+    /// takes [`spec`](Self::spec).
+    pub fn act(&mut self, action: Action) -> Result<Reply, ActionError> {
+        match action {
+            Action::DescribeInstance => Ok(Reply::Instance(Instance {
+                id: self.id.clone(),
+                state: State::NotStarted,
+                vmm_version: env!("CARGO_PKG_VERSION"),
+                app_name: "Firecracker",
+            })),
+            Action::Version => Ok(Reply::Version(env!("CARGO_PKG_VERSION"))),
+            Action::GetConfig => Ok(Reply::Config(Box::new(self.config.clone()))),
+            Action::GetMachine => Ok(Reply::Machine(self.config.machine_config.clone())),
+            Action::PutMachine(update) => {
+                for (field, missing) in [
+                    ("vcpu_count", update.vcpu_count.is_none()),
+                    ("mem_size_mib", update.mem_size_mib.is_none()),
+                ] {
+                    if missing {
+                        return Err(ActionError::Missing { field });
+                    }
+                }
+                let base = MachineConfig {
+                    virtio_transport: self.config.machine_config.virtio_transport,
+                    ..MachineConfig::default()
+                };
+                self.change(|config| config.machine_config = update.apply(&base))
+            }
+            Action::PatchMachine(update) => self.patch_machine(&update),
+            Action::PutBootSource(boot) => self.boot_source(boot),
+            Action::PutDrive(drive) => self.change(|config| put_drive(config, drive)),
+            Action::PutEntropy(entropy) => self.change(|config| config.entropy = Some(entropy)),
+            Action::InstanceStart
+            | Action::PatchDrive(_)
+            | Action::SendCtrlAltDel
+            | Action::Pause
+            | Action::Resume => Err(ActionError::BeforeStart),
+        }
+    }
+
+    /// What is to be started.
+    pub fn spec(&self) -> Result<Spec, ActionError> {
+        if !self.has_kernel {
+            return Err(ActionError::NoKernel);
+        }
+        Ok(self.config.clone().validate()?)
+    }
+
+    fn patch_machine(&mut self, update: &MachineUpdate) -> Result<Reply, ActionError> {
+        let machine = update.apply(&self.config.machine_config);
+        self.change(|config| config.machine_config = machine)
+    }
+
+    fn boot_source(&mut self, boot: BootSource) -> Result<Reply, ActionError> {
+        self.change(|config| config.boot_source = boot)?;
+        self.has_kernel = true;
+        Ok(Reply::Done)
+    }
+
+    /// Takes a change if what comes of it is valid; nothing changes otherwise.
+    fn change(&mut self, change: impl FnOnce(&mut Config)) -> Result<Reply, ActionError> {
+        let mut config = self.config.clone();
+        change(&mut config);
+        config.clone().validate()?;
+        self.config = config;
+        Ok(Reply::Done)
+    }
+}
+
+/// Takes the place of the drive with this name, or comes behind all others.
+fn put_drive(config: &mut Config, drive: Drive) {
+    let same = |other: &&mut Drive| other.drive_id == drive.drive_id;
+    match config.drives.iter_mut().find(same) {
+        Some(place) => *place = drive,
+        None => config.drives.push(drive),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::HugePages;
+
+    fn preboot() -> Preboot {
+        Preboot::new("a".into(), None)
+    }
+
+    fn boot() -> BootSource {
+        serde_json::from_str(r#"{"kernel_image_path":"/k"}"#).unwrap()
+    }
+
+    fn machine(vcpu_count: u16, mem_size_mib: u64) -> MachineUpdate {
+        MachineUpdate {
+            vcpu_count: Some(vcpu_count),
+            mem_size_mib: Some(mem_size_mib),
+            ..MachineUpdate::default()
+        }
+    }
+
+    #[test]
+    fn a_bad_change_changes_nothing() {
+        let mut preboot = preboot();
+        preboot.act(Action::PutMachine(machine(2, 256))).unwrap();
+        let before = preboot.config.clone();
+        for action in [
+            Action::PutMachine(machine(0, 256)),
+            Action::PutMachine(machine(1, 1)),
+            Action::PutMachine(MachineUpdate::default()),
+            Action::PatchMachine(MachineUpdate {
+                smt: Some(true),
+                vcpu_count: Some(3),
+                ..MachineUpdate::default()
+            }),
+            Action::PutDrive(Drive::new("", "/d".into())),
+        ] {
+            assert!(preboot.act(action.clone()).is_err(), "{action:?}");
+            assert_eq!(preboot.config, before);
+        }
+    }
+
+    #[test]
+    fn a_put_sets_all_and_a_patch_what_it_names() {
+        let mut preboot = preboot();
+        let mut put = machine(2, 256);
+        (put.smt, put.huge_pages) = (Some(true), Some(HugePages::Transparent));
+        preboot.act(Action::PutMachine(put)).unwrap();
+        preboot.act(Action::PatchMachine(machine(4, 512))).unwrap();
+        let now = &preboot.config.machine_config;
+        assert_eq!((now.vcpu_count, now.mem_size_mib), (4, 512));
+        assert_eq!(now.threads_per_core, 2);
+        assert_eq!(now.huge_pages, HugePages::Transparent);
+        preboot.act(Action::PutMachine(machine(1, 64))).unwrap();
+        assert_eq!(preboot.config.machine_config.threads_per_core, 1);
+    }
+
+    #[test]
+    fn drives_keep_their_places() {
+        let mut preboot = preboot();
+        for (id, path) in [("a", "/1"), ("b", "/2"), ("a", "/3")] {
+            preboot
+                .act(Action::PutDrive(Drive::new(id, path.into())))
+                .unwrap();
+        }
+        let paths: Vec<_> = preboot
+            .config
+            .drives
+            .iter()
+            .map(|d| d.path_on_host.clone())
+            .collect();
+        assert_eq!(paths, ["/3", "/2"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn what_needs_a_machine_waits_for_it() {
+        let mut preboot = preboot();
+        assert!(matches!(preboot.spec(), Err(ActionError::NoKernel)));
+        preboot.act(Action::PutBootSource(boot())).unwrap();
+        assert_eq!(preboot.spec().unwrap().ram_size(), DEFAULT_MEMORY_MIB << 20);
+        for action in [Action::Pause, Action::Resume, Action::SendCtrlAltDel] {
+            let error = preboot.act(action).unwrap_err();
+            assert!(matches!(error, ActionError::BeforeStart));
+        }
+    }
+}
