@@ -55,7 +55,6 @@ impl ApiError {
                 ActionError::NoKernel => "no-kernel",
                 ActionError::Config(_) | ActionError::Missing { .. } => "bad-config",
                 ActionError::Start { .. } => "start-failed",
-                ActionError::NoDevice { .. } => "no-device",
                 ActionError::Machine { .. } | ActionError::Keyboard => "machine-failed",
                 ActionError::Ended => "ended",
             },

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::error::ApiError;
 use super::http::{Method, Request, Response};
 use crate::config::{Drive, Entropy};
-use crate::control::{Action, DriveUpdate, MachineUpdate, Reply};
+use crate::control::{Action, MachineUpdate, Reply};
 
 /// Body of `PUT /actions`.
 #[derive(Deserialize)]
@@ -60,11 +60,6 @@ pub fn route(request: &Request) -> Result<Action, ApiError> {
             let drive: Drive = body.parse()?;
             check_id(second, &drive.drive_id)?;
             Action::PutDrive(drive)
-        }
-        (Method::Patch, "drives") => {
-            let update: DriveUpdate = body.parse()?;
-            check_id(second, &update.drive_id)?;
-            Action::PatchDrive(update)
         }
         (Method::Put, "entropy") => Action::PutEntropy(body.parse::<Entropy>()?),
         (Method::Patch, "vm") => match body.parse::<VmBody>()?.state {

@@ -312,7 +312,8 @@ fn is_initramfs(path: &Path) -> Result<bool> {
     Ok(MAGICS.iter().any(|magic| head.starts_with(magic)))
 }
 
-fn read_config(path: &Path) -> Result<Config> {
+/// Reads a configuration file.
+pub fn read_config(path: &Path) -> Result<Config> {
     // A pipe is welcome, but what has no end must not be read to it.
     let mut text = String::new();
     let length = File::open(path)

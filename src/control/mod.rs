@@ -15,7 +15,7 @@ pub use call::{Call, Caller, Requests, channel};
 pub use preboot::Preboot;
 
 use crate::config::{
-    BootSource, Config, ConfigError, Drive, Entropy, HugePages, MachineConfig, RateLimiter,
+    BootSource, Config, ConfigError, Drive, Entropy, HugePages, MachineConfig,
 };
 
 /// One thing asked of a microVM.
@@ -37,8 +37,6 @@ pub enum Action {
     PutBootSource(BootSource),
     /// Adds a disk, or replaces the one of that name.
     PutDrive(Drive),
-    /// Changes a disk of a running machine.
-    PatchDrive(DriveUpdate),
     /// Adds the entropy device.
     PutEntropy(Entropy),
     /// Builds the machine and lets it run.
@@ -105,6 +103,18 @@ pub struct MachineUpdate {
     pub huge_pages: Option<HugePages>,
 }
 
+impl Instance {
+    /// The microVM `id`, not started.
+    pub fn new(id: String) -> Self {
+        Self {
+            id,
+            state: State::NotStarted,
+            vmm_version: env!("CARGO_PKG_VERSION"),
+            app_name: "Firecracker",
+        }
+    }
+}
+
 impl MachineUpdate {
     /// `machine` with the changes.
     pub fn apply(&self, machine: &MachineConfig) -> MachineConfig {
@@ -117,16 +127,6 @@ impl MachineUpdate {
         }
         machine
     }
-}
-
-/// A change of a disk of a running machine.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DriveUpdate {
-    /// Its name.
-    pub drive_id: String,
-    /// New limits; a bucket of size or time 0 is one less, an absent one stays.
-    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// An action cannot be done.
@@ -155,14 +155,6 @@ pub enum ActionError {
     Start {
         /// Causes, joined.
         text: String,
-    },
-    /// A device that is not there.
-    #[error("there is no {kind} '{id}'")]
-    NoDevice {
-        /// Its type.
-        kind: &'static str,
-        /// As asked for.
-        id: String,
     },
     /// The machine does not do it.
     #[error("{text}")]

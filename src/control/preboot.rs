@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{Action, ActionError, Instance, MachineUpdate, Reply, State};
-use crate::config::{BootSource, Config, Drive, MachineConfig, Spec};
+use super::{Action, ActionError, Instance, MachineUpdate, Reply};
+use crate::config::{BootSource, Config, Drive, MachineConfig, Spec, Transport};
 
 /// RAM of a machine of which nobody says how much it has, as Firecracker has it.
 const DEFAULT_MEMORY_MIB: u64 = 128;
@@ -11,43 +11,47 @@ const DEFAULT_MEMORY_MIB: u64 = 128;
 /// A microVM that is being configured.
 #[derive(Debug)]
 pub struct Preboot {
-    id: String,
+    instance: Instance,
     config: Config,
     has_kernel: bool,
 }
 
 impl Preboot {
-    /// The microVM `id`, with what `config` has already.
-    pub fn new(id: String, config: Option<Config>) -> Self {
+    /// The microVM `id`, with what `config` has already, its virtio devices on a PCI bus if
+    /// `pci` says so.
+    pub fn new(id: String, config: Option<Config>, pci: bool) -> Self {
         let has_kernel = config.is_some();
-        let config = config.unwrap_or_else(|| {
+        let mut config = config.unwrap_or_else(|| {
             let mut config = Config::new(PathBuf::new());
             config.machine_config.mem_size_mib = DEFAULT_MEMORY_MIB;
             config
         });
+        if pci {
+            config.machine_config.virtio_transport = Transport::Pci;
+        }
         Self {
-            id,
+            instance: Instance::new(id),
             config,
             has_kernel,
         }
     }
 
-    /// Its name.
-    pub fn id(&self) -> &str {
-        &self.id
+    /// Who it is.
+    pub fn instance(&self) -> &Instance {
+        &self.instance
+    }
+
+    /// As far as it has come.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Does what can be done without a machine; [`Action::InstanceStart`] is the caller's, who
     /// takes [`spec`](Self::spec).
     pub fn act(&mut self, action: Action) -> Result<Reply, ActionError> {
         match action {
-            Action::DescribeInstance => Ok(Reply::Instance(Instance {
-                id: self.id.clone(),
-                state: State::NotStarted,
-                vmm_version: env!("CARGO_PKG_VERSION"),
-                app_name: "Firecracker",
-            })),
-            Action::Version => Ok(Reply::Version(env!("CARGO_PKG_VERSION"))),
+            Action::DescribeInstance => Ok(Reply::Instance(self.instance.clone())),
+            Action::Version => Ok(Reply::Version(self.instance.vmm_version)),
             Action::GetConfig => Ok(Reply::Config(Box::new(self.config.clone()))),
             Action::GetMachine => Ok(Reply::Machine(self.config.machine_config.clone())),
             Action::PutMachine(update) => {
@@ -70,7 +74,6 @@ impl Preboot {
             Action::PutDrive(drive) => self.change(|config| put_drive(config, drive)),
             Action::PutEntropy(entropy) => self.change(|config| config.entropy = Some(entropy)),
             Action::InstanceStart
-            | Action::PatchDrive(_)
             | Action::SendCtrlAltDel
             | Action::Pause
             | Action::Resume => Err(ActionError::BeforeStart),
@@ -121,7 +124,7 @@ mod tests {
     use crate::config::HugePages;
 
     fn preboot() -> Preboot {
-        Preboot::new("a".into(), None)
+        Preboot::new("a".into(), None, false)
     }
 
     fn boot() -> BootSource {

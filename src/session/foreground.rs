@@ -19,6 +19,7 @@ use super::escape::{Escapes, HELP, Request};
 use super::outcome::Outcome;
 use super::output::{Output, read_input};
 use super::progress::Progress;
+use super::runtime::Runtime;
 use super::signals::Signals;
 use super::terminal::window_size;
 use crate::vm::Vm;
@@ -48,10 +49,11 @@ enum Token {
     AgentData,
     Stdout,
     Stderr,
+    Calls,
 }
 
 impl Token {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Exit,
         Self::Signal,
         Self::Timeout,
@@ -63,6 +65,7 @@ impl Token {
         Self::AgentData,
         Self::Stdout,
         Self::Stderr,
+        Self::Calls,
     ];
 
     fn from_data(data: u32) -> Option<Self> {
@@ -111,6 +114,7 @@ pub struct Foreground<'a> {
     vm: &'a Vm,
     tap: Arc<ConsoleTap>,
     agent: Option<AgentLink>,
+    runtime: Option<Runtime>,
     events: GuestEvents,
     signals: Signals,
     timeout: Option<(TimerFd, Duration)>,
@@ -142,6 +146,7 @@ impl<'a> Foreground<'a> {
             vm,
             tap,
             agent,
+            runtime: None,
             events,
             signals,
             timeout: None,
@@ -173,6 +178,11 @@ impl<'a> Foreground<'a> {
         )?;
         self.timeout = Some((timer, limit));
         Ok(())
+    }
+
+    /// Has `runtime` answer actions of other threads.
+    pub fn answer(&mut self, runtime: Option<Runtime>) {
+        self.runtime = runtime;
     }
 
     /// The end, once there is one.
@@ -436,6 +446,11 @@ impl<'a> Foreground<'a> {
                 self.flush();
                 self.pump_agent();
             }
+            Token::Calls => {
+                if let Some(runtime) = &mut self.runtime {
+                    runtime.serve(self.vm);
+                }
+            }
         }
     }
 }
@@ -454,6 +469,9 @@ impl MutEventSubscriber for Foreground<'_> {
         ];
         if let Some((timer, _)) = &self.timeout {
             sources.push((timer_fd(timer), Token::Timeout));
+        }
+        if let Some(runtime) = &self.runtime {
+            sources.push((runtime.as_raw_fd(), Token::Calls));
         }
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN)) {

@@ -20,7 +20,7 @@ impl Fixture {
         let path = dir.path().join("api");
         let (caller, requests) = channel().unwrap();
         thread::spawn(move || {
-            let mut preboot = Preboot::new("x".into(), None);
+            let mut preboot = Preboot::new("x".into(), None, false);
             loop {
                 let mut fds = [PollFd::new(requests.as_fd(), PollFlags::POLLIN)];
                 poll(&mut fds, PollTimeout::NONE).unwrap();
