@@ -129,7 +129,7 @@ fn disks_on_pci_beside_an_interrupt_controller_of_kvm() {
     disks("cloud-amd64", &["--pci", "--irqchip", "kernel"]);
 }
 
-/// INTA# instead of MSI-X: two functions, each with a line of its own, that do their work.
+/// INTA# instead of MSI-X: each function has a line of its own, and the disks do their work.
 #[test]
 fn disks_on_pci_without_messages() {
     for irqchip in ["split", "kernel"] {
@@ -138,6 +138,7 @@ fn disks_on_pci_without_messages() {
         let script = "for disk in vda vdb; do
                 yes $disk | dd of=/dev/$disk bs=1M count=4 iflag=fullblock conv=fsync 2>/dev/null
             done
+            echo functions $(ls /sys/bus/virtio/devices | wc -l)
             echo lines $(grep virtio /proc/interrupts | grep -c IO-APIC)
             echo messages $(grep virtio /proc/interrupts | grep -c MSI)";
         let bulle = linux("cloud-amd64").args(["--pci", "--append", "pci=nomsi"]);
@@ -146,7 +147,7 @@ fn disks_on_pci_without_messages() {
         let outcome = shell(bulle.arg("--disk").arg(disk(&second, "")), script).exits(0);
         assert_eq!(
             (outcome.value("lines"), outcome.value("messages")),
-            ("2", "0"),
+            (outcome.value("functions"), "0"),
             "{outcome:#?}"
         );
         for (path, line) in [(first, "vda\n"), (second, "vdb\n")] {
