@@ -5,7 +5,7 @@
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arch::acpi::WatchdogFacts;
@@ -96,6 +96,27 @@ impl BoardWatchdog {
     }
 }
 
+impl BoardWatchdog {
+    /// Its time stands still. No vCPU runs.
+    pub fn pause(&self) {
+        let alarm = self.device.alarm();
+        let now = alarm.now();
+        alarm.clock().stopped.get_or_insert(now);
+        alarm.set(None);
+    }
+
+    /// Its time goes on, if it stood still; the next alarm, which comes at once, sees how much is left.
+    pub fn resume(&self) {
+        let alarm = self.device.alarm();
+        let Some(stopped) = alarm.clock().stopped.take() else {
+            return;
+        };
+        let lost = alarm.now().saturating_sub(stopped);
+        alarm.clock().lost += lost;
+        alarm.set(Some(Duration::ZERO));
+    }
+}
+
 impl AsRawFd for BoardWatchdog {
     fn as_raw_fd(&self) -> RawFd {
         self.device.alarm().timer.as_fd().as_raw_fd()
@@ -107,10 +128,19 @@ fn periods(time: Duration) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// A timer of the host's monotonic clock.
+/// A timer of the host's monotonic clock, less the time that stood still.
 struct HostAlarm {
     timer: TimerFd,
     origin: Instant,
+    clock: Mutex<Clock>,
+}
+
+#[derive(Default)]
+struct Clock {
+    /// Since when, while it stands still.
+    stopped: Option<Duration>,
+    /// How long it has stood still before.
+    lost: Duration,
 }
 
 impl HostAlarm {
@@ -119,7 +149,12 @@ impl HostAlarm {
         Ok(Self {
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             origin: Instant::now(),
+            clock: Mutex::default(),
         })
+    }
+
+    fn clock(&self) -> MutexGuard<'_, Clock> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the descriptor unreadable until the next alarm.
@@ -131,7 +166,9 @@ impl HostAlarm {
 
 impl Alarm for HostAlarm {
     fn now(&self) -> Duration {
-        self.origin.elapsed()
+        let clock = self.clock();
+        let runs = || self.origin.elapsed().saturating_sub(clock.lost);
+        clock.stopped.unwrap_or_else(runs)
     }
 
     fn set(&self, after: Option<Duration>) {
@@ -149,5 +186,38 @@ impl Alarm for HostAlarm {
         {
             log::error!("the watchdog's timer cannot be set: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_can_stand_still() {
+        let sleep = || std::thread::sleep(Duration::from_millis(30));
+        let mut pio = Bus::new();
+        struct Nobody;
+        impl MsiSink for Nobody {
+            fn send(&self, _: u64, _: u32) {}
+        }
+        let settings = config::Watchdog::default();
+        let watchdog = BoardWatchdog::place(&settings, Arc::new(Nobody), &mut pio).unwrap();
+        let alarm = watchdog.device.alarm();
+        watchdog.resume();
+        watchdog.pause();
+        let before = alarm.now();
+        sleep();
+        watchdog.pause();
+        assert_eq!(alarm.now(), before);
+        watchdog.resume();
+        let after = alarm.now();
+        assert!(
+            after - before < Duration::from_millis(20),
+            "{before:?} {after:?}"
+        );
+        sleep();
+        assert!(alarm.now() - after >= Duration::from_millis(30));
+        assert_eq!(watchdog.on_alarm(), None);
     }
 }

@@ -1,8 +1,10 @@
 //! What the rest of bulle holds of a vCPU.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{
+    Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel,
+};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,8 @@ use crate::vm::slots::{DeviceSlots, Seen};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Time between two kicks of a thread that has not ended yet.
 const RETRY: Duration = Duration::from_micros(20);
+/// Time between two kicks of a thread that is to pause.
+const RETRY_PAUSE: Duration = Duration::from_millis(1);
 
 /// All that a vCPU thread works with.
 pub struct Vcpu {
@@ -44,18 +48,66 @@ pub struct Vcpu {
 }
 
 /// What a vCPU thread is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Command {
     /// Leave the parked state.
     Run,
+    /// Say when parked.
+    Pause(SyncSender<()>),
     /// End the thread.
     Stop,
+}
+
+/// What makes a running vCPU look at its commands.
+#[derive(Debug, Default)]
+pub struct Flags {
+    stop: AtomicBool,
+    /// Pauses that were asked for and not answered yet.
+    pauses: AtomicU32,
+}
+
+impl Flags {
+    /// Whether the vCPU is to leave the guest.
+    pub fn leave(&self) -> bool {
+        self.stop.load(Ordering::SeqCst) || self.pausing()
+    }
+
+    /// Whether the vCPU is to park.
+    pub fn pausing(&self) -> bool {
+        self.pauses.load(Ordering::SeqCst) > 0
+    }
+
+    /// The vCPU is parked and answers one request.
+    pub fn paused(&self) {
+        self.pauses.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A vCPU that is on its way to be parked.
+#[must_use]
+pub struct Pausing<'a> {
+    vcpu: &'a VcpuHandle,
+    parked: Receiver<()>,
+}
+
+impl Pausing<'_> {
+    /// Waits until the vCPU is parked, but not beyond `deadline`; says whether it is. One that has
+    /// ended counts as parked.
+    pub fn wait(self, deadline: Instant) -> bool {
+        loop {
+            match self.parked.recv_timeout(RETRY_PAUSE) {
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) if Instant::now() > deadline => return false,
+                Err(RecvTimeoutError::Timeout) => self.vcpu.kick(),
+            }
+        }
+    }
 }
 
 /// A running or parked vCPU thread. Dropping it stops and joins the thread.
 pub struct VcpuHandle {
     commands: Sender<Command>,
-    stop: Arc<AtomicBool>,
+    flags: Arc<Flags>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -64,28 +116,46 @@ impl VcpuHandle {
     pub fn spawn(vcpu: Vcpu) -> Result<Self, ThreadError> {
         kick::install_handler();
         let (commands, receiver) = channel();
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
+        let flags = Arc::new(Flags::default());
+        let shared = flags.clone();
         let role = Role::Vcpu(vcpu.index);
-        let thread = spawn(role, move || thread::parked(vcpu, &receiver, &flag))?;
+        let thread = spawn(role, move || thread::parked(vcpu, &receiver, &shared))?;
         Ok(Self {
             commands,
-            stop,
+            flags,
             thread: Some(thread),
         })
     }
 
+    /// Lets the vCPU run.
+    pub fn run(&self) {
+        self.send(Command::Run);
+    }
+
     /// Sends a command. A thread that has ended does not listen, which is no error.
-    pub fn send(&self, command: Command) {
-        if self.commands.send(command).is_err() {
+    fn send(&self, command: Command) {
+        if let Err(SendError(command)) = self.commands.send(command) {
             log::debug!("a vCPU that has ended was told {command:?}");
         }
     }
 
+    /// Asks the vCPU to leave the guest and park; the answer waits for that.
+    pub fn request_pause(&self) -> Pausing<'_> {
+        let (reply, parked) = sync_channel(1);
+        self.flags.pauses.fetch_add(1, Ordering::SeqCst);
+        self.send(Command::Pause(reply));
+        self.kick();
+        Pausing { vcpu: self, parked }
+    }
+
     /// Asks the thread to end and gets it out of KVM_RUN; does not wait.
     pub fn request_stop(&self) {
-        self.stop.store(true, Ordering::SeqCst);
+        self.flags.stop.store(true, Ordering::SeqCst);
         self.send(Command::Stop);
+        self.kick();
+    }
+
+    fn kick(&self) {
         if let Some(thread) = &self.thread {
             kick::kick(thread);
         }
@@ -100,7 +170,7 @@ impl Drop for VcpuHandle {
             return;
         };
         let begin = Instant::now();
-        self.stop.store(true, Ordering::SeqCst);
+        self.flags.stop.store(true, Ordering::SeqCst);
         self.send(Command::Stop);
         while !thread.is_finished() {
             if begin.elapsed() > PATIENCE {

@@ -1,29 +1,54 @@
-//! A vCPU thread. A state is a function: `parked` → `running` → the thread's end.
+//! A vCPU thread. A state is a function: `parked` ⇄ `running` → the thread's end.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 
-use super::exit::{Handled, handle};
-use super::handle::{Command, Vcpu};
+use super::exit::{Handled, complete, handle};
+use super::handle::{Command, Flags, Vcpu};
 use super::kick::Registration;
+use crate::vm::VmExit;
 
-/// Waits for a command.
-pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, stop: &AtomicBool) {
+/// Why a vCPU no longer runs.
+enum Left {
+    /// Told to; it may go on.
+    Asked,
+    /// The VM ended.
+    Ended,
+}
+
+/// Waits for commands.
+pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
     let _registration = Registration::new(&mut vcpu.fd);
-    if let Ok(Command::Run) = commands.recv() {
-        running(&mut vcpu, stop);
+    while let Ok(command) = commands.recv() {
+        match command {
+            Command::Run => match running(&mut vcpu, flags) {
+                Left::Asked => {}
+                Left::Ended => return,
+            },
+            Command::Pause(reply) => {
+                flags.paused();
+                // Nobody waits any more where the answer came too late.
+                let _ = reply.send(());
+            }
+            Command::Stop => return,
+        }
     }
 }
 
-/// Runs the guest until it ends or `stop` is set.
-fn running(vcpu: &mut Vcpu, stop: &AtomicBool) {
-    while !stop.load(Ordering::SeqCst) {
+/// Runs the guest until it ends or is asked to leave.
+fn running(vcpu: &mut Vcpu, flags: &Flags) -> Left {
+    while !flags.leave() {
         match handle(vcpu) {
-            Handled::Continue => {}
-            Handled::End(exit) => {
-                vcpu.exit.set(exit);
-                return;
-            }
+            Handled::Continue | Handled::Interrupted => {}
+            Handled::End(exit) => return ended(vcpu, exit),
         }
     }
+    match flags.pausing().then(|| complete(vcpu)).flatten() {
+        Some(exit) => ended(vcpu, exit),
+        None => Left::Asked,
+    }
+}
+
+fn ended(vcpu: &Vcpu, exit: VmExit) -> Left {
+    vcpu.exit.set(exit);
+    Left::Ended
 }

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod slots;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
 
@@ -24,7 +25,17 @@ pub use limits::LimitError;
 
 use crate::board::Board;
 use crate::vcpu::VcpuHandle;
-use crate::vcpu::handle::Command;
+
+/// A vCPU that does not leave the guest.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "vCPU {index} does not pause within {patience:?}: it waits for the host, perhaps for a reader of the \
+     console"
+)]
+pub struct PauseError {
+    index: usize,
+    patience: Duration,
+}
 
 /// A built virtual machine.
 pub struct Vm {
@@ -47,11 +58,34 @@ impl Vm {
         &self.exit
     }
 
-    /// Lets every vCPU run.
+    /// Lets every vCPU run: first, or again after [`pause`](Self::pause).
     pub fn start(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.send(Command::Run);
+        if let Some(watchdog) = &self.board.watchdog {
+            watchdog.resume();
         }
+        for vcpu in &self.vcpus {
+            vcpu.run();
+        }
+    }
+
+    /// Gets every vCPU out of the guest, its last access finished. Devices go on
+    /// with what they have; the watchdog stands still.
+    ///
+    /// # Errors
+    /// A vCPU thread that waits for somebody else, such as the reader of its console, and does not
+    /// answer within `patience`; it parks when that is over.
+    pub fn pause(&self, patience: Duration) -> Result<(), PauseError> {
+        let deadline = Instant::now() + patience;
+        let pausing: Vec<_> = self.vcpus.iter().map(VcpuHandle::request_pause).collect();
+        for (index, vcpu) in pausing.into_iter().enumerate() {
+            if !vcpu.wait(deadline) {
+                return Err(PauseError { index, patience });
+            }
+        }
+        if let Some(watchdog) = &self.board.watchdog {
+            watchdog.pause();
+        }
+        Ok(())
     }
 
     /// Gets every vCPU out of the guest and ends its thread; then brings the devices to rest.
