@@ -7,9 +7,11 @@
 //! frozen bus; virtio devices run on a thread of [`io`]. What the processor architecture decides is in the crate `arch`, device models are
 //! in `devices`; neither knows this crate. Threads are made in [`sandbox::thread`] alone.
 
+pub mod api;
 pub mod board;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod guest;
 pub mod io;
 pub mod sandbox;

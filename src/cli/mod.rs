@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
+mod api;
 mod caller;
 mod devices;
 mod kernel;
@@ -28,6 +29,8 @@ struct Cli {
 enum Command {
     /// Boot a kernel and run a command in it
     Run(Box<run::RunArgs>),
+    /// Serve a REST API that configures, starts and commands one microVM
+    Api(api::ApiArgs),
 }
 
 /// Parses the process's arguments, runs the command and says with which code to exit. Errors are
@@ -40,6 +43,7 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
+        Command::Api(args) => api::run(args),
     };
     ExitCode::from(result.unwrap_or_else(|error| {
         tell(chain(&error));

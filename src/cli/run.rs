@@ -167,32 +167,10 @@ impl RunArgs {
     fn into_config(self) -> Result<Config> {
         let mut config = match &self.config {
             Some(path) => read_config(path)?,
-            None => Config {
-                boot_source: BootSource {
-                    kernel_image_path: match &self.kernel {
-                        Some(path) => path.clone(),
-                        None => default_kernel()?,
-                    },
-                    initrd_path: None,
-                    boot_args: None,
-                    kernel_entry: KernelEntry::default(),
-                    kernel_cache: true,
-                },
-                machine_config: MachineConfig::default(),
-                drives: Vec::new(),
-                shares: Vec::new(),
-                entropy: None,
-                vsock: None,
-                rtc: None,
-                watchdog: None,
-                pmem: Vec::new(),
-                memory_hotplug: None,
-                balloon: None,
-                ports: Vec::new(),
-                guest: None,
-                console: None,
-                timeout_ms: None,
-            },
+            None => Config::new(match &self.kernel {
+                Some(path) => path.clone(),
+                None => default_kernel()?,
+            }),
         };
         let from_file = self.config.is_some();
         self.devices.apply(&mut config);
@@ -368,7 +346,8 @@ fn is_initramfs(path: &Path) -> Result<bool> {
     Ok(MAGICS.iter().any(|magic| head.starts_with(magic)))
 }
 
-fn read_config(path: &Path) -> Result<Config> {
+/// Reads a configuration file.
+pub fn read_config(path: &Path) -> Result<Config> {
     // A pipe is welcome, but what has no end must not be read to it.
     let mut text = String::new();
     let length = File::open(path)

@@ -7,6 +7,7 @@
 
 mod devices;
 mod list;
+mod machine;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,9 @@ pub use devices::{
     Transport, Vsock, Watchdog, WatchdogAction,
 };
 pub use list::{ListError, parse_list};
+pub use machine::{
+    CpuTemplate, HugePages, Irqchip, MachineConfig, MachineError, MachineUpdate, MemoryBacking,
+};
 pub use size::{SizeError, parse_bytes, parse_size};
 pub use validate::{
     ConfigError, DriveError, LimitsError, PortsError, ShareError, Spec, VsockError, WatchdogError,
@@ -120,116 +124,8 @@ pub enum KernelEntry {
     Bzimage,
 }
 
-/// Processors, memory and interrupt controller.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MachineConfig {
-    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
-    #[serde(default = "one")]
-    pub vcpu_count: u16,
-    /// Guest RAM in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
-    #[serde(default = "default_memory")]
-    pub mem_size_mib: u64,
-    /// Hardware threads per core, 1 or 2.
-    #[serde(default = "one")]
-    pub threads_per_core: u16,
-    /// Dies in the (single) socket.
-    #[serde(default = "one")]
-    pub dies: u16,
-    /// What backs guest RAM on the host.
-    #[serde(default)]
-    pub memory_backing: MemoryBacking,
-    /// Page size of that backing.
-    #[serde(default)]
-    pub huge_pages: HugePages,
-    /// Who emulates the interrupt controllers.
-    #[serde(default)]
-    pub irqchip: Irqchip,
-    /// How the guest reaches its virtio devices.
-    #[serde(default)]
-    pub virtio_transport: Transport,
-}
-
 fn yes() -> bool {
     true
-}
-
-fn one() -> u16 {
-    1
-}
-
-fn default_memory() -> u64 {
-    512
-}
-
-impl Default for MachineConfig {
-    fn default() -> Self {
-        Self {
-            vcpu_count: one(),
-            mem_size_mib: default_memory(),
-            threads_per_core: one(),
-            dies: one(),
-            memory_backing: MemoryBacking::default(),
-            huge_pages: HugePages::default(),
-            irqchip: Irqchip::default(),
-            virtio_transport: Transport::default(),
-        }
-    }
-}
-
-/// What backs guest RAM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-#[value(rename_all = "lowercase")]
-pub enum MemoryBacking {
-    /// Private anonymous memory.
-    #[default]
-    Anonymous,
-    /// A memfd, mapped shared.
-    Memfd,
-}
-
-/// Page size of guest RAM on the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-pub enum HugePages {
-    /// Whatever the host does by default.
-    #[default]
-    #[value(name = "none")]
-    None,
-    /// Transparent huge pages, by `madvise`.
-    #[value(name = "transparent")]
-    Transparent,
-    /// Reserved 2 MiB pages (hugetlbfs).
-    #[serde(rename = "2M")]
-    #[value(name = "2M")]
-    Huge2M,
-    /// Reserved 1 GiB pages (hugetlbfs).
-    #[serde(rename = "1G")]
-    #[value(name = "1G")]
-    Huge1G,
-}
-
-impl HugePages {
-    /// Page size in MiB, where reserved pages are used.
-    pub fn reserved_mib(self) -> Option<u64> {
-        match self {
-            Self::None | Self::Transparent => None,
-            Self::Huge2M => Some(2),
-            Self::Huge1G => Some(1024),
-        }
-    }
-}
-
-/// Who emulates the interrupt controllers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-#[value(rename_all = "lowercase")]
-pub enum Irqchip {
-    /// Local APICs in KVM, I/O APIC in bulle; no PIC and no PIT. Starts and ends fastest.
-    #[default]
-    Split,
-    /// All in KVM, with PIC and PIT, for guests that need those.
-    Kernel,
 }
 
 /// What runs in the guest under bulle's agent.
@@ -299,6 +195,33 @@ impl Console {
 }
 
 impl Config {
+    /// A machine that boots `kernel`, with everything else as by default and without an agent.
+    pub fn new(kernel: PathBuf) -> Self {
+        Self {
+            boot_source: BootSource {
+                kernel_image_path: kernel,
+                initrd_path: None,
+                boot_args: None,
+                kernel_entry: KernelEntry::default(),
+                kernel_cache: true,
+            },
+            machine_config: MachineConfig::default(),
+            drives: Vec::new(),
+            shares: Vec::new(),
+            entropy: None,
+            vsock: None,
+            rtc: None,
+            watchdog: None,
+            pmem: Vec::new(),
+            memory_hotplug: None,
+            balloon: None,
+            ports: Vec::new(),
+            guest: None,
+            console: None,
+            timeout_ms: None,
+        }
+    }
+
     /// The limiters of all devices, each with what people call its device.
     pub fn rate_limiters(&self) -> impl Iterator<Item = (&str, &RateLimiter)> {
         self.drives.iter().filter_map(|drive| {

@@ -12,6 +12,8 @@ pub enum Role {
     Vcpu(u16),
     /// Runs virtio devices: the loop with this index.
     Io(u16),
+    /// Serves the API.
+    Api,
 }
 
 impl Role {
@@ -19,6 +21,7 @@ impl Role {
         match self {
             Self::Vcpu(index) => format!("vcpu{index}"),
             Self::Io(index) => format!("io{index}"),
+            Self::Api => "api".to_string(),
         }
     }
 }

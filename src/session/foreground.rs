@@ -20,6 +20,7 @@ use super::hvc::{self, Hvc};
 use super::outcome::Outcome;
 use super::output::{Output, read_input};
 use super::progress::Progress;
+use super::runtime::Runtime;
 use super::signals::Signals;
 use super::terminal::window_size;
 use crate::board::BoardWatchdog;
@@ -54,10 +55,11 @@ enum Token {
     Stdout,
     Stderr,
     Watchdog,
+    Calls,
 }
 
 impl Token {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Exit,
         Self::Signal,
         Self::Timeout,
@@ -71,6 +73,7 @@ impl Token {
         Self::Stdout,
         Self::Stderr,
         Self::Watchdog,
+        Self::Calls,
     ];
 
     fn from_data(data: u32) -> Option<Self> {
@@ -120,6 +123,7 @@ pub struct Foreground<'a> {
     tap: Arc<ConsoleTap>,
     agent: Option<AgentLink>,
     hvc: Option<Hvc>,
+    runtime: Option<Runtime>,
     events: GuestEvents,
     signals: Signals,
     timeout: Option<(TimerFd, Duration)>,
@@ -152,6 +156,7 @@ impl<'a> Foreground<'a> {
             tap,
             agent,
             hvc,
+            runtime: None,
             events,
             signals,
             timeout: None,
@@ -183,6 +188,11 @@ impl<'a> Foreground<'a> {
         )?;
         self.timeout = Some((timer, limit));
         Ok(())
+    }
+
+    /// Has `runtime` answer actions of other threads.
+    pub fn answer(&mut self, runtime: Option<Runtime>) {
+        self.runtime = runtime;
     }
 
     /// The end, once there is one.
@@ -492,6 +502,11 @@ impl<'a> Foreground<'a> {
                 self.flush();
                 self.pump_agent();
             }
+            Token::Calls => {
+                if let Some(runtime) = &mut self.runtime {
+                    runtime.serve(self.vm);
+                }
+            }
         }
     }
 }
@@ -519,6 +534,9 @@ impl MutEventSubscriber for Foreground<'_> {
         }
         if let Some(hvc) = &self.hvc {
             sources.push((hvc.room_event(), Token::ConsoleRoom));
+        }
+        if let Some(runtime) = &self.runtime {
+            sources.push((runtime.as_raw_fd(), Token::Calls));
         }
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN)) {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
@@ -17,15 +18,16 @@ use super::hvc::Hvc;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
 use super::progress::Progress;
+use super::runtime::Runtime;
 use super::signals::Signals;
 use super::terminal::{RawTerminal, window_size};
-use crate::board::plan::{PlanError, fit, open_files, plan};
+use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, Spec};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::telemetry::tell;
-use crate::vm::build::Host;
+use crate::vm::build::{Host, Initrd};
 use crate::vm::{BuildError, Vm};
 
 /// Milliseconds that output may wait for its reader when the end was asked for.
@@ -69,83 +71,169 @@ pub enum LaunchError {
 /// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
 /// the exit code.
 pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
-    let started = Instant::now();
-    let mut progress = Progress::new();
-    let (mut devices, ends) = plan(&spec)?;
-    let host = Host::open(spec.machine(), open_files(&devices))?;
-    let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
-    fit(
-        &mut devices,
-        window_size(),
-        &kernel.version().unwrap_or_default(),
-    );
-    let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
-    progress.step("starting the kernel".to_string());
+    let prepared = Prepared::new(spec)?;
+    let signals = block_signals()?;
+    Session::build(prepared)?.run(signals, None)
+}
 
-    let events = guest_events()?;
-    let tap = ConsoleTap::new(clone(&events.panic)?);
-    let port = AgentPort::new(clone(&events.agent_data)?);
-    let wiring = Wiring {
-        console: SerialEnd {
-            out: Box::new(ConsoleWriter::new(tap.clone(), sink(&spec)?)),
-            drained: clone(&events.console_room)?,
-        },
-        agent: SerialEnd {
-            out: port.writer(),
-            drained: clone(&events.agent_room)?,
-        },
-        watchdog: spec.config().watchdog,
-        devices,
-    };
-    let signals = Signals::block().map_err(|error| session("signals", error.into()))?;
-    let mut vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
-    drop(kernel);
+/// Signals that are to be answered, from here on, in threads made after this too.
+pub fn block_signals() -> Result<Signals, LaunchError> {
+    Signals::block().map_err(|error| session("signals", error.into()))
+}
 
-    let tty = wants_tty(&spec);
-    let agent = spec
-        .guest()
-        .map(|guest| AgentLink::new(guest, tty, Channel::new(port, ends.agent)))
-        .transpose()?;
-    let raw = if tty || agent.is_none() {
-        enter_raw()?
-    } else {
-        None
-    };
-    let console_shown = matches!(spec.console(), Console::Tty);
-    if raw.is_some() || console_shown {
-        // Its line would mix with what comes now.
-        progress.clear();
+/// What a machine is made of, found and checked.
+pub struct Prepared {
+    spec: Spec,
+    started: Instant,
+    progress: Progress,
+    devices: Vec<Plan>,
+    ends: ConsoleEnds,
+    host: Host,
+    kernel: KernelImage,
+    initrd: Initrd,
+}
+
+impl Prepared {
+    /// Opens all that `spec` names. This is when its time limit begins.
+    pub fn new(spec: Spec) -> Result<Self, LaunchError> {
+        let started = Instant::now();
+        let progress = Progress::new();
+        let (mut devices, ends) = plan(&spec)?;
+        let host = Host::open(spec.machine(), open_files(&devices))?;
+        let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
+        fit(
+            &mut devices,
+            window_size(),
+            &kernel.version().unwrap_or_default(),
+        );
+        let initrd = prepare(&spec, &kernel, |step| progress.step(step))?;
+        progress.step("starting the kernel".to_string());
+        Ok(Self {
+            spec,
+            started,
+            progress,
+            devices,
+            ends,
+            host,
+            kernel,
+            initrd,
+        })
     }
-    if raw.is_some() {
-        tell("Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
+}
+
+/// A machine that is built and not started, with the host's ends of it.
+pub struct Session {
+    spec: Spec,
+    started: Instant,
+    progress: Progress,
+    ends: ConsoleEnds,
+    vm: Vm,
+    tap: Arc<ConsoleTap>,
+    port: Arc<AgentPort>,
+    events: GuestEvents,
+}
+
+impl Session {
+    /// Builds the machine. Signals are blocked by now.
+    pub fn build(prepared: Prepared) -> Result<Self, LaunchError> {
+        let Prepared {
+            spec,
+            started,
+            progress,
+            devices,
+            ends,
+            host,
+            kernel,
+            initrd,
+        } = prepared;
+        let events = guest_events()?;
+        let tap = ConsoleTap::new(clone(&events.panic)?);
+        let port = AgentPort::new(clone(&events.agent_data)?);
+        let wiring = Wiring {
+            console: SerialEnd {
+                out: Box::new(ConsoleWriter::new(tap.clone(), sink(&spec)?)),
+                drained: clone(&events.console_room)?,
+            },
+            agent: SerialEnd {
+                out: port.writer(),
+                drained: clone(&events.agent_room)?,
+            },
+            watchdog: spec.config().watchdog,
+            devices,
+        };
+        let vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
+        Ok(Self {
+            spec,
+            started,
+            progress,
+            ends,
+            vm,
+            tap,
+            port,
+            events,
+        })
     }
-    let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
-    let (outcome, rest) = {
-        let parts = (tap.clone(), events);
-        let ends = (agent, ends.terminal.map(Hvc::new));
-        let mut foreground = Foreground::new(&vm, parts, ends, signals, raw.is_some(), progress)
-            .map_err(|error| session("timers", error))?;
-        if let Some(limit) = spec.timeout() {
-            foreground
-                .limit(limit, started.elapsed())
-                .map_err(|error| session("the time limit", error))?;
+
+    /// Runs the machine to its end, with `runtime` to answer actions; returns the exit code.
+    pub fn run(self, signals: Signals, runtime: Option<Runtime>) -> Result<u8, LaunchError> {
+        let Self {
+            spec,
+            started,
+            mut progress,
+            ends,
+            mut vm,
+            tap,
+            port,
+            events,
+        } = self;
+        let tty = wants_tty(&spec);
+        let agent = spec
+            .guest()
+            .map(|guest| AgentLink::new(guest, tty, Channel::new(port, ends.agent)))
+            .transpose()?;
+        let raw = if tty || agent.is_none() {
+            enter_raw()?
+        } else {
+            None
+        };
+        let console_shown = matches!(spec.console(), Console::Tty);
+        if raw.is_some() || console_shown {
+            // Its line would mix with what comes now.
+            progress.clear();
         }
-        vm.start();
-        run(foreground)?
-    };
-    tap.close();
-    vm.stop();
-    vm.board().log_unclaimed();
-    vm.board().devices.log_memory();
-    let lost = write_rest(rest, &outcome);
-    drop(raw);
-    if outcome.is_notable(command) {
-        report(&outcome, &tap, console_shown);
+        if raw.is_some() {
+            tell("Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
+        }
+        let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
+        let (outcome, rest) = {
+            let parts = (tap.clone(), events);
+            let ends = (agent, ends.terminal.map(Hvc::new));
+            let mut foreground =
+                Foreground::new(&vm, parts, ends, signals, raw.is_some(), progress)
+                    .map_err(|error| session("timers", error))?;
+            if let Some(limit) = spec.timeout() {
+                foreground
+                    .limit(limit, started.elapsed())
+                    .map_err(|error| session("the time limit", error))?;
+            }
+            foreground.answer(runtime);
+            vm.start();
+            run(foreground)?
+        };
+        tap.close();
+        vm.stop();
+        vm.board().log_unclaimed();
+        vm.board().devices.log_memory();
+        let lost = write_rest(rest, &outcome);
+        drop(raw);
+        if outcome.is_notable(command) {
+            report(&outcome, &tap, console_shown);
+        }
+        Ok(match outcome.exit_code(command) {
+            0 if lost => CODE_FAILURE,
+            code => code,
+        })
     }
-    Ok(match outcome.exit_code(command) {
-        0 if lost => CODE_FAILURE,
-        code => code,
-    })
 }
 
 /// Writes what output is left and says whether any was lost. Output of a command that ended is

@@ -1,8 +1,9 @@
 //! One VM in the foreground: prepared, run to its end, reported.
 //!
-//! `launch` goes from a checked configuration to an exit code; `foreground` is the vmm thread's
-//! event loop meanwhile. The rest are its parts: terminal, escapes, signals, output, the host's
-//! ends of both UARTs and of the virtio console, and the outcome.
+//! `launch` goes from a checked configuration to an exit code; `serve` does so for one that comes in
+//! pieces over the API. `foreground` is the vmm thread's event loop while the machine runs, with
+//! `runtime` for the API's actions. The rest are its parts: terminal, escapes, signals, output, the
+//! host's ends of both UARTs and of the virtio console, and the outcome.
 
 mod agent;
 mod agent_port;
@@ -14,6 +15,8 @@ mod launch;
 mod outcome;
 mod output;
 mod progress;
+mod runtime;
+mod serve;
 mod signals;
 mod terminal;
 
@@ -21,5 +24,6 @@ pub use launch::{LaunchError, launch};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };
+pub use serve::{Serve, ServeError, serve};
 pub use terminal::end_on_panic;
 pub use terminal::restore as restore_terminal;

@@ -230,6 +230,17 @@ impl Running {
         }
     }
 
+    /// What it has written to stdout and nobody has waited for.
+    pub fn more_output(&self) -> String {
+        let all: Vec<u8> = self.seen.try_iter().flatten().collect();
+        String::from_utf8_lossy(&all).into_owned()
+    }
+
+    /// Its standard input, for a test that writes to it now and then.
+    pub fn take_stdin(&mut self) -> std::process::ChildStdin {
+        self.child.stdin.take().unwrap()
+    }
+
     /// Sends a signal.
     pub fn signal(self, signal: Signal) -> Self {
         kill(self.pid(), signal).unwrap();

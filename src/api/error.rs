@@ -1,0 +1,72 @@
+//! The one map from what can go wrong to a status code and Firecracker's `fault_message`.
+
+use serde_json::json;
+
+use super::http::{Method, Response};
+use crate::control::ActionError;
+
+/// A request that is not, or cannot be, an action.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// Nothing is at this path, or not with this method.
+    #[error("Invalid request method and/or path: {} {path}.", method.name())]
+    Unknown {
+        /// As asked.
+        method: Method,
+        /// As asked.
+        path: String,
+    },
+    /// A GET with a body.
+    #[error("GET request cannot have a body.")]
+    GetBody,
+    /// A request that says nothing.
+    #[error("Empty {} request.", match method { Method::Delete => "Delete", method => method.name() })]
+    Empty {
+        /// As asked.
+        method: Method,
+    },
+    /// A path that ends where a name belongs.
+    #[error("The ID cannot be empty.")]
+    EmptyId,
+    /// A name with other characters than names have.
+    #[error("API Resource IDs can only contain alphanumeric characters and underscores.")]
+    Id,
+    /// Two names for one thing.
+    #[error("The id from the path does not match the id from the body!")]
+    IdMismatch,
+    /// A body that is not what it should be.
+    #[error("An error occurred when deserializing the json body of a request: {0}.")]
+    Json(#[from] serde_json::Error),
+    /// The microVM refuses.
+    #[error(transparent)]
+    Action(#[from] ActionError),
+}
+
+impl ApiError {
+    /// A word for programs, which stays when the sentence changes. bulle's own.
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Unknown { .. } => "unknown-endpoint",
+            Self::GetBody | Self::Empty { .. } | Self::Json(_) => "bad-body",
+            Self::EmptyId | Self::Id | Self::IdMismatch => "bad-id",
+            Self::Action(error) => match error {
+                ActionError::BeforeStart => "not-started",
+                ActionError::AfterStart => "started",
+                ActionError::NoKernel => "no-kernel",
+                ActionError::Config(_) | ActionError::Machine(_) => "bad-config",
+                ActionError::Kernel(_) | ActionError::Initrd(_) | ActionError::Drive { .. } => {
+                    "no-file"
+                }
+                ActionError::Start { .. } => "start-failed",
+                ActionError::Failed { .. } | ActionError::Keyboard => "machine-failed",
+                ActionError::Ended => "ended",
+            },
+        }
+    }
+
+    /// As an answer.
+    pub fn response(&self) -> Response {
+        let body = json!({ "fault_message": self.to_string(), "code": self.code() });
+        Response::json(400, body.to_string())
+    }
+}

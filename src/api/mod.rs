@@ -1,0 +1,14 @@
+//! The REST face: HTTP and JSON over a Unix socket, as Firecracker's clients speak it.
+//!
+//! [`Server`] runs on a thread of its own, which only waits: for connections, for bytes, and for the
+//! vmm thread's answer to one action at a time. `http` is pure, `router` turns requests into
+//! `control::Action`s, `error` is the only map to `fault_message`. Nothing here knows a machine.
+
+mod connection;
+mod error;
+mod http;
+mod router;
+mod server;
+
+pub use http::MAX_BODY;
+pub use server::{ApiThread, ServerError};

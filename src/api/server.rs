@@ -1,0 +1,205 @@
+//! The API thread: a listening socket, at most [`MAX_CONNECTIONS`] clients, one action at a time.
+//!
+//! It blocks in poll, and in a [`Caller`] while the vmm thread works on an action; it costs nothing
+//! while nobody asks.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::connection::Connection;
+use super::error::ApiError;
+use super::http::{FULL, Request, Response};
+use super::router;
+use crate::control::Caller;
+use crate::sandbox::thread::{Role, ThreadError, spawn};
+
+/// Clients at a time; one more is turned away.
+pub const MAX_CONNECTIONS: usize = 10;
+
+/// The API cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Something is at the path.
+    #[error(
+        "Cannot serve the API on {}: there is something already; name another path, or remove it if \
+         no microVM uses it any more", path.display()
+    )]
+    Exists {
+        /// As asked for.
+        path: PathBuf,
+    },
+    /// The socket cannot be made.
+    #[error("Cannot serve the API on {}", path.display())]
+    Bind {
+        /// As asked for.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread.
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
+}
+
+/// The API while it is served. Dropping it ends the thread and removes the socket; the answering end
+/// of its [`Caller`] must be gone by then, or go on answering.
+pub struct ApiThread {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+    path: PathBuf,
+}
+
+impl ApiThread {
+    /// Serves `caller`'s microVM on a socket at `path`, to clients whose bodies have at most `limit`
+    /// bytes.
+    pub fn start(path: &Path, limit: usize, caller: Caller) -> Result<Self, ServerError> {
+        let error = |source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => ServerError::Exists {
+                path: path.to_owned(),
+            },
+            _ => ServerError::Bind {
+                path: path.to_owned(),
+                source,
+            },
+        };
+        let listener = UnixListener::bind(path).map_err(error)?;
+        listener.set_nonblocking(true).map_err(error)?;
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(error)?;
+        let server = Server {
+            listener,
+            stop: stop.try_clone().map_err(error)?,
+            connections: Vec::new(),
+            limit,
+            caller,
+        };
+        Ok(Self {
+            thread: Some(spawn(Role::Api, move || server.run())?),
+            stop,
+            path: path.to_owned(),
+        })
+    }
+}
+
+impl Drop for ApiThread {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        if let Err(error) = self.stop.write(1) {
+            log::error!("the API thread cannot be told to end and is left behind: {error}");
+            return;
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the API thread panicked");
+        }
+    }
+}
+
+struct Server {
+    listener: UnixListener,
+    stop: EventFd,
+    connections: Vec<Connection>,
+    limit: usize,
+    caller: Caller,
+}
+
+impl Server {
+    fn run(mut self) {
+        while let Some(ready) = self.wait() {
+            let [new, old @ ..] = ready.as_slice() else {
+                return;
+            };
+            for (index, ready) in old.iter().enumerate() {
+                self.serve(index, *ready);
+            }
+            self.connections.retain(|connection| !connection.is_over());
+            if !new.is_empty() {
+                self.accept();
+            }
+        }
+    }
+
+    /// What the listener and each connection are ready for; `None` at the end.
+    fn wait(&self) -> Option<Vec<PollFlags>> {
+        // SAFETY: the eventfd is open as long as `self` is, which outlives the borrow.
+        let stop = unsafe {
+            std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.stop))
+        };
+        let mut fds = vec![
+            PollFd::new(stop, PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        let connections = self.connections.iter();
+        fds.extend(connections.map(|c| PollFd::new(c.as_fd(), c.waits_for())));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => {
+                log::error!("the API is served no more: {error}");
+                return None;
+            }
+        }
+        let mut ready = fds
+            .iter()
+            .map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        let stopped = ready.next().is_some_and(|ready| !ready.is_empty());
+        (!stopped).then(|| ready.collect())
+    }
+
+    fn accept(&mut self) {
+        let Ok((mut stream, _)) = self.listener.accept() else {
+            // Gone again, or no descriptor left: the next poll says.
+            return;
+        };
+        if self.connections.len() >= MAX_CONNECTIONS {
+            // Into an empty socket buffer, which has room.
+            let _ = io::Write::write_all(&mut stream, FULL);
+            return;
+        }
+        match Connection::new(stream, self.limit) {
+            Ok(connection) => self.connections.push(connection),
+            Err(error) => log::warn!("an API client is turned away: {error}"),
+        }
+    }
+
+    fn serve(&mut self, index: usize, ready: PollFlags) {
+        let Some(connection) = self.connections.get_mut(index) else {
+            return;
+        };
+        if ready.is_empty() {
+            return;
+        }
+        let mut goes_on = true;
+        if connection.is_writing() {
+            // Also where the client is gone, which the write finds out.
+            connection.write();
+        } else {
+            goes_on = connection.read();
+        }
+        while let Some(request) = connection.next() {
+            let response = answer(&self.caller, &request);
+            connection.answer(&response, !request.keep_alive);
+        }
+        if !goes_on {
+            connection.close();
+        }
+    }
+}
+
+fn answer(caller: &Caller, request: &Request) -> Response {
+    let done = router::route(request).and_then(|action| {
+        let reply = caller.ask(action).map_err(ApiError::from)?;
+        router::respond(&reply)
+    });
+    done.unwrap_or_else(|error| error.response())
+}
+
+#[cfg(test)]
+mod tests;

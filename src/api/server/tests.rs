@@ -1,0 +1,183 @@
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+use crate::api::http::MAX_BODY;
+use crate::control::{Preboot, channel};
+
+/// A server whose microVM only answers before its start.
+struct Fixture {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+    api: Option<ApiThread>,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let (caller, requests) = channel().unwrap();
+        thread::spawn(move || {
+            let mut preboot = Preboot::new("x".into(), None, false);
+            loop {
+                let mut fds = [PollFd::new(requests.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::NONE).unwrap();
+                while let Some(call) = requests.next() {
+                    let result = preboot.act(call.action.clone());
+                    call.answer(result);
+                }
+            }
+        });
+        let api = Some(ApiThread::start(&path, MAX_BODY, caller).unwrap());
+        Self {
+            _dir: dir,
+            path,
+            api,
+        }
+    }
+
+    fn connect(&self) -> Client {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        Client(stream)
+    }
+}
+
+struct Client(UnixStream);
+
+impl Client {
+    fn send(&mut self, text: &str) {
+        self.0.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// One answer: status and body.
+    fn answer(&mut self) -> (u16, String) {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            self.0.read_exact(&mut byte).unwrap();
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8(head).unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let length = head
+            .lines()
+            .find_map(|l| l.strip_prefix("Content-Length: "));
+        let mut body = vec![0; length.map_or(0, |l| l.parse().unwrap())];
+        self.0.read_exact(&mut body).unwrap();
+        (status, String::from_utf8(body).unwrap())
+    }
+
+    fn is_closed(&mut self) -> bool {
+        self.0.read(&mut [0; 1]).unwrap() == 0
+    }
+}
+
+#[test]
+fn requests_are_answered_in_their_order() {
+    let fixture = Fixture::new();
+    let mut client = fixture.connect();
+    let get = "GET /machine-config HTTP/1.1\r\n\r\n";
+    let body = r#"{"vcpu_count":2,"mem_size_mib":256}"#;
+    let put = format!(
+        "PUT /machine-config HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    client.send(&[get, &put, get].concat());
+    assert!(client.answer().1.contains(r#""vcpu_count":1"#));
+    assert_eq!(client.answer(), (204, String::new()));
+    assert!(client.answer().1.contains(r#""vcpu_count":2"#));
+    for byte in "GET / HTTP/1.0\r\n\r\n".bytes() {
+        client.send(&char::from(byte).to_string());
+    }
+    let (status, text) = client.answer();
+    assert_eq!(status, 200);
+    assert!(text.contains(r#""state":"Not started""#), "{text}");
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_held_back_body_is_asked_for() {
+    let fixture = Fixture::new();
+    let mut client = fixture.connect();
+    client.send("PUT /entropy HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n");
+    assert_eq!(client.answer().0, 100);
+    client.send("{}");
+    assert_eq!(client.answer().0, 204);
+}
+
+#[test]
+fn nonsense_is_answered_and_closed() {
+    let fixture = Fixture::new();
+    let size = MAX_BODY + 1;
+    for text in [
+        "POST / HTTP/1.1\r\n\r\n".to_owned(),
+        format!("PUT /drives/a HTTP/1.1\r\nContent-Length: {size}\r\n\r\n"),
+        "\0".repeat(2000),
+    ] {
+        let mut client = fixture.connect();
+        client.send(&text);
+        let (status, body) = client.answer();
+        assert_eq!(status, 400);
+        assert!(body.contains(r#"{"error":"#), "{body}");
+        assert!(client.is_closed());
+    }
+}
+
+#[test]
+fn the_eleventh_client_is_turned_away_until_one_goes() {
+    let fixture = Fixture::new();
+    let mut clients: Vec<_> = (0..MAX_CONNECTIONS).map(|_| fixture.connect()).collect();
+    for client in &mut clients {
+        client.send("GET /version HTTP/1.1\r\n\r\n");
+        assert_eq!(client.answer().0, 200);
+    }
+    let mut late = fixture.connect();
+    let (status, body) = late.answer();
+    assert_eq!(
+        (status, body.as_str()),
+        (503, r#"{ "error": "Too many open connections" }"#)
+    );
+    assert!(late.is_closed());
+    clients.pop();
+    // The server sees the end at some time.
+    let answered = (0..200).any(|_| {
+        thread::sleep(Duration::from_millis(10));
+        let mut client = fixture.connect();
+        let _ = client.0.write_all(b"GET /version HTTP/1.1\r\n\r\n");
+        client.answer().0 == 200
+    });
+    assert!(answered);
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_nobody_up() {
+    let fixture = Fixture::new();
+    let mut deaf = fixture.connect();
+    deaf.0.set_nonblocking(true).unwrap();
+    let many = "GET /vm/config HTTP/1.1\r\n\r\n".repeat(1000);
+    while deaf.0.write(many.as_bytes()).is_ok() {}
+    let mut client = fixture.connect();
+    client.send("GET /version HTTP/1.1\r\n\r\n");
+    assert_eq!(client.answer().0, 200);
+}
+
+#[test]
+fn the_end_closes_all_and_removes_the_socket() {
+    let mut fixture = Fixture::new();
+    let mut client = fixture.connect();
+    client.send("GET /version HTTP/1.1\r\n\r\n");
+    client.answer();
+    let (caller, _requests) = channel().unwrap();
+    let error = ApiThread::start(&fixture.path, MAX_BODY, caller)
+        .err()
+        .unwrap();
+    assert!(matches!(error, ServerError::Exists { .. }));
+    fixture.api = None;
+    assert!(client.is_closed());
+    assert!(!fixture.path.exists());
+}

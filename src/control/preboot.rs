@@ -1,0 +1,227 @@
+//! Before the start: a configuration is collected, checked piece by piece.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::{Action, ActionError, Instance, Reply};
+use crate::config::{BootSource, Config, Drive, MachineConfig, MachineUpdate, Spec, Transport};
+
+/// RAM of a machine of which nobody says how much it has, as Firecracker has it.
+const DEFAULT_MEMORY_MIB: u64 = 128;
+
+/// A microVM that is being configured.
+#[derive(Debug)]
+pub struct Preboot {
+    instance: Instance,
+    config: Config,
+    has_kernel: bool,
+}
+
+impl Preboot {
+    /// The microVM `id`, with what `config` has already, its virtio devices on a PCI bus if
+    /// `pci` says so.
+    pub fn new(id: String, config: Option<Config>, pci: bool) -> Self {
+        let has_kernel = config.is_some();
+        let mut config = config.unwrap_or_else(|| {
+            let mut config = Config::new(PathBuf::new());
+            config.machine_config.mem_size_mib = DEFAULT_MEMORY_MIB;
+            config
+        });
+        if pci {
+            config.machine_config.virtio_transport = Transport::Pci;
+        }
+        Self {
+            instance: Instance::new(id),
+            config,
+            has_kernel,
+        }
+    }
+
+    /// Who it is.
+    pub fn instance(&self) -> &Instance {
+        &self.instance
+    }
+
+    /// As far as it has come.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Does what can be done without a machine; [`Action::InstanceStart`] is the caller's, who
+    /// takes [`spec`](Self::spec).
+    pub fn act(&mut self, action: Action) -> Result<Reply, ActionError> {
+        match action {
+            Action::DescribeInstance => Ok(Reply::Instance(self.instance.clone())),
+            Action::Version => Ok(Reply::Version(self.instance.vmm_version)),
+            Action::GetConfig => Ok(Reply::Config(Box::new(self.config.clone()))),
+            Action::GetMachine => Ok(Reply::Machine(self.config.machine_config.clone())),
+            Action::PutMachine(update) => {
+                let base = MachineConfig {
+                    virtio_transport: self.config.machine_config.virtio_transport,
+                    mem_size_mib: DEFAULT_MEMORY_MIB,
+                    ..MachineConfig::default()
+                };
+                let machine = update.apply(&base)?;
+                self.change(|config| config.machine_config = machine)
+            }
+            Action::PatchMachine(update) => self.patch_machine(&update),
+            Action::PutBootSource(boot) => self.boot_source(boot),
+            Action::PutDrive(drive) => self.drive(drive),
+            Action::PutEntropy(entropy) => self.change(|config| config.entropy = Some(entropy)),
+            Action::InstanceStart | Action::SendCtrlAltDel | Action::Pause | Action::Resume => {
+                Err(ActionError::BeforeStart)
+            }
+        }
+    }
+
+    /// What is to be started.
+    pub fn spec(&self) -> Result<Spec, ActionError> {
+        if !self.has_kernel {
+            return Err(ActionError::NoKernel);
+        }
+        Ok(self.config.clone().validate()?)
+    }
+
+    fn patch_machine(&mut self, update: &MachineUpdate) -> Result<Reply, ActionError> {
+        let machine = update.apply(&self.config.machine_config)?;
+        self.change(|config| config.machine_config = machine)
+    }
+
+    fn boot_source(&mut self, boot: BootSource) -> Result<Reply, ActionError> {
+        try_open(&boot.kernel_image_path).map_err(ActionError::Kernel)?;
+        if let Some(initrd) = &boot.initrd_path {
+            try_open(initrd).map_err(ActionError::Initrd)?;
+        }
+        self.change(|config| config.boot_source = boot)?;
+        self.has_kernel = true;
+        Ok(Reply::Done)
+    }
+
+    fn drive(&mut self, drive: Drive) -> Result<Reply, ActionError> {
+        if let Err(source) = try_open(&drive.path_on_host) {
+            let (id, path) = (drive.drive_id, drive.path_on_host);
+            return Err(ActionError::Drive { id, path, source });
+        }
+        self.change(|config| put_drive(config, drive))
+    }
+
+    /// Takes a change if what comes of it is valid; nothing changes otherwise.
+    fn change(&mut self, change: impl FnOnce(&mut Config)) -> Result<Reply, ActionError> {
+        let mut config = self.config.clone();
+        change(&mut config);
+        config.clone().validate()?;
+        self.config = config;
+        Ok(Reply::Done)
+    }
+}
+
+/// Whether there is something to read at `path`, so that a wrong name is said where it is given. It is
+/// opened again for the start.
+fn try_open(path: &Path) -> io::Result<()> {
+    // A pipe without a writer would be waited for.
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    options.open(path).map(drop)
+}
+
+/// Takes the place of the drive with this name, or comes behind all others.
+fn put_drive(config: &mut Config, drive: Drive) {
+    let same = |other: &&mut Drive| other.drive_id == drive.drive_id;
+    match config.drives.iter_mut().find(same) {
+        Some(place) => *place = drive,
+        None => config.drives.push(drive),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::HugePages;
+
+    fn preboot() -> Preboot {
+        Preboot::new("a".into(), None, false)
+    }
+
+    fn boot() -> BootSource {
+        serde_json::from_str(r#"{"kernel_image_path":"/dev/null"}"#).unwrap()
+    }
+
+    fn machine(vcpu_count: u16, mem_size_mib: u64) -> MachineUpdate {
+        MachineUpdate {
+            vcpu_count: Some(vcpu_count),
+            mem_size_mib: Some(mem_size_mib),
+            ..MachineUpdate::default()
+        }
+    }
+
+    #[test]
+    fn a_bad_change_changes_nothing() {
+        let mut preboot = preboot();
+        preboot.act(Action::PutMachine(machine(2, 256))).unwrap();
+        let before = preboot.config.clone();
+        for action in [
+            Action::PutMachine(machine(0, 256)),
+            Action::PutMachine(machine(1, 1)),
+            Action::PatchMachine(MachineUpdate {
+                smt: Some(true),
+                vcpu_count: Some(3),
+                ..MachineUpdate::default()
+            }),
+            Action::PutDrive(Drive::new("", "/dev/null".into())),
+            Action::PutDrive(Drive::new("a", "/nothing".into())),
+            Action::PutBootSource(BootSource {
+                initrd_path: Some("/nothing".into()),
+                ..boot()
+            }),
+        ] {
+            assert!(preboot.act(action.clone()).is_err(), "{action:?}");
+            assert_eq!(preboot.config, before);
+        }
+    }
+
+    #[test]
+    fn a_put_sets_all_and_a_patch_what_it_names() {
+        let mut preboot = preboot();
+        let mut put = machine(2, 256);
+        (put.smt, put.huge_pages) = (Some(true), Some(HugePages::Transparent));
+        preboot.act(Action::PutMachine(put)).unwrap();
+        preboot.act(Action::PatchMachine(machine(4, 512))).unwrap();
+        let now = &preboot.config.machine_config;
+        assert_eq!((now.vcpu_count, now.mem_size_mib), (4, 512));
+        assert_eq!(now.threads_per_core, 2);
+        assert_eq!(now.huge_pages, HugePages::Transparent);
+        preboot.act(Action::PutMachine(machine(1, 64))).unwrap();
+        assert_eq!(preboot.config.machine_config.threads_per_core, 1);
+    }
+
+    #[test]
+    fn drives_keep_their_places() {
+        let mut preboot = preboot();
+        for (id, path) in [("a", "/"), ("b", "/dev/null"), ("a", "/dev/zero")] {
+            preboot
+                .act(Action::PutDrive(Drive::new(id, path.into())))
+                .unwrap();
+        }
+        let paths: Vec<_> = preboot
+            .config
+            .drives
+            .iter()
+            .map(|d| d.path_on_host.clone())
+            .collect();
+        assert_eq!(paths, ["/dev/zero", "/dev/null"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn what_needs_a_machine_waits_for_it() {
+        let mut preboot = preboot();
+        assert!(matches!(preboot.spec(), Err(ActionError::NoKernel)));
+        preboot.act(Action::PutBootSource(boot())).unwrap();
+        assert_eq!(preboot.spec().unwrap().ram_size(), DEFAULT_MEMORY_MIB << 20);
+        for action in [Action::Pause, Action::Resume, Action::SendCtrlAltDel] {
+            let error = preboot.act(action).unwrap_err();
+            assert!(matches!(error, ActionError::BeforeStart));
+        }
+    }
+}

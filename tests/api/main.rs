@@ -1,0 +1,12 @@
+//! `bulle api` on this machine's /dev/kvm, with bare-metal guests.
+//!
+//! Not part of a plain `cargo test`, since it needs KVM: `cargo test --test api`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod client;
+#[path = "../common/mod.rs"]
+mod common;
+mod configure;
+mod http;
+mod lifecycle;
+mod served;
