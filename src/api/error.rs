@@ -49,18 +49,7 @@ impl ApiError {
             Self::Unknown { .. } => "unknown-endpoint",
             Self::GetBody | Self::Empty { .. } | Self::Json(_) => "bad-body",
             Self::EmptyId | Self::Id | Self::IdMismatch => "bad-id",
-            Self::Action(error) => match error {
-                ActionError::BeforeStart => "not-started",
-                ActionError::AfterStart => "started",
-                ActionError::NoKernel => "no-kernel",
-                ActionError::Config(_) | ActionError::Machine(_) => "bad-config",
-                ActionError::Kernel(_) | ActionError::Initrd(_) | ActionError::Drive { .. } => {
-                    "no-file"
-                }
-                ActionError::Start { .. } => "start-failed",
-                ActionError::Failed { .. } | ActionError::Keyboard => "machine-failed",
-                ActionError::Ended => "ended",
-            },
+            Self::Action(error) => error.code(),
         }
     }
 

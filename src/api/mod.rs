@@ -8,6 +8,7 @@ mod connection;
 mod error;
 mod http;
 mod router;
+mod routes;
 mod server;
 
 pub use http::MAX_BODY;

@@ -3,102 +3,108 @@
 //! Segments of a path beyond those that matter are ignored, as Firecracker does, and so is a slash at
 //! its end.
 
-use serde::Deserialize;
 use serde::de::{DeserializeOwned, Error};
 use serde_json::json;
 
 use super::error::ApiError;
 use super::http::{Method, Request, Response};
-use crate::config::{Drive, Entropy, MachineUpdate};
+use super::routes::{ROUTES, Route};
+use crate::config::MachineUpdate;
 use crate::control::{Action, Reply};
 
-/// Body of `PUT /actions`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ActionBody {
-    action_type: ActionType,
-}
-
-#[derive(Deserialize)]
-enum ActionType {
-    InstanceStart,
-    SendCtrlAltDel,
-}
-
-/// Body of `PATCH /vm`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct VmBody {
-    state: VmState,
-}
-
-#[derive(Deserialize)]
-enum VmState {
-    Paused,
-    Resumed,
+/// What a request asks for.
+#[derive(Debug)]
+pub struct Routed {
+    /// The action.
+    pub action: Action,
+    /// The client used something that will go.
+    pub deprecated: bool,
 }
 
 /// The action that `request` asks for.
-pub fn route(request: &Request) -> Result<Action, ApiError> {
-    let mut segments = request.path.trim_matches('/').split('/');
-    let (first, second) = (segments.next().unwrap_or_default(), segments.next());
-    let body = Body::of(request)?;
+pub fn route(request: &Request) -> Result<Routed, ApiError> {
+    let segments: Vec<_> = segments(&request.path).collect();
     let method = request.method;
-    Ok(match (method, first) {
-        (Method::Get, "") => Action::DescribeInstance,
-        (Method::Get, "version") => Action::Version,
-        (Method::Get, "machine-config") => Action::GetMachine,
-        (Method::Get, "vm") if second == Some("config") => Action::GetConfig,
-        (Method::Put, "actions") => match body.parse::<ActionBody>()?.action_type {
-            ActionType::InstanceStart => Action::InstanceStart,
-            ActionType::SendCtrlAltDel => Action::SendCtrlAltDel,
-        },
-        (Method::Put, "boot-source") => Action::PutBootSource(body.parse()?),
-        (Method::Put, "machine-config") => Action::PutMachine(body.machine()?),
-        (Method::Patch, "machine-config") => Action::PatchMachine(body.machine_update()?),
-        (Method::Put, "drives") => {
-            let drive: Drive = body.parse()?;
-            check_id(second, &drive.drive_id)?;
-            Action::PutDrive(drive)
-        }
-        (Method::Put, "entropy") => Action::PutEntropy(body.parse::<Entropy>()?),
-        (Method::Patch, "vm") => match body.parse::<VmBody>()?.state {
-            VmState::Paused => Action::Pause,
-            VmState::Resumed => Action::Resume,
-        },
-        _ => {
-            let path = first.to_owned();
-            return Err(ApiError::Unknown { method, path });
-        }
-    })
+    let of_method = ROUTES.iter().filter(|route| route.method == method);
+    let matching = of_method.filter(|route| matches(route, &segments));
+    // The longest: `/balloon/statistics` is not `/balloon`.
+    let Some(route) = matching.max_by_key(|route| route.path.len()) else {
+        let path = segments.first().unwrap_or(&"").to_string();
+        return Err(ApiError::Unknown { method, path });
+    };
+    if method == Method::Get && !request.body.is_empty() {
+        return Err(ApiError::GetBody);
+    }
+    let mut input = Input {
+        name: segments.get(1).copied().unwrap_or_default(),
+        body: &request.body,
+        method,
+        deprecated: false,
+    };
+    let action = (route.action)(&mut input)?;
+    let deprecated = input.deprecated;
+    Ok(Routed { action, deprecated })
 }
 
-/// A body where there should be one.
-struct Body<'a> {
-    bytes: &'a [u8],
+fn segments(path: &str) -> impl Iterator<Item = &str> {
+    path.trim_matches('/').split('/').filter(|s| !s.is_empty())
+}
+
+/// Whether a path begins with that of `route`. A name may be missing, which is another error.
+fn matches(route: &Route, path: &[&str]) -> bool {
+    let is_root = segments(route.path).next().is_none();
+    let mut wanted = segments(route.path).enumerate();
+    is_root == path.is_empty()
+        && wanted.all(|(at, wanted)| wanted.starts_with('{') || path.get(at) == Some(&wanted))
+}
+
+/// What an endpoint is given.
+pub struct Input<'a> {
+    name: &'a str,
+    body: &'a [u8],
     method: Method,
+    /// See [`Routed::deprecated`].
+    pub deprecated: bool,
 }
 
-impl<'a> Body<'a> {
-    fn of(request: &'a Request) -> Result<Self, ApiError> {
-        if request.method == Method::Get && !request.body.is_empty() {
-            return Err(ApiError::GetBody);
+impl Input<'_> {
+    /// The name in the path.
+    pub fn name(&self) -> Result<&str, ApiError> {
+        if self.name.is_empty() {
+            return Err(ApiError::EmptyId);
         }
-        Ok(Self {
-            bytes: &request.body,
-            method: request.method,
-        })
+        if !self.name.chars().all(|c| c.is_alphanumeric() || c == '_') {
+            return Err(ApiError::Id);
+        }
+        Ok(self.name)
     }
 
-    fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        if self.bytes.is_empty() {
-            let method = self.method;
-            return Err(ApiError::Empty { method });
-        }
-        Ok(serde_json::from_slice(self.bytes)?)
+    /// A body that there has to be.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let method = self.method;
+        self.parse_if_any()?.ok_or(ApiError::Empty { method })
     }
 
-    fn machine(&self) -> Result<MachineUpdate, ApiError> {
+    /// A body that there may be.
+    pub fn parse_if_any<T: DeserializeOwned>(&self) -> Result<Option<T>, ApiError> {
+        match self.body {
+            [] => Ok(None),
+            body => Ok(Some(serde_json::from_slice(body)?)),
+        }
+    }
+
+    /// A body with the same name as the path.
+    pub fn named<T: DeserializeOwned>(&self, name: fn(&T) -> &String) -> Result<T, ApiError> {
+        let path = self.name()?;
+        let body = self.parse()?;
+        match name(&body) == path {
+            true => Ok(body),
+            false => Err(ApiError::IdMismatch),
+        }
+    }
+
+    /// A whole machine.
+    pub fn machine(&mut self) -> Result<MachineUpdate, ApiError> {
         let machine: MachineUpdate = self.parse()?;
         for (field, missing) in [
             ("vcpu_count", machine.vcpu_count.is_none()),
@@ -108,29 +114,20 @@ impl<'a> Body<'a> {
                 return Err(serde_json::Error::missing_field(field).into());
             }
         }
+        self.deprecated |= machine.cpu_template.is_some();
         Ok(machine)
     }
 
-    fn machine_update(&self) -> Result<MachineUpdate, ApiError> {
+    /// Something of a machine.
+    pub fn machine_update(&mut self) -> Result<MachineUpdate, ApiError> {
         let update: MachineUpdate = self.parse()?;
         if update == MachineUpdate::default() {
             let method = self.method;
             return Err(ApiError::Empty { method });
         }
+        self.deprecated |= update.cpu_template.is_some();
         Ok(update)
     }
-}
-
-/// The name in the path is one, and the one in the body.
-fn check_id(path: Option<&str>, body: &str) -> Result<(), ApiError> {
-    let id = path.filter(|id| !id.is_empty()).ok_or(ApiError::EmptyId)?;
-    if !id.chars().all(|c| c.is_alphanumeric() || c == '_') {
-        return Err(ApiError::Id);
-    }
-    if id != body {
-        return Err(ApiError::IdMismatch);
-    }
-    Ok(())
 }
 
 /// The response to an action that went well.
@@ -141,6 +138,10 @@ pub fn respond(reply: &Reply) -> Result<Response, ApiError> {
         Reply::Version(version) => json!({ "firecracker_version": version }).to_string(),
         Reply::Machine(machine) => serde_json::to_string(machine)?,
         Reply::Config(config) => serde_json::to_string(config)?,
+        Reply::Balloon(balloon) => serde_json::to_string(balloon)?,
+        Reply::Statistics(statistics) => serde_json::to_string(statistics)?,
+        Reply::Hinting(status) => serde_json::to_string(status)?,
+        Reply::MemoryHotplug(status) => serde_json::to_string(status)?,
     };
     Ok(Response::json(200, body))
 }
@@ -148,14 +149,17 @@ pub fn respond(reply: &Reply) -> Result<Response, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Drive, Entropy};
+    use crate::control::HintingStart;
 
     fn request(method: Method, path: &str, body: &str) -> Result<Action, ApiError> {
-        route(&Request {
+        let routed = route(&Request {
             method,
             path: path.to_owned(),
             body: body.as_bytes().to_vec(),
             keep_alive: true,
-        })
+        });
+        Ok(routed?.action)
     }
 
     #[test]
@@ -170,6 +174,36 @@ mod tests {
             (Method::Get, "/machine-config", "", Action::GetMachine),
             (Method::Put, "/actions", start, Action::InstanceStart),
             (Method::Patch, "/vm", paused, Action::Pause),
+            (Method::Patch, "/vm/anything", paused, Action::Pause),
+            (Method::Get, "/balloon", "", Action::GetBalloon),
+            (
+                Method::Get,
+                "/balloon/statistics",
+                "",
+                Action::GetBalloonStatistics,
+            ),
+            (Method::Get, "/hotplug/memory", "", Action::GetMemoryHotplug),
+            (
+                Method::Patch,
+                "/balloon/hinting/start",
+                "",
+                Action::StartHinting(HintingStart::default()),
+            ),
+            (
+                Method::Patch,
+                "/balloon/hinting/start",
+                r#"{"acknowledge_on_stop":false,"more":1}"#,
+                Action::StartHinting(HintingStart {
+                    acknowledge_on_stop: false,
+                }),
+            ),
+            (
+                Method::Patch,
+                "/balloon/hinting/stop",
+                "{}",
+                Action::StopHinting,
+            ),
+            (Method::Delete, "/drives/a", "", Action::Unplug),
             (
                 Method::Put,
                 "/entropy",
@@ -200,6 +234,13 @@ mod tests {
                 "",
                 "Invalid request method and/or path: DELETE vm.",
             ),
+            (
+                Method::Get,
+                "/hotplug",
+                "",
+                "Invalid request method and/or path: GET hotplug.",
+            ),
+            (Method::Delete, "/drives", "", "The ID cannot be empty."),
             (Method::Get, "/", "{}", "GET request cannot have a body."),
             (Method::Put, "/actions", "", "Empty PUT request."),
             (

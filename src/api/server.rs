@@ -194,11 +194,15 @@ impl Server {
 }
 
 fn answer(caller: &Caller, request: &Request) -> Response {
-    let done = router::route(request).and_then(|action| {
-        let reply = caller.ask(action).map_err(ApiError::from)?;
-        router::respond(&reply)
-    });
-    done.unwrap_or_else(|error| error.response())
+    let routed = match router::route(request) {
+        Ok(routed) => routed,
+        Err(error) => return error.response(),
+    };
+    let done = caller.ask(routed.action).map_err(ApiError::from);
+    let response = done.and_then(|reply| router::respond(&reply));
+    let mut response = response.unwrap_or_else(|error| error.response());
+    response.deprecated = routed.deprecated;
+    response
 }
 
 #[cfg(test)]

@@ -37,9 +37,14 @@ pub fn kernel_words(config: &Config) -> String {
     let root = config.root_drive();
     let root = match (root, &config.guest) {
         (Some(drive), Some(_)) => Some(format!("bulle.root={}", drive.serial())),
-        // The root drive is the first on the bus.
-        (Some(drive), None) if drive.is_read_only => Some("root=/dev/vda ro".to_string()),
-        (Some(_), None) => Some("root=/dev/vda rw".to_string()),
+        (Some(drive), None) => {
+            let mode = if drive.is_read_only { "ro" } else { "rw" };
+            Some(match &drive.partuuid {
+                Some(uuid) => format!("root=PARTUUID={uuid} {mode}"),
+                // The root drive is the first on the bus.
+                None => format!("root=/dev/vda {mode}"),
+            })
+        }
         (None, _) => {
             let mut pmems = config.pmem.iter();
             let index = pmems.position(|pmem| pmem.root_device);
@@ -101,5 +106,7 @@ mod tests {
         assert!(kernel_words(&config).ends_with(" root=/dev/vda rw"));
         config.drives[1].is_read_only = true;
         assert!(kernel_words(&config).ends_with(" root=/dev/vda ro"));
+        config.drives[1].partuuid = Some("0eaa91a0-01".into());
+        assert!(kernel_words(&config).ends_with(" root=PARTUUID=0eaa91a0-01 ro"));
     }
 }

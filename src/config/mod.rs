@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use devices::{
     AGENT_PORT, Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug,
-    Pmem, Port, PortTo, RateLimiter, Rtc, Share, ShareCache, ShareOwnership, TokenBucket,
+    Pmem, Port, PortTo, RateLimiter, Rtc, Serial, Share, ShareCache, ShareOwnership, TokenBucket,
     Transport, Vsock, Watchdog, WatchdogAction,
 };
 pub use list::{ListError, parse_list};
@@ -77,6 +77,9 @@ pub struct Config {
     /// Named ports of the virtio console.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
+    /// The first serial port, for guests without agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
@@ -216,6 +219,7 @@ impl Config {
             memory_hotplug: None,
             balloon: None,
             ports: Vec::new(),
+            serial: None,
             guest: None,
             console: None,
             timeout_ms: None,
@@ -243,10 +247,11 @@ impl Config {
     /// Where the console goes when nothing was asked: to the terminal where the guest is on its
     /// own, nowhere where an agent speaks for it.
     pub fn console(&self) -> Console {
+        let serial = || self.serial.as_ref()?.serial_out_path.clone();
         match (&self.console, &self.guest) {
             (Some(console), _) => console.clone(),
             (None, Some(_)) => Console::Off,
-            (None, None) => Console::Tty,
+            (None, None) => serial().map_or(Console::Tty, Console::File),
         }
     }
 }

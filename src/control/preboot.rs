@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{Action, ActionError, Instance, Reply};
-use crate::config::{BootSource, Config, Drive, MachineConfig, MachineUpdate, Spec, Transport};
+use super::{Action, ActionError, Instance, Reply, SnapshotLoad};
+use crate::config::{BootSource, Config, Drive, MachineConfig, Spec, Transport};
 
 /// RAM of a machine of which nobody says how much it has, as Firecracker has it.
 const DEFAULT_MEMORY_MIB: u64 = 128;
@@ -17,6 +17,8 @@ pub struct Preboot {
     instance: Instance,
     config: Config,
     has_kernel: bool,
+    /// Something of the machine was configured, so that it cannot come from a snapshot.
+    touched: bool,
 }
 
 impl Preboot {
@@ -36,6 +38,7 @@ impl Preboot {
             instance: Instance::new(id),
             config,
             has_kernel,
+            touched: has_kernel,
         }
     }
 
@@ -51,6 +54,8 @@ impl Preboot {
 
     /// Does what can be done without a machine; [`Action::InstanceStart`] is the caller's, who
     /// takes [`spec`](Self::spec).
+    ///
+    /// Table: an arm for each action.
     pub fn act(&mut self, action: Action) -> Result<Reply, ActionError> {
         match action {
             Action::DescribeInstance => Ok(Reply::Instance(self.instance.clone())),
@@ -64,15 +69,52 @@ impl Preboot {
                     ..MachineConfig::default()
                 };
                 let machine = update.apply(&base)?;
-                self.change(|config| config.machine_config = machine)
+                self.device(|config| config.machine_config = machine)
             }
-            Action::PatchMachine(update) => self.patch_machine(&update),
+            Action::PatchMachine(update) => {
+                let machine = update.apply(&self.config.machine_config)?;
+                self.device(|config| config.machine_config = machine)
+            }
             Action::PutBootSource(boot) => self.boot_source(boot),
-            Action::PutDrive(drive) => self.drive(drive),
-            Action::PutEntropy(entropy) => self.change(|config| config.entropy = Some(entropy)),
-            Action::InstanceStart | Action::SendCtrlAltDel | Action::Pause | Action::Resume => {
-                Err(ActionError::BeforeStart)
+            Action::PutDrive(drive) => {
+                try_open("block", &drive.drive_id, &drive.path_on_host)?;
+                let same = |other: &Drive| other.drive_id == drive.drive_id;
+                let at = self.config.drives.iter().position(same);
+                self.device(|config| place(&mut config.drives, at, drive))
             }
+            Action::PutPmem(pmem) => {
+                try_open("pmem", &pmem.id, &pmem.path_on_host)?;
+                let at = self.config.pmem.iter().position(|p| p.id == pmem.id);
+                self.device(|config| place(&mut config.pmem, at, pmem))
+            }
+            Action::PutEntropy(entropy) => self.device(|config| config.entropy = Some(entropy)),
+            Action::PutVsock(vsock) => self.device(|config| config.vsock = Some(vsock)),
+            Action::PutBalloon(balloon) => self.device(|config| config.balloon = Some(balloon)),
+            Action::GetBalloon => match self.config.balloon {
+                Some(balloon) => Ok(Reply::Balloon(balloon)),
+                None => Err(no_balloon()),
+            },
+            Action::PutMemoryHotplug(memory) => {
+                self.device(|config| config.memory_hotplug = Some(memory))
+            }
+            Action::PutSerial(serial) => self.change(|config| config.serial = Some(serial)),
+            Action::LoadSnapshot(load) => self.load(&load),
+            Action::InstanceStart
+            | Action::SendCtrlAltDel
+            | Action::Pause
+            | Action::Resume
+            | Action::PatchDrive(_)
+            | Action::PatchPmem(_)
+            | Action::PatchBalloon(_)
+            | Action::GetBalloonStatistics
+            | Action::PatchBalloonStatistics(_)
+            | Action::StartHinting(_)
+            | Action::GetHinting
+            | Action::StopHinting
+            | Action::GetMemoryHotplug
+            | Action::PatchMemoryHotplug(_)
+            | Action::Unplug
+            | Action::CreateSnapshot(_) => Err(ActionError::BeforeStart),
         }
     }
 
@@ -84,27 +126,34 @@ impl Preboot {
         Ok(self.config.clone().validate()?)
     }
 
-    fn patch_machine(&mut self, update: &MachineUpdate) -> Result<Reply, ActionError> {
-        let machine = update.apply(&self.config.machine_config)?;
-        self.change(|config| config.machine_config = machine)
-    }
-
     fn boot_source(&mut self, boot: BootSource) -> Result<Reply, ActionError> {
-        try_open(&boot.kernel_image_path).map_err(ActionError::Kernel)?;
+        can_open(&boot.kernel_image_path).map_err(ActionError::Kernel)?;
         if let Some(initrd) = &boot.initrd_path {
-            try_open(initrd).map_err(ActionError::Initrd)?;
+            can_open(initrd).map_err(ActionError::Initrd)?;
         }
-        self.change(|config| config.boot_source = boot)?;
+        self.device(|config| config.boot_source = boot)?;
         self.has_kernel = true;
         Ok(Reply::Done)
     }
 
-    fn drive(&mut self, drive: Drive) -> Result<Reply, ActionError> {
-        if let Err(source) = try_open(&drive.path_on_host) {
-            let (id, path) = (drive.drive_id, drive.path_on_host);
-            return Err(ActionError::Drive { id, path, source });
+    fn load(&self, load: &SnapshotLoad) -> Result<Reply, ActionError> {
+        if self.touched {
+            return Err(ActionError::LoadAfterConfig);
         }
-        self.change(|config| put_drive(config, drive))
+        if load.mem_backend.is_some() == load.mem_file_path.is_some() {
+            return Err(ActionError::LoadMemory);
+        }
+        Err(ActionError::NotYet {
+            what: "snapshots",
+            why: "does not load saved microVMs; configure and start one",
+        })
+    }
+
+    /// A change of what only a machine that is not loaded can have.
+    fn device(&mut self, change: impl FnOnce(&mut Config)) -> Result<Reply, ActionError> {
+        self.change(change)?;
+        self.touched = true;
+        Ok(Reply::Done)
     }
 
     /// Takes a change if what comes of it is valid; nothing changes otherwise.
@@ -117,28 +166,44 @@ impl Preboot {
     }
 }
 
+/// The balloon that is not there.
+pub fn no_balloon() -> ActionError {
+    ActionError::NoDevice {
+        kind: "balloon",
+        id: None,
+    }
+}
+
 /// Whether there is something to read at `path`, so that a wrong name is said where it is given. It is
 /// opened again for the start.
-fn try_open(path: &Path) -> io::Result<()> {
+fn can_open(path: &Path) -> io::Result<()> {
     // A pipe without a writer would be waited for.
     let mut options = File::options();
     options.read(true).custom_flags(libc::O_NONBLOCK);
     options.open(path).map(drop)
 }
 
-/// Takes the place of the drive with this name, or comes behind all others.
-fn put_drive(config: &mut Config, drive: Drive) {
-    let same = |other: &&mut Drive| other.drive_id == drive.drive_id;
-    match config.drives.iter_mut().find(same) {
-        Some(place) => *place = drive,
-        None => config.drives.push(drive),
+fn try_open(kind: &'static str, id: &str, path: &Path) -> Result<(), ActionError> {
+    can_open(path).map_err(|source| ActionError::File {
+        kind,
+        id: id.to_owned(),
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Puts a device at its place, or behind all others.
+fn place<T>(devices: &mut Vec<T>, at: Option<usize>, device: T) {
+    match at.and_then(|at| devices.get_mut(at)) {
+        Some(place) => *place = device,
+        None => devices.push(device),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HugePages;
+    use crate::config::{HugePages, MachineUpdate};
 
     fn preboot() -> Preboot {
         Preboot::new("a".into(), None, false)

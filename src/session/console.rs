@@ -12,8 +12,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use devices::console::{LastLines, PanicDetector, PanicMark};
+use devices::virtio::limiter::Limiter;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -162,19 +164,41 @@ impl ConsoleTap {
 pub struct ConsoleWriter {
     tap: Arc<ConsoleTap>,
     sink: Sink,
+    /// What goes beyond it is dropped, behind the tap.
+    limiter: Option<Limiter>,
+    dropping: bool,
 }
 
 impl ConsoleWriter {
     /// Writes to `sink`, past `tap`.
-    pub fn new(tap: Arc<ConsoleTap>, sink: Sink) -> Self {
-        Self { tap, sink }
+    pub fn new(tap: Arc<ConsoleTap>, sink: Sink, limiter: Option<Limiter>) -> Self {
+        Self {
+            tap,
+            sink,
+            limiter,
+            dropping: false,
+        }
+    }
+
+    /// Whether `bytes` may pass.
+    fn passes(&mut self, bytes: &[u8]) -> bool {
+        let limiter = self.limiter.as_ref();
+        let passes = limiter.is_none_or(|l| l.take(Instant::now(), bytes.len() as u64));
+        if !passes && !self.dropping {
+            log::warn!("console output beyond its rate limit is dropped");
+        }
+        self.dropping |= !passes;
+        passes
     }
 }
 
 impl Write for ConsoleWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.tap.observe(bytes);
-        let mut rest = bytes;
+        let mut rest = match self.passes(bytes) {
+            true => bytes,
+            false => &[],
+        };
         while !rest.is_empty() && !self.tap.closing.load(Ordering::SeqCst) {
             match self.sink.write(rest) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
+use devices::virtio::limiter::Limiter;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -21,9 +22,9 @@ use super::progress::Progress;
 use super::runtime::Runtime;
 use super::signals::Signals;
 use super::terminal::{RawTerminal, window_size};
-use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, open_files, plan};
+use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
-use crate::config::{Console, Spec};
+use crate::config::{Console, RateLimiter, Spec};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::telemetry::tell;
@@ -151,7 +152,11 @@ impl Session {
         let port = AgentPort::new(clone(&events.agent_data)?);
         let wiring = Wiring {
             console: SerialEnd {
-                out: Box::new(ConsoleWriter::new(tap.clone(), sink(&spec)?)),
+                out: Box::new(ConsoleWriter::new(
+                    tap.clone(),
+                    sink(&spec)?,
+                    console_limiter(&spec),
+                )),
                 drained: clone(&events.console_room)?,
             },
             agent: SerialEnd {
@@ -324,6 +329,16 @@ fn sink(spec: &Spec) -> Result<Sink, ConsoleFileError> {
         Console::Tty if spec.guest().is_some() => Ok(Sink::stderr()),
         Console::Tty => Ok(Sink::stdout()),
     }
+}
+
+/// The limits of the console's output.
+fn console_limiter(spec: &Spec) -> Option<Limiter> {
+    let bandwidth = spec.config().serial.as_ref()?.rate_limiter;
+    let limits = RateLimiter {
+        bandwidth: Some(bandwidth?),
+        ..RateLimiter::default()
+    };
+    Some(Limiter::new(limits::limits(&limits)))
 }
 
 /// Whether the command gets a terminal: as asked, or when both stdin and stdout are one. With

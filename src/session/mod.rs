@@ -2,11 +2,12 @@
 //!
 //! `launch` goes from a checked configuration to an exit code; `serve` does so for one that comes in
 //! pieces over the API. `foreground` is the vmm thread's event loop while the machine runs, with
-//! `runtime` for the API's actions. The rest are its parts: terminal, escapes, signals, output, the
+//! `runtime` and `commands` for the API's actions. The rest are its parts: terminal, escapes, signals, output, the
 //! host's ends of both UARTs and of the virtio console, and the outcome.
 
 mod agent;
 mod agent_port;
+mod commands;
 mod console;
 mod escape;
 mod foreground;

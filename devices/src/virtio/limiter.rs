@@ -105,6 +105,36 @@ impl Limiter {
         *lock(&self.0) = Self::buckets(config);
     }
 
+    /// Replaces the buckets that are given, with full ones; those that are absent go on as they are.
+    pub fn update(&self, config: LimiterConfig) {
+        let new = Self::buckets(config);
+        let mut buckets = lock(&self.0);
+        if config.bandwidth.is_some() {
+            buckets.bandwidth = new.bandwidth;
+        }
+        if config.ops.is_some() {
+            buckets.ops = new.ops;
+        }
+    }
+
+    /// Charges one operation of `bytes` if it may start now; says whether it may. For what is dropped
+    /// rather than late.
+    pub fn take(&self, now: Instant, bytes: u64) -> bool {
+        let mut buckets = lock(&self.0);
+        let Buckets { bandwidth, ops } = &mut *buckets;
+        let has = |bucket: &mut Option<Bucket>, cost| {
+            let bucket = bucket.as_mut();
+            bucket.is_none_or(|b| b.charge(now, 0).is_zero() && b.tokens + b.burst >= cost)
+        };
+        let may = has(bandwidth, bytes as f64) && has(ops, 1.0);
+        if may {
+            for (bucket, cost) in [(bandwidth, bytes), (ops, 1)] {
+                bucket.as_mut().map(|bucket| bucket.charge(now, cost));
+            }
+        }
+        may
+    }
+
     /// Charges one operation of `bytes`: `None` if it may start, else when it may.
     pub fn charge(&self, now: Instant, bytes: u64) -> Option<Instant> {
         let mut buckets = lock(&self.0);
@@ -158,6 +188,35 @@ mod tests {
         let later = at + Duration::from_secs(100);
         assert_eq!(limiter.charge(later, 100), None);
         assert!(limiter.charge(later, 1).is_some());
+    }
+
+    #[test]
+    fn what_is_taken_is_there() {
+        let limiter = Limiter::new(LimiterConfig {
+            bandwidth: bucket(100, 1000, 10),
+            ops: None,
+        });
+        let now = Instant::now();
+        assert!(limiter.take(now, 60) && !limiter.take(now, 60) && limiter.take(now, 50));
+        assert!(!limiter.take(now, 1));
+        assert!(limiter.take(now + Duration::from_millis(500), 49));
+        assert!(!limiter.take(now + Duration::from_millis(500), 2));
+    }
+
+    #[test]
+    fn an_update_leaves_what_it_does_not_name() {
+        let limiter = Limiter::new(LimiterConfig {
+            bandwidth: bucket(100, 1000, 0),
+            ops: bucket(1, 1000, 0),
+        });
+        let now = Instant::now();
+        assert_eq!(limiter.charge(now, 100), None);
+        limiter.update(LimiterConfig {
+            bandwidth: None,
+            ops: bucket(0, 0, 0),
+        });
+        assert_eq!(limiter.charge(now, 0), None);
+        assert!(limiter.charge(now, 50).is_some());
     }
 
     #[test]

@@ -26,16 +26,21 @@ impl Limiters {
     }
 }
 
-fn make(limits: &RateLimiter) -> Arc<Limiter> {
+fn make(config: &RateLimiter) -> Arc<Limiter> {
+    Arc::new(Limiter::new(limits(config)))
+}
+
+/// What `limits` says, as a limiter takes it.
+pub fn limits(limits: &RateLimiter) -> LimiterConfig {
     let bucket = |bucket: TokenBucket| BucketConfig {
         size: bucket.size,
         refill_time: bucket.refill_time,
         one_time_burst: bucket.one_time_burst,
     };
-    Arc::new(Limiter::new(LimiterConfig {
+    LimiterConfig {
         bandwidth: limits.bandwidth.map(bucket),
         ops: limits.ops.map(bucket),
-    }))
+    }
 }
 
 #[cfg(test)]

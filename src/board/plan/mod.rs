@@ -6,7 +6,7 @@ mod addresses;
 mod balloon;
 mod console;
 mod disk;
-mod limits;
+pub mod limits;
 mod memory_hotplug;
 mod pmem;
 mod rtc;

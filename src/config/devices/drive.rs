@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::RateLimiter;
+use super::{RateLimiter, null_is_default};
 
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,17 +24,20 @@ pub struct Drive {
     #[serde(alias = "root", default)]
     pub is_root_device: bool,
     /// The guest cannot write to it.
-    #[serde(alias = "ro", default)]
+    #[serde(alias = "ro", default, deserialize_with = "null_is_default")]
     pub is_read_only: bool,
     /// What the host does with writes.
-    #[serde(alias = "cache", default)]
+    #[serde(alias = "cache", default, deserialize_with = "null_is_default")]
     pub cache_type: CacheType,
     /// How requests are carried out.
-    #[serde(alias = "engine", default)]
+    #[serde(alias = "engine", default, deserialize_with = "null_is_default")]
     pub io_engine: IoEngine,
     /// Number of queues; absent: as many as vCPUs.
     #[serde(alias = "queues", default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
+    /// Where the root file system is a partition of it: the partition's UUID, for a guest without agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partuuid: Option<String>,
     /// Logical block size in bytes; absent: 512, or what the host needs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logical_block_size: Option<u32>,
@@ -61,6 +64,7 @@ impl Drive {
             cache_type: CacheType::default(),
             io_engine: IoEngine::default(),
             num_queues: None,
+            partuuid: None,
             logical_block_size: None,
             physical_block_size: None,
             rate_limiter: None,

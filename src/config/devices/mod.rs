@@ -10,12 +10,13 @@ mod memory_hotplug;
 mod pmem;
 mod port;
 mod rtc;
+mod serial;
 mod share;
 mod units;
 mod vsock;
 mod watchdog;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use balloon::Balloon;
 pub use drive::{CacheType, Drive, Format, IoEngine};
@@ -23,6 +24,7 @@ pub use memory_hotplug::MemoryHotplug;
 pub use pmem::Pmem;
 pub use port::{AGENT_PORT, Port, PortTo};
 pub use rtc::{LeapSeconds, Rtc};
+pub use serial::Serial;
 pub use share::{Share, ShareCache, ShareOwnership};
 use units::{mib, seconds};
 pub use vsock::Vsock;
@@ -77,8 +79,17 @@ pub struct TokenBucket {
     #[serde(default = "one_second")]
     pub refill_time: u64,
     /// Tokens on top that are there once and do not come back.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub one_time_burst: u64,
+}
+
+/// `null` is what an absent field is: some clients write down all that they know of.
+fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 fn one_second() -> u64 {

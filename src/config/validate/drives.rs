@@ -31,6 +31,17 @@ pub enum DriveError {
         /// As asked.
         queues: u16,
     },
+    /// A partition that cannot be named on a command line.
+    #[error(
+        "partuuid '{}' of drive '{id}' cannot be used: give hexadecimal digits and '-', and set \
+         is_root_device", partuuid.escape_debug()
+    )]
+    Partition {
+        /// The drive.
+        id: String,
+        /// As given.
+        partuuid: String,
+    },
     /// Several root drives.
     #[error("drives '{first}' and '{second}' are both the root device: leave it to one")]
     Roots {
@@ -56,6 +67,13 @@ pub(super) fn validate(drives: &[Drive]) -> Result<(), DriveError> {
             }
             if other.is_root_device && drive.is_root_device {
                 return Err(DriveError::Roots { first, second });
+            }
+        }
+        if let Some(partuuid) = &drive.partuuid {
+            let allowed = |c: char| c.is_ascii_hexdigit() || c == '-';
+            if partuuid.is_empty() || !partuuid.chars().all(allowed) || !drive.is_root_device {
+                let (id, partuuid) = (id(), partuuid.clone());
+                return Err(DriveError::Partition { id, partuuid });
             }
         }
         if let Some(queues) = drive.num_queues

@@ -18,8 +18,8 @@ pub(super) mod tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -40,7 +40,7 @@ use self::task::{Op, Task};
 use self::uring::{Finished, Ring};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Chain, Io, total, write_at};
-use super::limiter::Limiter;
+use super::limiter::{Limiter, LimiterConfig};
 
 /// Most queues of a block device.
 pub const MAX_QUEUES: u16 = 256;
@@ -165,7 +165,8 @@ pub struct Block {
     engine: Engine,
     queue_size: u16,
     serial: [u8; ID_LEN],
-    limiter: Option<Arc<Limiter>>,
+    /// Set at first, or by the handle.
+    limiter: Arc<OnceLock<Arc<Limiter>>>,
     held: Vec<Option<Held>>,
     timer: TimerFd,
     wake: Arc<EventFd>,
@@ -178,7 +179,7 @@ pub struct Block {
 pub struct BlockHandle {
     disk: Arc<Disk>,
     space: Arc<Space>,
-    limiter: Option<Arc<Limiter>>,
+    limiter: Arc<OnceLock<Arc<Limiter>>>,
     wake: Arc<EventFd>,
     new_limits: Arc<AtomicBool>,
 }
@@ -193,9 +194,11 @@ impl BlockHandle {
         Ok(sectors)
     }
 
-    /// The limiter; after [`Limiter::set`] call [`limits_changed`](Self::limits_changed).
-    pub fn limiter(&self) -> Option<&Arc<Limiter>> {
-        self.limiter.as_ref()
+    /// The limiter, which limits nothing if none was configured; after a change of it call
+    /// [`limits_changed`](Self::limits_changed).
+    pub fn limiter(&self) -> &Arc<Limiter> {
+        self.limiter
+            .get_or_init(|| Arc::new(Limiter::new(LimiterConfig::default())))
     }
 
     /// Lets requests go on that wait for old limits.
@@ -257,7 +260,7 @@ impl Block {
         let handle = BlockHandle {
             disk: Arc::clone(&disk),
             space: Arc::clone(&space),
-            limiter: limiter.clone(),
+            limiter: Arc::new(limiter.map_or_else(OnceLock::new, OnceLock::from)),
             wake: Arc::new(wake),
             new_limits: Arc::default(),
         };
@@ -269,7 +272,7 @@ impl Block {
             engine,
             queue_size,
             serial: id,
-            limiter,
+            limiter: Arc::clone(&handle.limiter),
             held: (0..queues).map(|_| None).collect(),
             timer,
             wake: Arc::clone(&handle.wake),
@@ -335,7 +338,7 @@ impl Block {
                         return Ok(Taken::All);
                     };
                     let request = Request::parse(io.ram(), &chain, geometry)?;
-                    let limiter = self.limiter.as_ref();
+                    let limiter = self.limiter.get();
                     let at = limiter.and_then(|l| l.charge(Instant::now(), request.bytes()));
                     if let Some(at) = at {
                         let held = Held { chain, request, at };

@@ -1,0 +1,249 @@
+//! All that may be asked of a microVM.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::config::{
+    Balloon, BootSource, Drive, Entropy, MachineUpdate, MemoryHotplug, Pmem, RateLimiter, Serial,
+    Vsock,
+};
+
+/// One thing asked of a microVM.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Who and in which state it is.
+    DescribeInstance,
+    /// The version of bulle.
+    Version,
+    /// The whole configuration.
+    GetConfig,
+    /// Processors and memory.
+    GetMachine,
+    /// Sets processors and memory.
+    PutMachine(MachineUpdate),
+    /// Changes some of processors and memory.
+    PatchMachine(MachineUpdate),
+    /// Sets kernel, initial RAM disk and command line.
+    PutBootSource(BootSource),
+    /// Adds a disk, or replaces the one of that name.
+    PutDrive(Drive),
+    /// Changes the limits of a disk, or has its size read again.
+    PatchDrive(DriveUpdate),
+    /// Adds persistent memory, or replaces that of this name.
+    PutPmem(Pmem),
+    /// Changes the limits of persistent memory.
+    PatchPmem(PmemUpdate),
+    /// Adds the entropy device.
+    PutEntropy(Entropy),
+    /// Adds the socket device.
+    PutVsock(Vsock),
+    /// Says where the first serial port goes.
+    PutSerial(Serial),
+    /// Adds the balloon.
+    PutBalloon(Balloon),
+    /// The balloon as it is to be.
+    GetBalloon,
+    /// Sets the balloon's size.
+    PatchBalloon(BalloonUpdate),
+    /// What the guest says of its memory.
+    GetBalloonStatistics,
+    /// Sets how often the guest is asked.
+    PatchBalloonStatistics(StatisticsUpdate),
+    /// Asks the guest for its free pages.
+    StartHinting(HintingStart),
+    /// How far that is.
+    GetHinting,
+    /// Ends it.
+    StopHinting,
+    /// Adds the memory device.
+    PutMemoryHotplug(MemoryHotplug),
+    /// How much memory is plugged.
+    GetMemoryHotplug,
+    /// Sets how much is to be.
+    PatchMemoryHotplug(MemoryHotplugUpdate),
+    /// Takes a device away.
+    Unplug,
+    /// Builds the machine and lets it run.
+    InstanceStart,
+    /// Presses Ctrl-Alt-Del.
+    SendCtrlAltDel,
+    /// Stops every vCPU.
+    Pause,
+    /// Lets every vCPU go on.
+    Resume,
+    /// Saves a paused microVM.
+    CreateSnapshot(SnapshotCreate),
+    /// Makes a microVM of a saved one.
+    LoadSnapshot(SnapshotLoad),
+}
+
+/// What changes of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// Its name.
+    pub drive_id: String,
+    /// Its image, whose size is read again.
+    pub path_on_host: Option<PathBuf>,
+    /// New limits; a bucket that is absent stays.
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// What changes of persistent memory.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemUpdate {
+    /// Its name.
+    pub id: String,
+    /// New limits; a bucket that is absent stays.
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// What changes of the balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonUpdate {
+    /// MiB that it is to have.
+    pub amount_mib: u64,
+}
+
+/// What changes of the guest's statistics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StatisticsUpdate {
+    /// Seconds between two of them.
+    pub stats_polling_interval_s: u16,
+}
+
+/// How free pages are asked for. What else a client says is ignored, as Firecracker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct HintingStart {
+    /// The guest gets its pages back when it has hinted all of them.
+    #[serde(default = "yes")]
+    pub acknowledge_on_stop: bool,
+}
+
+impl Default for HintingStart {
+    fn default() -> Self {
+        let acknowledge_on_stop = yes();
+        Self {
+            acknowledge_on_stop,
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What changes of hot-pluggable memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryHotplugUpdate {
+    /// MiB that the guest is to plug.
+    pub requested_size_mib: u64,
+}
+
+/// Where a microVM is saved.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    /// File of the state.
+    pub snapshot_path: PathBuf,
+    /// File of the memory.
+    pub mem_file_path: PathBuf,
+    /// How much of the memory.
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+}
+
+/// How much of a microVM's memory is saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum SnapshotType {
+    /// All of it.
+    #[default]
+    Full,
+    /// What changed.
+    Diff,
+}
+
+/// What a microVM is made of that was saved.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotLoad {
+    /// File of the state.
+    pub snapshot_path: PathBuf,
+    /// Where its memory is.
+    pub mem_backend: Option<MemoryBackend>,
+    /// An older word for a file as `mem_backend`.
+    pub mem_file_path: Option<PathBuf>,
+    /// An older word for `track_dirty_pages`.
+    #[serde(default)]
+    pub enable_diff_snapshots: bool,
+    /// Prepares for snapshots of what changes.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Lets it run at once.
+    #[serde(default)]
+    pub resume_vm: bool,
+    /// Other interfaces of the host than those it had.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Another path than its sockets had.
+    pub vsock_override: Option<VsockOverride>,
+    /// The guest's clock is set to the host's.
+    #[serde(default)]
+    pub clock_realtime: bool,
+    /// Page size of its memory on the host.
+    pub huge_pages: Option<LoadPages>,
+}
+
+/// Page size of loaded memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum LoadPages {
+    /// As it was saved.
+    Snapshot,
+    /// The host's.
+    None,
+    /// Transparent huge pages.
+    Transparent,
+    /// Reserved pages.
+    #[serde(rename = "2M")]
+    Huge2M,
+}
+
+/// Where the memory of a saved microVM is.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryBackend {
+    /// What it is.
+    pub backend_type: MemoryBackendType,
+    /// Its path.
+    pub backend_path: PathBuf,
+}
+
+/// What has the memory of a saved microVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum MemoryBackendType {
+    /// A file.
+    File,
+    /// A process that serves page faults.
+    Uffd,
+}
+
+/// Another interface of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct NetworkOverride {
+    /// The device.
+    pub iface_id: String,
+    /// The interface.
+    pub host_dev_name: String,
+}
+
+/// Another path of the sockets.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct VsockOverride {
+    /// The path.
+    pub uds_path: PathBuf,
+}

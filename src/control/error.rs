@@ -1,0 +1,165 @@
+//! Why an action cannot be done. Sentences that clients of Firecracker look for are Firecracker's.
+
+use std::io;
+use std::path::PathBuf;
+
+use devices::virtio::balloon::BalloonError;
+use devices::virtio::mem::MemError;
+
+use crate::config::{ConfigError, MachineError};
+
+/// An action cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum ActionError {
+    /// Too early.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// Too late.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+    /// No kernel.
+    #[error("Start microvm error: Cannot start microvm without kernel configuration.")]
+    NoKernel,
+    /// A value or combination.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Processors and memory.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// No such kernel.
+    #[error("The kernel file cannot be opened: {0}")]
+    Kernel(#[source] io::Error),
+    /// No such initial RAM disk.
+    #[error("The initrd file cannot be opened due to invalid path or invalid permissions. {0}")]
+    Initrd(#[source] io::Error),
+    /// No such image.
+    #[error("Unable to create the virtio {kind} device '{id}': cannot open {}: {source}", path.display())]
+    File {
+        /// Which kind of device.
+        kind: &'static str,
+        /// Its name.
+        id: String,
+        /// As asked for.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// A device that the microVM has not.
+    #[error("Device not found: this microVM has no {kind}{}", match id { Some(id) => format!(" '{id}'"), None => String::new() })]
+    NoDevice {
+        /// Which kind of device.
+        kind: &'static str,
+        /// Its name, where there may be several.
+        id: Option<String>,
+    },
+    /// An update without content.
+    #[error(
+        "Unable to patch the {kind} device '{id}': nothing is to change. Please verify the request arguments."
+    )]
+    NothingToChange {
+        /// Which kind of device.
+        kind: &'static str,
+        /// Its name.
+        id: String,
+    },
+    /// A balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// A balloon that leaves nothing.
+    #[error("Requested memory should be less than {mib}MiB")]
+    BalloonSize {
+        /// RAM of the guest in MiB.
+        mib: u64,
+    },
+    /// Statistics that are to begin or to end.
+    #[error(
+        "Statistics cannot be enabled or disabled after the start: give an interval from 1 on for a balloon that has them"
+    )]
+    StatisticsSwitch,
+    /// A memory device.
+    #[error(transparent)]
+    Memory(#[from] MemError),
+    /// A rate limiter that cannot be changed so.
+    #[error("the limits of '{id}' cannot be changed so: {why}")]
+    Limits {
+        /// The device.
+        id: String,
+        /// Why.
+        why: &'static str,
+    },
+    /// What bulle cannot do yet.
+    #[error("{what} cannot be had yet: bulle {why}")]
+    NotYet {
+        /// What was asked for.
+        what: &'static str,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// A microVM that runs cannot be saved.
+    #[error(
+        "Cannot create a snapshot: save/restore unavailable while running; pause the microVM first"
+    )]
+    SnapshotRunning,
+    /// A microVM of which there is something already.
+    #[error("Loading a microVM snapshot not allowed after configuring boot-specific resources.")]
+    LoadAfterConfig,
+    /// Memory of a snapshot that is in two places, or in none.
+    #[error("Cannot load a snapshot: give exactly one of mem_backend and mem_file_path")]
+    LoadMemory,
+    /// The machine cannot be built. The text has the causes.
+    #[error("Start microvm error: {text}")]
+    Start {
+        /// Causes, joined.
+        text: String,
+    },
+    /// The machine does not do it.
+    #[error("{text}")]
+    Failed {
+        /// Causes, joined.
+        text: String,
+    },
+    /// Ctrl-Alt-Del that nobody reads.
+    #[error("the guest does not read its keyboard: Ctrl-Alt-Del is lost")]
+    Keyboard,
+    /// The microVM ended before it answered.
+    #[error("the microVM ended")]
+    Ended,
+}
+
+impl ActionError {
+    /// A word for programs, which stays when the sentence changes.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::BeforeStart => "not-started",
+            Self::AfterStart | Self::LoadAfterConfig => "started",
+            Self::NoKernel => "no-kernel",
+            Self::Config(_) | Self::Machine(_) | Self::LoadMemory => "bad-config",
+            Self::Kernel(_) | Self::Initrd(_) | Self::File { .. } => "no-file",
+            Self::NoDevice { .. } => "no-device",
+            Self::NothingToChange { .. }
+            | Self::BalloonSize { .. }
+            | Self::StatisticsSwitch
+            | Self::Limits { .. } => "bad-update",
+            Self::NotYet { .. } => "not-yet",
+            Self::SnapshotRunning => "not-paused",
+            Self::Start { .. } => "start-failed",
+            Self::Balloon(_) | Self::Memory(_) | Self::Failed { .. } | Self::Keyboard => {
+                "machine-failed"
+            }
+            Self::Ended => "ended",
+        }
+    }
+}
+
+/// An error with its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

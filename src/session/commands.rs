@@ -1,0 +1,264 @@
+//! Commands to devices of a machine that runs, each kept in the configuration that it changes.
+
+use std::path::Path;
+use std::time::Duration;
+
+use devices::virtio::balloon::{BalloonHandle, PAGE};
+use devices::virtio::block::BlockHandle;
+use devices::virtio::limiter::LimiterConfig;
+use devices::virtio::mem::MemHandle;
+use devices::virtio::registry::DeviceHandle;
+
+use crate::board::attach::Devices;
+use crate::board::plan::limits;
+use crate::config::{Config, RateLimiter};
+use crate::control::{
+    ActionError, BalloonStatistics, BalloonUpdate, DriveUpdate, HintingStart, HintingStatus,
+    MemoryHotplugStatus, MemoryHotplugUpdate, PmemUpdate, Reply, StatisticsUpdate, chain,
+    no_balloon,
+};
+
+/// 4 KiB pages of a MiB.
+const PAGES: u32 = (1 << 20) / PAGE as u32;
+
+/// Changes a disk.
+pub fn drive(
+    devices: &Devices,
+    config: &mut Config,
+    update: &DriveUpdate,
+) -> Result<Reply, ActionError> {
+    let id = &update.drive_id;
+    let mut drives = config.drives.iter_mut();
+    let (Some(drive), Some(disk)) = (drives.find(|d| d.drive_id == *id), disk(devices, id)) else {
+        return Err(no_device("block", id));
+    };
+    if update.path_on_host.is_none() && update.rate_limiter.is_none() {
+        return Err(ActionError::NothingToChange {
+            kind: "block",
+            id: id.clone(),
+        });
+    }
+    if let Some(path) = &update.path_on_host {
+        same_file(path, &drive.path_on_host)?;
+        let sectors = disk.resize().map_err(|error| failed(&error))?;
+        log::info!("disk '{id}' has {sectors} sectors");
+    }
+    if let Some(update) = &update.rate_limiter {
+        let mut limits = drive.rate_limiter.clone().unwrap_or_default();
+        let changes = changes(id, &limits, update)?;
+        disk.limiter().update(changes);
+        disk.limits_changed().map_err(|error| failed(&error))?;
+        merge(&mut limits, update);
+        drive.rate_limiter = Some(limits);
+    }
+    Ok(Reply::Done)
+}
+
+/// A drive keeps its image.
+fn same_file(asked: &Path, present: &Path) -> Result<(), ActionError> {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    match real(asked) == real(present) {
+        true => Ok(()),
+        false => Err(ActionError::NotYet {
+            what: "another image for a drive",
+            why: "does not exchange images while the guest runs; the present path has its size read again",
+        }),
+    }
+}
+
+/// What a limiter is told.
+fn changes(
+    id: &str,
+    limits: &RateLimiter,
+    update: &RateLimiter,
+) -> Result<LimiterConfig, ActionError> {
+    let wrong = |why| ActionError::Limits {
+        id: id.to_owned(),
+        why,
+    };
+    if update.group.is_some() {
+        return Err(wrong("a group is joined before the start"));
+    }
+    if limits.group.is_some() {
+        return Err(wrong(
+            "it shares them with its group, whose limits are set before the start",
+        ));
+    }
+    Ok(limits::limits(update))
+}
+
+/// Takes the buckets of `update` over; one without size or refill time is none from then on.
+fn merge(limits: &mut RateLimiter, update: &RateLimiter) {
+    let limited = |bucket: &crate::config::TokenBucket| bucket.size > 0 && bucket.refill_time > 0;
+    if let Some(bucket) = update.bandwidth {
+        limits.bandwidth = Some(bucket).filter(limited);
+    }
+    if let Some(bucket) = update.ops {
+        limits.ops = Some(bucket).filter(limited);
+    }
+}
+
+/// Persistent memory has no limits.
+pub fn pmem(config: &Config, update: &PmemUpdate) -> Result<Reply, ActionError> {
+    if !config.pmem.iter().any(|pmem| pmem.id == update.id) {
+        return Err(no_device("pmem", &update.id));
+    }
+    match &update.rate_limiter {
+        None => Err(ActionError::NothingToChange {
+            kind: "pmem",
+            id: update.id.clone(),
+        }),
+        Some(_) => Err(ActionError::NotYet {
+            what: "limits of persistent memory",
+            why: "does not limit its flushes",
+        }),
+    }
+}
+
+/// Sets the balloon's size.
+pub fn balloon_size(
+    devices: &Devices,
+    config: &mut Config,
+    update: BalloonUpdate,
+) -> Result<Reply, ActionError> {
+    let (balloon, mib) = (balloon(devices)?, config.machine_config.mem_size_mib);
+    if update.amount_mib >= mib {
+        return Err(ActionError::BalloonSize { mib });
+    }
+    balloon.set_target(update.amount_mib as u32 * PAGES)?;
+    if let Some(balloon) = &mut config.balloon {
+        balloon.amount_mib = update.amount_mib;
+    }
+    Ok(Reply::Done)
+}
+
+/// The balloon, and what the guest says of its memory.
+pub fn balloon_statistics(devices: &Devices) -> Result<Reply, ActionError> {
+    let balloon = balloon(devices)?;
+    let guest = balloon.statistics()?.unwrap_or_default();
+    let status = balloon.status();
+    Ok(Reply::Statistics(Box::new(BalloonStatistics {
+        target_pages: status.target_pages,
+        actual_pages: status.actual_pages,
+        target_mib: status.target_pages / PAGES,
+        actual_mib: status.actual_pages / PAGES,
+        guest,
+    })))
+}
+
+/// Sets how often the guest is asked for statistics.
+pub fn balloon_interval(
+    devices: &Devices,
+    config: &mut Config,
+    update: StatisticsUpdate,
+) -> Result<Reply, ActionError> {
+    let balloon = balloon(devices)?;
+    let seconds = update.stats_polling_interval_s;
+    let Some(settings) = &mut config.balloon else {
+        return Err(no_balloon());
+    };
+    if (seconds == 0) != (settings.stats_polling_interval_s == 0) {
+        return Err(ActionError::StatisticsSwitch);
+    }
+    if seconds > 0 {
+        balloon.set_interval(Duration::from_secs(seconds.into()))?;
+        settings.stats_polling_interval_s = seconds;
+    }
+    Ok(Reply::Done)
+}
+
+/// Asks the guest for its free pages.
+pub fn start_hinting(devices: &Devices, start: HintingStart) -> Result<Reply, ActionError> {
+    balloon(devices)?.start_hinting(start.acknowledge_on_stop)?;
+    Ok(Reply::Done)
+}
+
+/// How far that is.
+pub fn hinting(devices: &Devices) -> Result<Reply, ActionError> {
+    let hinting = balloon(devices)?.hinting()?;
+    Ok(Reply::Hinting(HintingStatus {
+        host_cmd: hinting.host_cmd,
+        guest_cmd: hinting.guest_cmd,
+    }))
+}
+
+/// Gives the guest its pages back.
+pub fn stop_hinting(devices: &Devices) -> Result<Reply, ActionError> {
+    balloon(devices)?.stop_hinting()?;
+    Ok(Reply::Done)
+}
+
+/// How much memory is plugged.
+pub fn plugged(devices: &Devices, config: &Config) -> Result<Reply, ActionError> {
+    let (mem, settings) = memory(devices, config)?;
+    let status = mem.status();
+    Ok(Reply::MemoryHotplug(MemoryHotplugStatus {
+        total_size_mib: status.total >> 20,
+        slot_size_mib: settings.slot_size_mib,
+        block_size_mib: status.block >> 20,
+        plugged_size_mib: status.plugged >> 20,
+        requested_size_mib: status.requested >> 20,
+    }))
+}
+
+/// Sets how much memory is to be plugged.
+pub fn plug(
+    devices: &Devices,
+    config: &mut Config,
+    update: MemoryHotplugUpdate,
+) -> Result<Reply, ActionError> {
+    let mib = update.requested_size_mib;
+    let (mem, _) = memory(devices, config)?;
+    // Too much to count is more than there is in any case.
+    mem.set_requested(mib.saturating_mul(1 << 20))?;
+    if let Some(settings) = &mut config.memory_hotplug {
+        settings.requested_size_mib = mib;
+    }
+    Ok(Reply::Done)
+}
+
+fn balloon(devices: &Devices) -> Result<&BalloonHandle, ActionError> {
+    let mut all = devices.list().iter();
+    let handle = all.find_map(|device| match &device.handle {
+        DeviceHandle::Balloon(handle) => Some(handle),
+        _ => None,
+    });
+    handle.ok_or_else(no_balloon)
+}
+
+fn memory<'a>(
+    devices: &'a Devices,
+    config: &Config,
+) -> Result<(&'a MemHandle, crate::config::MemoryHotplug), ActionError> {
+    let mut all = devices.list().iter();
+    let handle = all.find_map(|device| match &device.handle {
+        DeviceHandle::Mem(handle) => Some(handle),
+        _ => None,
+    });
+    handle
+        .zip(config.memory_hotplug)
+        .ok_or(ActionError::NoDevice {
+            kind: "memory hotplug",
+            id: None,
+        })
+}
+
+fn disk<'a>(devices: &'a Devices, id: &str) -> Option<&'a BlockHandle> {
+    devices
+        .list()
+        .iter()
+        .find_map(|device| match &device.handle {
+            DeviceHandle::Block(handle) if device.id == id => Some(handle),
+            _ => None,
+        })
+}
+
+fn no_device(kind: &'static str, id: &str) -> ActionError {
+    let id = Some(id.to_owned());
+    ActionError::NoDevice { kind, id }
+}
+
+fn failed(error: &dyn std::error::Error) -> ActionError {
+    let text = chain(error);
+    ActionError::Failed { text }
+}
