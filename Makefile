@@ -34,8 +34,9 @@ bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths), and I
 	@$(MAKE) --no-print-directory build
 	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench io
 
-install: build ## Install the binary below PREFIX (/usr/local)
+install: build ## Install the binary below PREFIX (/usr/local), and a link of the name firecracker
 	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle
+	ln -sf bulle $(DESTDIR)$(PREFIX)/bin/firecracker
 
 setup: ## Install what is missing for all of these
 	@tests/setup all

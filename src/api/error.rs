@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::http::{Method, Response};
-use crate::control::ActionError;
+use crate::control::{ActionError, chain};
 
 /// A request that is not, or cannot be, an action.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +55,7 @@ impl ApiError {
 
     /// As an answer.
     pub fn response(&self) -> Response {
-        let body = json!({ "fault_message": self.to_string(), "code": self.code() });
+        let body = json!({ "fault_message": chain(self), "code": self.code() });
         Response::json(400, body.to_string())
     }
 }

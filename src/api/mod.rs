@@ -5,11 +5,13 @@
 //! `control::Action`s, `error` is the only map to `fault_message`. Nothing here knows a machine.
 
 mod connection;
+mod counts;
 mod error;
 mod http;
 mod router;
 mod routes;
 mod server;
 
+pub use counts::Counts;
 pub use http::MAX_BODY;
 pub use server::{ApiThread, ServerError};

@@ -12,6 +12,20 @@ use super::routes::{ROUTES, Route};
 use crate::config::MachineUpdate;
 use crate::control::{Action, Reply};
 
+/// Where in [`ROUTES`] the endpoint is that `request` is for.
+pub fn find(request: &Request) -> Result<usize, ApiError> {
+    let path: Vec<_> = segments(&request.path).collect();
+    let method = request.method;
+    let all = ROUTES.iter().enumerate();
+    let matching = all.filter(|(_, route)| route.method == method && matches(route, &path));
+    // The longest: `/balloon/statistics` is not `/balloon`.
+    let longest = matching.max_by_key(|(_, route)| route.path.len());
+    longest.map(|(index, _)| index).ok_or_else(|| {
+        let path = path.first().unwrap_or(&"").to_string();
+        ApiError::Unknown { method, path }
+    })
+}
+
 /// What a request asks for.
 #[derive(Debug)]
 pub struct Routed {
@@ -21,27 +35,25 @@ pub struct Routed {
     pub deprecated: bool,
 }
 
-/// The action that `request` asks for.
-pub fn route(request: &Request) -> Result<Routed, ApiError> {
-    let segments: Vec<_> = segments(&request.path).collect();
+/// The action that `request` asks for at the endpoint with index `route`.
+pub fn read(route: usize, request: &Request) -> Result<Routed, ApiError> {
     let method = request.method;
-    let of_method = ROUTES.iter().filter(|route| route.method == method);
-    let matching = of_method.filter(|route| matches(route, &segments));
-    // The longest: `/balloon/statistics` is not `/balloon`.
-    let Some(route) = matching.max_by_key(|route| route.path.len()) else {
-        let path = segments.first().unwrap_or(&"").to_string();
-        return Err(ApiError::Unknown { method, path });
-    };
     if method == Method::Get && !request.body.is_empty() {
         return Err(ApiError::GetBody);
     }
     let mut input = Input {
-        name: segments.get(1).copied().unwrap_or_default(),
+        name: segments(&request.path).nth(1).unwrap_or_default(),
         body: &request.body,
         method,
         deprecated: false,
     };
-    let action = (route.action)(&mut input)?;
+    let action = match ROUTES.get(route) {
+        Some(route) => (route.action)(&mut input)?,
+        None => {
+            let path = request.path.clone();
+            return Err(ApiError::Unknown { method, path });
+        }
+    };
     let deprecated = input.deprecated;
     Ok(Routed { action, deprecated })
 }
@@ -153,13 +165,13 @@ mod tests {
     use crate::control::HintingStart;
 
     fn request(method: Method, path: &str, body: &str) -> Result<Action, ApiError> {
-        let routed = route(&Request {
+        let request = Request {
             method,
             path: path.to_owned(),
             body: body.as_bytes().to_vec(),
             keep_alive: true,
-        });
-        Ok(routed?.action)
+        };
+        Ok(read(find(&request)?, &request)?.action)
     }
 
     #[test]

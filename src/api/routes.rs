@@ -100,6 +100,12 @@ pub const ROUTES: &[Route] = &[
     route(Patch, "/hotplug/memory", |input| {
         Ok(Action::PatchMemoryHotplug(input.parse()?))
     }),
+    route(Put, "/logger", |input| {
+        Ok(Action::PutLogger(input.parse()?))
+    }),
+    route(Put, "/metrics", |input| {
+        Ok(Action::PutMetrics(input.parse()?))
+    }),
     route(Put, "/snapshot/create", |input| {
         Ok(Action::CreateSnapshot(input.parse()?))
     }),
@@ -120,12 +126,14 @@ struct ActionBody {
 #[derive(Deserialize)]
 enum ActionType {
     InstanceStart,
+    FlushMetrics,
     SendCtrlAltDel,
 }
 
 fn actions(input: &mut Input<'_>) -> Result<Action, ApiError> {
     Ok(match input.parse::<ActionBody>()?.action_type {
         ActionType::InstanceStart => Action::InstanceStart,
+        ActionType::FlushMetrics => Action::FlushMetrics,
         ActionType::SendCtrlAltDel => Action::SendCtrlAltDel,
     })
 }

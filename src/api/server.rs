@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -14,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::Connection;
+use super::counts::Counts;
 use super::error::ApiError;
 use super::http::{FULL, Request, Response};
 use super::router;
@@ -55,6 +57,7 @@ pub struct ApiThread {
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
     path: PathBuf,
+    counts: Arc<Counts>,
 }
 
 impl ApiThread {
@@ -79,12 +82,21 @@ impl ApiThread {
             connections: Vec::new(),
             limit,
             caller,
+            counts: Arc::default(),
         };
         Ok(Self {
+            counts: server.counts.clone(),
             thread: Some(spawn(Role::Api, move || server.run())?),
             stop,
             path: path.to_owned(),
         })
+    }
+}
+
+impl ApiThread {
+    /// What has come over it.
+    pub fn counts(&self) -> &Arc<Counts> {
+        &self.counts
     }
 }
 
@@ -109,6 +121,7 @@ struct Server {
     connections: Vec<Connection>,
     limit: usize,
     caller: Caller,
+    counts: Arc<Counts>,
 }
 
 impl Server {
@@ -184,7 +197,7 @@ impl Server {
             goes_on = connection.read();
         }
         while let Some(request) = connection.next() {
-            let response = answer(&self.caller, &request);
+            let response = answer(&self.caller, &self.counts, &request);
             connection.answer(&response, !request.keep_alive);
         }
         if !goes_on {
@@ -193,15 +206,22 @@ impl Server {
     }
 }
 
-fn answer(caller: &Caller, request: &Request) -> Response {
-    let routed = match router::route(request) {
-        Ok(routed) => routed,
+fn answer(caller: &Caller, counts: &Counts, request: &Request) -> Response {
+    let route = match router::find(request) {
+        Ok(route) => route,
         Err(error) => return error.response(),
     };
-    let done = caller.ask(routed.action).map_err(ApiError::from);
-    let response = done.and_then(|reply| router::respond(&reply));
-    let mut response = response.unwrap_or_else(|error| error.response());
-    response.deprecated = routed.deprecated;
+    let (result, deprecated) = match router::read(route, request) {
+        Ok(routed) => {
+            let reply = caller.ask(routed.action).map_err(ApiError::from);
+            let response = reply.and_then(|reply| router::respond(&reply));
+            (response, routed.deprecated)
+        }
+        Err(error) => (Err(error), false),
+    };
+    counts.add(route, result.is_err(), deprecated);
+    let mut response = result.unwrap_or_else(|error| error.response());
+    response.deprecated = deprecated;
     response
 }
 

@@ -1,19 +1,26 @@
-//! `bulle api`: a microVM that is configured and commanded over a REST API.
+//! `bulle api`: a microVM that is configured and commanded over a REST API; `firecracker`, the same under
+//! that name.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
+use nix::time::{ClockId, clock_gettime};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 
-use super::run::read_config;
+use super::run::{parse_config, read_text};
 use crate::api::MAX_BODY;
-use crate::session::{self, Serve};
+use crate::config::{Config, Level, Logger, Metrics};
+use crate::control::DEFAULT_MEMORY_MIB;
+use crate::session::{self, Serve, Startup};
 use crate::telemetry;
 
 /// Longest name of a microVM.
 const MAX_ID: usize = 64;
 
-/// Arguments of `bulle api`.
+/// Arguments of `bulle api`, which are those of Firecracker.
 #[derive(Debug, Args)]
 pub struct ApiArgs {
     /// Unix socket to serve the API on; nothing may be there yet
@@ -25,15 +32,94 @@ pub struct ApiArgs {
     /// Start from this configuration at once, as `bulle run --print-config` prints it
     #[arg(long, value_name = "FILE")]
     config_file: Option<PathBuf>,
+    /// Serve no API: the configuration file says all
+    #[arg(long, requires = "config_file")]
+    no_api: bool,
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     enable_pci: bool,
     /// Most bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = MAX_BODY)]
     http_api_max_payload_size: usize,
-    /// Show bulle's log at this level: off, error, warn, info, debug or trace
-    #[arg(long, value_name = "LEVEL", default_value = "warn")]
-    level: log::LevelFilter,
+    /// Append the log to this file, or to a pipe [default: stderr]
+    #[arg(long, value_name = "FILE")]
+    log_path: Option<PathBuf>,
+    /// What is logged: Off, Error, Warn, Info, Debug or Trace [default: Warn]
+    #[arg(long, value_name = "LEVEL")]
+    level: Option<Level>,
+    /// Log only what comes from the module with this path
+    #[arg(long, value_name = "MODULE")]
+    module: Option<String>,
+    /// Say the level in each line of the log
+    #[arg(long)]
+    show_level: bool,
+    /// Say the file and line of the source in each line of the log
+    #[arg(long)]
+    show_log_origin: bool,
+    /// Write figures to this file or pipe as lines of JSON, each minute
+    #[arg(long, value_name = "FILE")]
+    metrics_path: Option<PathBuf>,
+    /// Monotonic time at which this process was started, in microseconds, for the figures
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_us: Option<u64>,
+    /// Processor time of this process before it was bulle, in microseconds, for the figures
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_cpu_us: Option<u64>,
+    /// Processor time of this process's parent, in microseconds, for the figures
+    #[arg(long, value_name = "MICROSECONDS")]
+    parent_cpu_time_us: Option<u64>,
+    /// Of no effect: bulle installs no filter of system calls yet
+    #[arg(long)]
+    no_seccomp: bool,
+    #[command(flatten)]
+    absent: Absent,
+}
+
+/// What Firecracker has and bulle has not yet: said, rather than left to be guessed.
+#[derive(Debug, Args)]
+struct Absent {
+    #[arg(long, value_name = "FILE", hide = true)]
+    metadata: Option<PathBuf>,
+    #[arg(long, value_name = "BYTES", hide = true)]
+    mmds_size_limit: Option<usize>,
+    #[arg(long, value_name = "FILE", hide = true)]
+    seccomp_filter: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    boot_timer: bool,
+    #[arg(long, hide = true)]
+    snapshot_version: bool,
+    #[arg(long, value_name = "FILE", hide = true)]
+    describe_snapshot: Option<PathBuf>,
+}
+
+impl Absent {
+    fn check(&self) -> Result<()> {
+        let metadata = self.metadata.is_some() || self.mmds_size_limit.is_some();
+        let snapshots = self.snapshot_version || self.describe_snapshot.is_some();
+        for (asked, option, what) in [
+            (
+                metadata,
+                "--metadata and --mmds-size-limit",
+                "a metadata service",
+            ),
+            (
+                self.seccomp_filter.is_some(),
+                "--seccomp-filter",
+                "filters of system calls",
+            ),
+            (self.boot_timer, "--boot-timer", "a boot timer"),
+            (
+                snapshots,
+                "--snapshot-version and --describe-snapshot",
+                "snapshots",
+            ),
+        ] {
+            if asked {
+                bail!("{option} cannot be used: bulle has not got {what} yet");
+            }
+        }
+        Ok(())
+    }
 }
 
 fn parse_id(text: &str) -> Result<String, String> {
@@ -44,15 +130,68 @@ fn parse_id(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// A configuration file whose machine has as much memory as the API gives it if it does not say.
+fn read_config(path: &Path) -> Result<Config> {
+    #[derive(Deserialize)]
+    struct Sections {
+        #[serde(rename = "machine-config")]
+        machine: Option<IgnoredAny>,
+    }
+    let text = read_text(path)?;
+    let mut config = parse_config(path, &text)?;
+    if serde_json::from_str::<Sections>(&text)?.machine.is_none() {
+        config.machine_config.mem_size_mib = DEFAULT_MEMORY_MIB;
+    }
+    Ok(config)
+}
+
+impl ApiArgs {
+    /// Whether there is a configuration file.
+    pub fn has_config(&self) -> bool {
+        self.config_file.is_some()
+    }
+
+    fn startup(&self) -> Result<Startup> {
+        let now = |clock| clock_gettime(clock).map(Duration::from);
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let since = |begin: Option<u64>, now: Duration| match begin {
+            Some(begin) => micros(now).saturating_sub(begin),
+            None => 0,
+        };
+        let cpu = since(
+            self.start_time_cpu_us,
+            now(ClockId::CLOCK_PROCESS_CPUTIME_ID)?,
+        );
+        Ok(Startup {
+            wall_us: since(self.start_time_us, now(ClockId::CLOCK_MONOTONIC)?),
+            cpu_us: cpu.saturating_add(self.parent_cpu_time_us.unwrap_or(0)),
+        })
+    }
+}
+
 /// Runs the subcommand.
 pub fn run(args: ApiArgs) -> Result<u8> {
-    telemetry::init(args.level);
+    telemetry::init(log::LevelFilter::Warn);
+    telemetry::name(&args.id);
+    args.absent.check()?;
+    let startup = args.startup()?;
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     Ok(session::serve(Serve {
-        socket: args.api_sock,
+        socket: (!args.no_api).then_some(args.api_sock),
         id: args.id,
         max_body: args.http_api_max_payload_size,
         config,
         pci: args.enable_pci,
+        logger: Logger {
+            log_path: args.log_path,
+            level: args.level,
+            show_level: args.show_level.then_some(true),
+            show_log_origin: args.show_log_origin.then_some(true),
+            module: args.module,
+        },
+        metrics: args
+            .metrics_path
+            .map(|metrics_path| Metrics { metrics_path }),
+        startup,
     })?)
 }

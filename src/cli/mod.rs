@@ -3,6 +3,7 @@
 mod api;
 mod caller;
 mod devices;
+mod firecracker;
 mod kernel;
 mod memory;
 mod run;
@@ -30,20 +31,24 @@ enum Command {
     /// Boot a kernel and run a command in it
     Run(Box<run::RunArgs>),
     /// Serve a REST API that configures, starts and commands one microVM
-    Api(api::ApiArgs),
+    Api(Box<api::ApiArgs>),
 }
 
 /// Parses the process's arguments, runs the command and says with which code to exit. Errors are
 /// printed here, once, with their causes.
 pub fn main() -> ExitCode {
     session::end_on_panic();
-    let cli = match Cli::try_parse() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    if firecracker::is_called(&arguments) {
+        return firecracker::main(arguments);
+    }
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
-        Command::Api(args) => api::run(args),
+        Command::Api(args) => api::run(*args),
     };
     ExitCode::from(result.unwrap_or_else(|error| {
         tell(chain(&error));

@@ -160,6 +160,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
         config.validate()?;
         return Ok(0);
     }
+    if let Some(logger) = &config.logger {
+        telemetry::configure(logger)?;
+    }
     session::launch(config.validate()?).map_err(anyhow::Error::from)
 }
 
@@ -346,8 +349,12 @@ fn is_initramfs(path: &Path) -> Result<bool> {
     Ok(MAGICS.iter().any(|magic| head.starts_with(magic)))
 }
 
-/// Reads a configuration file.
-pub fn read_config(path: &Path) -> Result<Config> {
+fn read_config(path: &Path) -> Result<Config> {
+    parse_config(path, &read_text(path)?)
+}
+
+/// Reads the text of a configuration file.
+pub fn read_text(path: &Path) -> Result<String> {
     // A pipe is welcome, but what has no end must not be read to it.
     let mut text = String::new();
     let length = File::open(path)
@@ -357,7 +364,12 @@ pub fn read_config(path: &Path) -> Result<Config> {
         let path = path.display();
         bail!("The configuration {path} has more than {MAX_CONFIG} bytes: no configuration has");
     }
-    serde_json::from_str(&text)
+    Ok(text)
+}
+
+/// Takes the text of the configuration file at `path` apart.
+pub fn parse_config(path: &Path, text: &str) -> Result<Config> {
+    serde_json::from_str(text)
         .with_context(|| format!("The configuration {} is not valid", path.display()))
 }
 

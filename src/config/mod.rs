@@ -9,6 +9,7 @@ mod devices;
 mod list;
 mod machine;
 mod size;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -27,6 +28,7 @@ pub use machine::{
     CpuTemplate, HugePages, Irqchip, MachineConfig, MachineError, MachineUpdate, MemoryBacking,
 };
 pub use size::{SizeError, parse_bytes, parse_size};
+pub use telemetry::{Level, Logger, Metrics};
 pub use validate::{
     ConfigError, DriveError, LimitsError, PortsError, ShareError, Spec, VsockError, WatchdogError,
 };
@@ -80,6 +82,12 @@ pub struct Config {
     /// The first serial port, for guests without agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// bulle's log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    /// bulle's figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
     /// What runs in the guest under bulle's agent; absent: the guest is on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
@@ -220,6 +228,8 @@ impl Config {
             balloon: None,
             ports: Vec::new(),
             serial: None,
+            logger: None,
+            metrics: None,
             guest: None,
             console: None,
             timeout_ms: None,

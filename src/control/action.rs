@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::config::{
-    Balloon, BootSource, Drive, Entropy, MachineUpdate, MemoryHotplug, Pmem, RateLimiter, Serial,
-    Vsock,
+    Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics, Pmem,
+    RateLimiter, Serial, Vsock,
 };
 
 /// One thing asked of a microVM.
@@ -64,6 +64,12 @@ pub enum Action {
     PatchMemoryHotplug(MemoryHotplugUpdate),
     /// Takes a device away.
     Unplug,
+    /// Changes the log.
+    PutLogger(Logger),
+    /// Says where figures go.
+    PutMetrics(Metrics),
+    /// Writes figures now.
+    FlushMetrics,
     /// Builds the machine and lets it run.
     InstanceStart,
     /// Presses Ctrl-Alt-Del.

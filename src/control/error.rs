@@ -7,6 +7,7 @@ use devices::virtio::balloon::BalloonError;
 use devices::virtio::mem::MemError;
 
 use crate::config::{ConfigError, MachineError};
+use crate::telemetry::LogFileError;
 
 /// An action cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +46,12 @@ pub enum ActionError {
         #[source]
         source: io::Error,
     },
+    /// A file of the log or of figures.
+    #[error(transparent)]
+    LogFile(#[from] LogFileError),
+    /// Figures that have a place already.
+    #[error("Reinitialization of metrics not allowed.")]
+    MetricsTwice,
     /// A device that the microVM has not.
     #[error("Device not found: this microVM has no {kind}{}", match id { Some(id) => format!(" '{id}'"), None => String::new() })]
     NoDevice {
@@ -135,9 +142,10 @@ impl ActionError {
             Self::AfterStart | Self::LoadAfterConfig => "started",
             Self::NoKernel => "no-kernel",
             Self::Config(_) | Self::Machine(_) | Self::LoadMemory => "bad-config",
-            Self::Kernel(_) | Self::Initrd(_) | Self::File { .. } => "no-file",
+            Self::Kernel(_) | Self::Initrd(_) | Self::File { .. } | Self::LogFile(_) => "no-file",
             Self::NoDevice { .. } => "no-device",
-            Self::NothingToChange { .. }
+            Self::MetricsTwice
+            | Self::NothingToChange { .. }
             | Self::BalloonSize { .. }
             | Self::StatisticsSwitch
             | Self::Limits { .. } => "bad-update",
@@ -152,13 +160,15 @@ impl ActionError {
     }
 }
 
-/// An error with its causes, on one line.
+/// An error with its causes, on one line. A cause that the text has already is left out.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
         source = cause.source();
     }
     text

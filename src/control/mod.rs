@@ -19,7 +19,7 @@ pub use action::{
 };
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};
-pub use preboot::{Preboot, no_balloon};
+pub use preboot::{DEFAULT_MEMORY_MIB, Preboot, no_balloon};
 pub use reply::{BalloonStatistics, HintingStatus, Instance, MemoryHotplugStatus, Reply, State};
 
 /// How long a pause may take.

@@ -6,10 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{Action, ActionError, Instance, Reply, SnapshotLoad};
-use crate::config::{BootSource, Config, Drive, MachineConfig, Spec, Transport};
+use crate::config::{self, BootSource, Config, Drive, Logger, MachineConfig, Spec, Transport};
+use crate::telemetry::{self, Metrics};
 
 /// RAM of a machine of which nobody says how much it has, as Firecracker has it.
-const DEFAULT_MEMORY_MIB: u64 = 128;
+pub const DEFAULT_MEMORY_MIB: u64 = 128;
 
 /// A microVM that is being configured.
 #[derive(Debug)]
@@ -19,6 +20,7 @@ pub struct Preboot {
     has_kernel: bool,
     /// Something of the machine was configured, so that it cannot come from a snapshot.
     touched: bool,
+    metrics: Option<Metrics>,
 }
 
 impl Preboot {
@@ -39,6 +41,7 @@ impl Preboot {
             config,
             has_kernel,
             touched: has_kernel,
+            metrics: None,
         }
     }
 
@@ -98,8 +101,11 @@ impl Preboot {
                 self.device(|config| config.memory_hotplug = Some(memory))
             }
             Action::PutSerial(serial) => self.change(|config| config.serial = Some(serial)),
+            Action::PutLogger(logger) => self.logger(&logger),
+            Action::PutMetrics(metrics) => self.metrics(metrics),
             Action::LoadSnapshot(load) => self.load(&load),
             Action::InstanceStart
+            | Action::FlushMetrics
             | Action::SendCtrlAltDel
             | Action::Pause
             | Action::Resume
@@ -124,6 +130,29 @@ impl Preboot {
             return Err(ActionError::NoKernel);
         }
         Ok(self.config.clone().validate()?)
+    }
+
+    /// Changes the log.
+    pub fn logger(&mut self, logger: &Logger) -> Result<Reply, ActionError> {
+        telemetry::configure(logger)?;
+        let present = self.config.logger.get_or_insert_default();
+        present.merge(logger);
+        Ok(Reply::Done)
+    }
+
+    /// Says where figures go, once.
+    pub fn metrics(&mut self, metrics: config::Metrics) -> Result<Reply, ActionError> {
+        if self.metrics.is_some() {
+            return Err(ActionError::MetricsTwice);
+        }
+        self.metrics = Some(Metrics::open(&metrics)?);
+        self.config.metrics = Some(metrics);
+        Ok(Reply::Done)
+    }
+
+    /// Where figures go, for whoever has them.
+    pub fn take_metrics(&mut self) -> Option<Metrics> {
+        self.metrics.take()
     }
 
     fn boot_source(&mut self, boot: BootSource) -> Result<Reply, ActionError> {

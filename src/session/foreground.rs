@@ -23,6 +23,7 @@ use super::progress::Progress;
 use super::runtime::Runtime;
 use super::signals::Signals;
 use super::terminal::window_size;
+use super::token::{Token, watch};
 use crate::board::BoardWatchdog;
 use crate::vm::{Vm, VmExit};
 use std::sync::Arc;
@@ -37,49 +38,6 @@ const PVPANIC_GRACE: Duration = Duration::from_secs(10);
 const INPUT_CHUNK: usize = 16 * 1024;
 /// Times that a virtio console is asked for the last words of a guest that ended.
 const LAST_WORDS: u32 = 256;
-
-/// What an event is about; the number travels as epoll data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-enum Token {
-    Exit,
-    Signal,
-    Timeout,
-    Grace,
-    Panic,
-    Stdin,
-    ConsoleRoom,
-    AgentRoom,
-    AgentData,
-    Hvc,
-    Stdout,
-    Stderr,
-    Watchdog,
-    Calls,
-}
-
-impl Token {
-    const ALL: [Self; 14] = [
-        Self::Exit,
-        Self::Signal,
-        Self::Timeout,
-        Self::Grace,
-        Self::Panic,
-        Self::Stdin,
-        Self::ConsoleRoom,
-        Self::AgentRoom,
-        Self::AgentData,
-        Self::Hvc,
-        Self::Stdout,
-        Self::Stderr,
-        Self::Watchdog,
-        Self::Calls,
-    ];
-
-    fn from_data(data: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|token| *token as u32 == data)
-    }
-}
 
 /// The descriptors that tell the loop of the guest's side.
 pub struct GuestEvents {
@@ -193,6 +151,14 @@ impl<'a> Foreground<'a> {
     /// Has `runtime` answer actions of other threads.
     pub fn answer(&mut self, runtime: Option<Runtime>) {
         self.runtime = runtime;
+        self.write_figures();
+    }
+
+    /// Writes figures, where there is a place for them.
+    pub fn write_figures(&mut self) {
+        if let Some(runtime) = &mut self.runtime {
+            runtime.flush(self.vm);
+        }
     }
 
     /// The end, once there is one.
@@ -201,7 +167,8 @@ impl<'a> Foreground<'a> {
     }
 
     /// Hands over what output is left, and what may cut its writing short.
-    pub fn into_rest(self) -> Rest {
+    pub fn into_rest(mut self) -> Rest {
+        self.write_figures();
         Rest {
             outputs: [self.stdout, self.stderr],
             signals: self.signals,
@@ -552,26 +519,6 @@ impl MutEventSubscriber for Foreground<'_> {
         }
         self.update_interest(ops);
     }
-}
-
-/// Puts a descriptor into the epoll set or takes it out, where that changes anything. A descriptor
-/// is there only while it is wanted, since epoll reports a hang-up whether wanted or not.
-fn watch(
-    ops: &mut EventOps,
-    (fd, token, set): (i32, Token, EventSet),
-    wants: bool,
-    watched: &mut bool,
-) -> Result<(), event_manager::Error> {
-    if wants != *watched {
-        let events = Events::with_data_raw(fd, token as u32, set);
-        if wants {
-            ops.add(events)
-        } else {
-            ops.remove(events)
-        }?;
-        *watched = wants;
-    }
-    Ok(())
 }
 
 fn drain(event: &EventFd) {

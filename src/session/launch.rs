@@ -19,15 +19,16 @@ use super::hvc::Hvc;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
 use super::progress::Progress;
-use super::runtime::Runtime;
+use super::runtime::{FigureParts, Runtime, Startup};
 use super::signals::Signals;
 use super::terminal::{RawTerminal, window_size};
 use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, RateLimiter, Spec};
+use crate::control::{Instance, channel};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
-use crate::telemetry::tell;
+use crate::telemetry::{LogFileError, Metrics, tell};
 use crate::vm::build::{Host, Initrd};
 use crate::vm::{BuildError, Vm};
 
@@ -52,6 +53,9 @@ pub enum LaunchError {
     /// The machine cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),
+    /// File of figures.
+    #[error(transparent)]
+    LogFile(#[from] LogFileError),
     /// Console file.
     #[error(transparent)]
     Console(#[from] ConsoleFileError),
@@ -72,9 +76,26 @@ pub enum LaunchError {
 /// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
 /// the exit code.
 pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
+    let metrics = spec.config().metrics.as_ref();
+    let metrics = metrics.map(Metrics::open).transpose()?;
+    let runtime = metrics.map(|metrics| figures_only(&spec, metrics));
+    let runtime = runtime.transpose();
+    let runtime = runtime.map_err(|error| session("the figures", error))?;
     let prepared = Prepared::new(spec)?;
     let signals = block_signals()?;
-    Session::build(prepared)?.run(signals, None)
+    Session::build(prepared)?.run(signals, runtime)
+}
+
+/// A runtime that nobody asks for anything, and that writes figures.
+fn figures_only(spec: &Spec, metrics: Metrics) -> io::Result<Runtime> {
+    let (_, requests) = channel()?;
+    let parts = FigureParts {
+        metrics: Some(metrics),
+        api: None,
+        startup: Startup::default(),
+    };
+    let instance = Instance::new(String::new());
+    Runtime::new(requests, instance, spec.config().clone(), parts)
 }
 
 /// Signals that are to be answered, from here on, in threads made after this too.

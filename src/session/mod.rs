@@ -20,11 +20,13 @@ mod runtime;
 mod serve;
 mod signals;
 mod terminal;
+mod token;
 
 pub use launch::{LaunchError, launch};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };
+pub use runtime::Startup;
 pub use serve::{Serve, ServeError, serve};
 pub use terminal::end_on_panic;
 pub use terminal::restore as restore_terminal;

@@ -1,40 +1,135 @@
 //! Actions on a machine that runs, on the vmm thread.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::commands;
+use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
     Action, ActionError, Instance, PAUSE_PATIENCE, Reply, Requests, SnapshotCreate, State, chain,
     no_balloon,
 };
+use crate::telemetry::Metrics;
 use crate::vm::Vm;
 
-/// Who answers once a microVM has been started.
+/// Time between two lines of figures.
+const FLUSH_EVERY: Duration = Duration::from_secs(60);
+
+/// Who answers once a microVM has been started, and writes its figures.
 pub struct Runtime {
     requests: Requests,
     instance: Instance,
     config: Config,
+    figures: Option<FigureWriter>,
+    /// Readable when there are requests, or figures are due.
+    ready: Epoll,
+    latencies: BTreeMap<&'static str, Duration>,
+}
+
+/// Where figures come from and go to, beside the machine.
+struct FigureWriter {
+    metrics: Metrics,
+    timer: TimerFd,
+    startup: Startup,
+    api: Option<Arc<Counts>>,
+}
+
+/// Time from the start of the process to the API, in microseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Startup {
+    /// By the clock.
+    pub wall_us: u64,
+    /// Of the processor.
+    pub cpu_us: u64,
+}
+
+/// What figures are made of and where they go.
+pub struct FigureParts {
+    /// Where they go.
+    pub metrics: Option<Metrics>,
+    /// What came over the API.
+    pub api: Option<Arc<Counts>>,
+    /// How long the start took.
+    pub startup: Startup,
 }
 
 impl Runtime {
     /// For the microVM `instance`, made of `config`.
-    pub fn new(requests: Requests, instance: Instance, config: Config) -> Self {
-        Self {
+    pub fn new(
+        requests: Requests,
+        instance: Instance,
+        config: Config,
+        parts: FigureParts,
+    ) -> io::Result<Self> {
+        let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        ready.add(&requests, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        let figures = match parts.metrics {
+            None => None,
+            Some(metrics) => {
+                let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+                let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+                let every = Expiration::Interval(TimeSpec::from_duration(FLUSH_EVERY));
+                timer.set(every, TimerSetTimeFlags::empty())?;
+                ready.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+                Some(FigureWriter {
+                    metrics,
+                    timer,
+                    startup: parts.startup,
+                    api: parts.api,
+                })
+            }
+        };
+        Ok(Self {
             requests,
             instance: Instance {
                 state: State::Running,
                 ..instance
             },
             config,
-        }
+            figures,
+            ready,
+            latencies: BTreeMap::new(),
+        })
     }
 
-    /// Answers what is asked of `vm`.
+    /// Answers what is asked of `vm`, and writes figures that are due.
     pub fn serve(&mut self, vm: &Vm) {
+        let due = |writer: &FigureWriter| nix::unistd::read(&writer.timer, &mut [0; 8]).is_ok();
+        if self.figures.as_ref().is_some_and(due) {
+            self.flush(vm);
+        }
         while let Some(call) = self.requests.next() {
             let result = self.act(&call.action, vm);
             call.answer(result);
+        }
+    }
+
+    /// Writes a line of figures, where there is a place for them.
+    pub fn flush(&mut self, vm: &Vm) {
+        let Some(writer) = &mut self.figures else {
+            return;
+        };
+        let mut figures = commands::figures(vm);
+        let Startup { wall_us, cpu_us } = writer.startup;
+        figures.value("api_server", "process_startup_time_us", wall_us);
+        figures.value("api_server", "process_startup_time_cpu_us", cpu_us);
+        for (name, latency) in &self.latencies {
+            let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+            figures.value("latencies_us", name, micros);
+        }
+        if let Some(api) = &writer.api {
+            api.figures(&mut figures);
+        }
+        if let Err(error) = writer.metrics.write(figures) {
+            log::warn!("figures cannot be written: {error}");
         }
     }
 
@@ -50,7 +145,9 @@ impl Runtime {
             Action::Pause => self.pause(vm),
             Action::Resume => {
                 if self.instance.state == State::Paused {
+                    let begin = Instant::now();
                     vm.start();
+                    self.latencies.insert("resume_vm", begin.elapsed());
                     self.instance.state = State::Running;
                 }
                 Ok(Reply::Done)
@@ -79,6 +176,10 @@ impl Runtime {
                 what: "hotplug",
                 why: "does not take devices away while the guest runs",
             }),
+            Action::FlushMetrics => {
+                self.flush(vm);
+                Ok(Reply::Done)
+            }
             Action::CreateSnapshot(create) => self.save(create),
             Action::PutMachine(_)
             | Action::PatchMachine(_)
@@ -90,6 +191,8 @@ impl Runtime {
             | Action::PutSerial(_)
             | Action::PutBalloon(_)
             | Action::PutMemoryHotplug(_)
+            | Action::PutLogger(_)
+            | Action::PutMetrics(_)
             | Action::LoadSnapshot(_)
             | Action::InstanceStart => Err(ActionError::AfterStart),
         }
@@ -98,11 +201,13 @@ impl Runtime {
     /// Pauses; a vCPU that does not follow leaves all of them running.
     fn pause(&mut self, vm: &Vm) -> Result<Reply, ActionError> {
         if self.instance.state == State::Running {
+            let begin = Instant::now();
             if let Err(error) = vm.pause(PAUSE_PATIENCE) {
                 vm.start();
                 let text = chain(&error);
                 return Err(ActionError::Failed { text });
             }
+            self.latencies.insert("pause_vm", begin.elapsed());
             self.instance.state = State::Paused;
         }
         Ok(Reply::Done)
@@ -121,6 +226,6 @@ impl Runtime {
 
 impl AsRawFd for Runtime {
     fn as_raw_fd(&self) -> RawFd {
-        self.requests.as_raw_fd()
+        self.ready.0.as_raw_fd()
     }
 }

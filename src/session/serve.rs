@@ -5,6 +5,7 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -12,10 +13,10 @@ use nix::sys::signal::Signal;
 
 use super::launch::{LaunchError, Prepared, Session, block_signals};
 use super::outcome::Outcome;
-use super::runtime::Runtime;
+use super::runtime::{FigureParts, Runtime, Startup};
 use super::signals::Signals;
-use crate::api::{ApiThread, ServerError};
-use crate::config::Config;
+use crate::api::{ApiThread, Counts, ServerError};
+use crate::config::{Config, Logger, Metrics};
 use crate::control::{Action, ActionError, Preboot, Reply, Requests, chain, channel};
 
 /// Signals that end a microVM which was not started.
@@ -29,8 +30,8 @@ const ENDING: [Signal; 4] = [
 /// How a microVM is served.
 #[derive(Debug)]
 pub struct Serve {
-    /// Path of the API's socket.
-    pub socket: PathBuf,
+    /// Path of the API's socket; `None`: no API.
+    pub socket: Option<PathBuf>,
     /// Name of the microVM.
     pub id: String,
     /// Most bytes of a request's body.
@@ -39,6 +40,12 @@ pub struct Serve {
     pub config: Option<Config>,
     /// Virtio devices on a PCI bus.
     pub pci: bool,
+    /// The log, in place of what the configuration says.
+    pub logger: Logger,
+    /// Where figures go, in place of what the configuration says.
+    pub metrics: Option<Metrics>,
+    /// How long the start took.
+    pub startup: Startup,
 }
 
 /// A microVM that cannot be served.
@@ -66,19 +73,42 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
     let signals = block_signals()?;
     let (caller, requests) = channel().map_err(ServeError::Event)?;
     let at_once = options.config.is_some();
-    let preboot = Preboot::new(options.id, options.config, options.pci);
+    let mut config = options.config;
+    let sections = config.as_mut();
+    let (logger, metrics) = sections.map_or((None, None), |c| (c.logger.take(), c.metrics.take()));
+    let mut preboot = Preboot::new(options.id, config, options.pci);
+    let asked = Some(options.logger).filter(|logger| *logger != Logger::default());
+    for logger in logger.iter().chain(&asked) {
+        preboot.logger(logger)?;
+    }
+    if let Some(metrics) = options.metrics.or(metrics) {
+        preboot.metrics(metrics)?;
+    }
     // Ends after all that answers it, so that it waits for nobody then.
-    let _api = ApiThread::start(&options.socket, options.max_body, caller)?;
-    if at_once {
-        start(&preboot, requests, signals)
-    } else {
-        configure(preboot, requests, signals)
+    let api = match &options.socket {
+        Some(socket) => Some(ApiThread::start(socket, options.max_body, caller)?),
+        None => None,
+    };
+    let serving = Serving {
+        preboot,
+        requests,
+        signals,
+        startup: options.startup,
+        counts: api.as_ref().map(|api| api.counts().clone()),
+    };
+    match at_once {
+        true => serving.start(),
+        false => serving.configure(),
     }
 }
 
-fn start(preboot: &Preboot, requests: Requests, signals: Signals) -> Result<u8, ServeError> {
-    let session = build(preboot)?;
-    Ok(session.run(signals, Some(runtime(preboot, requests)))?)
+/// A microVM before its start.
+struct Serving {
+    preboot: Preboot,
+    requests: Requests,
+    signals: Signals,
+    startup: Startup,
+    counts: Option<Arc<Counts>>,
 }
 
 fn build(preboot: &Preboot) -> Result<Session, ActionError> {
@@ -89,56 +119,69 @@ fn build(preboot: &Preboot) -> Result<Session, ActionError> {
     Session::build(prepared).map_err(start)
 }
 
-fn runtime(preboot: &Preboot, requests: Requests) -> Runtime {
-    Runtime::new(
-        requests,
-        preboot.instance().clone(),
-        preboot.config().clone(),
-    )
-}
+impl Serving {
+    fn start(self) -> Result<u8, ServeError> {
+        let session = build(&self.preboot)?;
+        self.run(session, |_| ())
+    }
 
-/// Takes the configuration in, until there is a start that works.
-fn configure(
-    mut preboot: Preboot,
-    requests: Requests,
-    mut signals: Signals,
-) -> Result<u8, ServeError> {
-    loop {
-        let ready = {
-            let mut fds = [
-                PollFd::new(requests.as_fd(), PollFlags::POLLIN),
-                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(ServeError::Wait(errno)),
-            }
-            fds.map(|fd| fd.any().unwrap_or(false))
+    /// Runs a machine that is built to its end. `begun` is called when nothing keeps it from running.
+    fn run(self, session: Session, begun: impl FnOnce(Reply)) -> Result<u8, ServeError> {
+        let Self {
+            mut preboot,
+            requests,
+            signals,
+            startup,
+            counts,
+        } = self;
+        let parts = FigureParts {
+            metrics: preboot.take_metrics(),
+            api: counts,
+            startup,
         };
-        let [called, signalled] = ready;
-        if signalled
-            && let Some(signal) = signals.next()
-            && ENDING.contains(&signal)
-        {
-            return Ok(Outcome::Signal(signal as i32).exit_code(false));
-        }
-        if !called {
-            continue;
-        }
-        while let Some(call) = requests.next() {
-            if call.action != Action::InstanceStart {
-                let result = preboot.act(call.action.clone());
-                call.answer(result);
+        let (instance, config) = (preboot.instance().clone(), preboot.config().clone());
+        let runtime = Runtime::new(requests, instance, config, parts).map_err(ServeError::Event)?;
+        begun(Reply::Done);
+        Ok(session.run(signals, Some(runtime))?)
+    }
+
+    /// Takes the configuration in, until there is a start that works.
+    fn configure(mut self) -> Result<u8, ServeError> {
+        loop {
+            let [called, signalled] = self.wait()?;
+            if signalled
+                && let Some(signal) = self.signals.next()
+                && ENDING.contains(&signal)
+            {
+                return Ok(Outcome::Signal(signal as i32).exit_code(false));
+            }
+            if !called {
                 continue;
             }
-            match build(&preboot) {
-                Ok(session) => {
-                    call.answer(Ok(Reply::Done));
-                    let runtime = runtime(&preboot, requests);
-                    return Ok(session.run(signals, Some(runtime))?);
+            while let Some(call) = self.requests.next() {
+                if call.action != Action::InstanceStart {
+                    let result = self.preboot.act(call.action.clone());
+                    call.answer(result);
+                    continue;
                 }
-                Err(error) => call.answer(Err(error)),
+                match build(&self.preboot) {
+                    Ok(session) => return self.run(session, |reply| call.answer(Ok(reply))),
+                    Err(error) => call.answer(Err(error)),
+                }
             }
         }
+    }
+
+    /// Waits for actions and signals, and says which there are.
+    fn wait(&self) -> Result<[bool; 2], ServeError> {
+        let mut fds = [
+            PollFd::new(self.requests.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(ServeError::Wait(errno)),
+        }
+        Ok(fds.map(|fd| fd.any().unwrap_or(false)))
     }
 }

@@ -1,26 +1,20 @@
-//! What bulle says on stderr: messages to its user, and the log, set up once from the command line
-//! and limited where a guest can cause it.
+//! What bulle says: messages to its user on stderr; the log, limited where a guest can cause it; and
+//! figures.
+
+mod logger;
+mod metrics;
 
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+pub use logger::{LogFileError, configure, init, name};
+pub use metrics::{Figures, Metrics};
+
 /// Tells the user `text` on stderr. A stderr that takes nothing (full, closed) is no reason to end.
 pub fn tell(text: impl Display) {
     // One write, so that the lines of two processes do not mix.
     let _ = io::stderr().write_all(format!("bulle: {text}\n").as_bytes());
-}
-
-/// Sends log records of at least `level` to stderr. Later calls change nothing.
-pub fn init(level: log::LevelFilter) {
-    let mut builder = env_logger::Builder::new();
-    let built = builder
-        .filter_level(level)
-        .format_timestamp_micros()
-        .try_init();
-    if built.is_err() {
-        log::debug!("logging was set up before");
-    }
 }
 
 /// A log site that a guest can reach: the first few events are logged, the rest only counted.

@@ -3,6 +3,8 @@
 //! Every exit reason has an outcome. Accesses that no device claims read as all ones; the first
 //! few are logged.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use arch::report::VcpuReport;
 use devices::bus::{Bus, Effect};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -17,6 +19,27 @@ use devices::bus::ExitReason;
 
 static UNCLAIMED: Limited = Limited::new(8);
 static CRASH_LOADED: Limited = Limited::new(1);
+
+/// Exits of one vCPU since its start, by reason. Only its thread writes them.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct ExitCounts {
+    /// Reads of ports.
+    pub io_in: AtomicU64,
+    /// Writes to ports.
+    pub io_out: AtomicU64,
+    /// Reads of devices' memory.
+    pub mmio_read: AtomicU64,
+    /// Writes to it.
+    pub mmio_write: AtomicU64,
+}
+
+/// Counts one.
+fn count(counter: &AtomicU64) {
+    // One writer needs no locked instruction.
+    let next = counter.load(Ordering::Relaxed).wrapping_add(1);
+    counter.store(next, Ordering::Relaxed);
+}
 
 /// What to do after an exit.
 pub enum Handled {
@@ -33,6 +56,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
     let (pio, mmio) = (&vcpu.pio, &vcpu.mmio);
     let cause = match vcpu.fd.run() {
         Ok(VcpuExit::IoIn(port, data)) => {
+            count(&vcpu.counts.io_in);
             let data: *mut [u8] = data;
             let size = io_size(&mut vcpu.fd);
             // SAFETY: the slice lies in the run area that `vcpu.fd` keeps mapped; the borrow that
@@ -44,6 +68,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
             return Handled::Continue;
         }
         Ok(VcpuExit::IoOut(port, data)) => {
+            count(&vcpu.counts.io_out);
             let data: *const [u8] = data;
             let size = io_size(&mut vcpu.fd);
             // SAFETY: as above.
@@ -51,10 +76,12 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
             return write_all(pio, port.into(), data, size, "write to port");
         }
         Ok(VcpuExit::MmioRead(address, data)) => {
+            count(&vcpu.counts.mmio_read);
             claimed(mmio.read(address, data), "read of address", address);
             return Handled::Continue;
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
+            count(&vcpu.counts.mmio_write);
             return write_all(mmio, address, data, data.len(), "write to address");
         }
         Ok(VcpuExit::IoapicEoi(vector)) => {

@@ -13,6 +13,7 @@ use devices::bus::Bus;
 use devices::ioapic::IoApic;
 use kvm_ioctls::VcpuFd;
 
+use super::exit::ExitCounts;
 use super::{kick, thread};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 use crate::vm::ExitLatch;
@@ -45,6 +46,8 @@ pub struct Vcpu {
     pub seen: Seen,
     /// Where the end of the VM is announced.
     pub exit: Arc<ExitLatch>,
+    /// Its exits so far.
+    pub counts: Arc<ExitCounts>,
 }
 
 /// What a vCPU thread is told.
@@ -108,6 +111,7 @@ impl Pausing<'_> {
 pub struct VcpuHandle {
     commands: Sender<Command>,
     flags: Arc<Flags>,
+    counts: Arc<ExitCounts>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -118,13 +122,20 @@ impl VcpuHandle {
         let (commands, receiver) = channel();
         let flags = Arc::new(Flags::default());
         let shared = flags.clone();
+        let counts = vcpu.counts.clone();
         let role = Role::Vcpu(vcpu.index);
         let thread = spawn(role, move || thread::parked(vcpu, &receiver, &shared))?;
         Ok(Self {
             commands,
             flags,
+            counts,
             thread: Some(thread),
         })
+    }
+
+    /// Its exits so far.
+    pub fn counts(&self) -> &ExitCounts {
+        &self.counts
     }
 
     /// Lets the vCPU run.

@@ -10,5 +10,6 @@ pub mod handle;
 mod kick;
 mod thread;
 
+pub use exit::ExitCounts;
 pub use failure::{Failure, FailureCause};
 pub use handle::{Vcpu, VcpuHandle};

@@ -296,6 +296,7 @@ impl Vm {
                 slots: slots.clone(),
                 seen: Seen::default(),
                 exit: exit.clone(),
+                counts: Arc::default(),
             })?);
         }
         board.devices.connect(&vm).map_err(BuildError::Irqfd)?;

@@ -24,7 +24,7 @@ pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;
 
 use crate::board::Board;
-use crate::vcpu::VcpuHandle;
+use crate::vcpu::{ExitCounts, VcpuHandle};
 
 /// A vCPU that does not leave the guest.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +51,11 @@ impl Vm {
     /// The machine's devices, for the host's side.
     pub fn board(&self) -> &Board {
         &self.board
+    }
+
+    /// The exits of each vCPU so far.
+    pub fn exit_counts(&self) -> impl Iterator<Item = &ExitCounts> {
+        self.vcpus.iter().map(VcpuHandle::counts)
     }
 
     /// Where the end of the VM is announced.

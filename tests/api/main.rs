@@ -11,3 +11,4 @@ mod devices;
 mod http;
 mod lifecycle;
 mod served;
+mod telemetry;

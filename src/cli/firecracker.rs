@@ -1,0 +1,74 @@
+//! bulle under the name `firecracker`: its arguments, its `--version`, its exit codes.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use super::api::{self, ApiArgs};
+use super::chain;
+use crate::telemetry::tell;
+
+/// The name.
+const NAME: &str = "firecracker";
+/// Version of Firecracker whose API is served.
+const VERSION: &str = "1.16.0";
+/// Anything else went wrong.
+const CODE_GENERIC: u8 = 1;
+/// The configuration is not valid.
+const CODE_CONFIG: u8 = 152;
+/// The arguments are not valid.
+const CODE_ARGUMENTS: u8 = 153;
+
+#[derive(Debug, Parser)]
+#[command(name = NAME, about = "bulle, serving Firecracker's API", max_term_width = 100)]
+struct Firecracker {
+    #[command(flatten)]
+    args: ApiArgs,
+    /// Print the version of the API that is served, and end
+    #[arg(long)]
+    version: bool,
+}
+
+/// Whether the process was started under that name.
+pub fn is_called(arguments: &[OsString]) -> bool {
+    let name = arguments
+        .first()
+        .and_then(|name| Path::new(name).file_name());
+    name.is_some_and(|name| name == NAME)
+}
+
+/// Does what `arguments` say.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    let parsed = match Firecracker::try_parse_from(arguments) {
+        Ok(parsed) => parsed,
+        Err(error) if error.use_stderr() => {
+            tell(error.to_string().trim_start_matches("error: ").trim_end());
+            return ExitCode::from(CODE_ARGUMENTS);
+        }
+        Err(help) => {
+            let printed = help.print();
+            return ExitCode::from(if printed.is_ok() { 0 } else { CODE_GENERIC });
+        }
+    };
+    if parsed.version {
+        let text = format!(
+            "Firecracker v{VERSION}\n\nbulle {}, which serves that API\n",
+            env!("CARGO_PKG_VERSION")
+        );
+        let printed = io::stdout().write_all(text.as_bytes());
+        return ExitCode::from(if printed.is_ok() { 0 } else { CODE_GENERIC });
+    }
+    let has_config = parsed.args.has_config();
+    let result = api::run(parsed.args);
+    ExitCode::from(result.unwrap_or_else(|error| {
+        tell(chain(&error));
+        if has_config {
+            CODE_CONFIG
+        } else {
+            CODE_GENERIC
+        }
+    }))
+}

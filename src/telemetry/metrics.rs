@@ -1,0 +1,143 @@
+//! Figures as lines of JSON, in the shape of Firecracker's: counters say what came since the last line.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value};
+
+use super::logger::{self, LogFileError};
+use crate::config;
+
+/// The figures of one moment, by group and name.
+#[derive(Debug, Default)]
+pub struct Figures(BTreeMap<(String, String), Figure>);
+
+#[derive(Clone, Copy, Debug)]
+enum Figure {
+    /// Since the start, which is made a difference.
+    Total(u64),
+    /// As it is.
+    Value(u64),
+}
+
+impl Figures {
+    /// A counter, since the start. What is told twice is summed up.
+    pub fn total(&mut self, group: &str, name: &str, value: u64) {
+        let key = (group.to_owned(), name.to_owned());
+        let figure = self.0.entry(key).or_insert(Figure::Total(0));
+        if let Figure::Total(sum) = figure {
+            *sum = sum.wrapping_add(value);
+        }
+    }
+
+    /// A value that is no counter.
+    pub fn value(&mut self, group: &str, name: &str, value: u64) {
+        let key = (group.to_owned(), name.to_owned());
+        self.0.insert(key, Figure::Value(value));
+    }
+}
+
+/// Where figures are written.
+#[derive(Debug)]
+pub struct Metrics {
+    file: File,
+    last: BTreeMap<(String, String), u64>,
+    /// Lines that could not be written.
+    failures: u64,
+}
+
+impl Metrics {
+    /// Opens the file or pipe.
+    pub fn open(metrics: &config::Metrics) -> Result<Self, LogFileError> {
+        Ok(Self {
+            file: logger::open(&metrics.metrics_path)?,
+            last: BTreeMap::new(),
+            failures: 0,
+        })
+    }
+
+    /// Writes a line. One that cannot be written, as into a full pipe, is counted and its differences
+    /// are in the next.
+    pub fn write(&mut self, mut figures: Figures) -> io::Result<()> {
+        figures.total("logger", "metrics_fails", self.failures);
+        let (line, now) = self.line(&figures);
+        match self.file.write_all(line.as_bytes()) {
+            Ok(()) => self.last.extend(now),
+            Err(error) => {
+                self.failures += 1;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn line(&self, figures: &Figures) -> (String, BTreeMap<(String, String), u64>) {
+        let mut groups: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+        let mut totals = BTreeMap::new();
+        for ((group, name), figure) in &figures.0 {
+            let key = (group.clone(), name.clone());
+            let value = match *figure {
+                Figure::Value(value) => value,
+                Figure::Total(total) => {
+                    let last = self.last.get(&key).copied().unwrap_or(0);
+                    totals.insert(key, total);
+                    total.wrapping_sub(last)
+                }
+            };
+            let group = groups.entry(group).or_default();
+            group.insert(name.clone(), value.into());
+        }
+        let mut all = Map::new();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = since.map_or(0, |since| since.as_millis() as u64);
+        all.insert("utc_timestamp_ms".to_owned(), now.into());
+        let groups = groups.into_iter();
+        all.extend(groups.map(|(name, group)| (name.to_owned(), Value::Object(group))));
+        (format!("{}\n", Value::Object(all)), totals)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_differences_and_a_lost_line_is_made_up_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics");
+        let mut metrics = Metrics::open(&config::Metrics {
+            metrics_path: path.clone(),
+        })
+        .unwrap();
+        let figures = |total: u64| {
+            let mut figures = Figures::default();
+            figures.total("vcpu", "exit_io_in", total);
+            figures.total("vcpu", "exit_io_in", 1);
+            figures.value("latencies_us", "pause_vm", 5);
+            figures
+        };
+        metrics.write(figures(10)).unwrap();
+        metrics.write(figures(15)).unwrap();
+        let file = std::mem::replace(&mut metrics.file, File::create("/dev/full").unwrap());
+        metrics.write(figures(20)).unwrap_err();
+        metrics.file = file;
+        metrics.write(figures(21)).unwrap();
+        let text = std::fs::read_to_string(path).unwrap();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|l| serde_json::from_str(l).unwrap())
+            .collect();
+        let of = |name: &str| -> Vec<u64> {
+            let values = lines
+                .iter()
+                .map(|l| l.pointer(name).unwrap().as_u64().unwrap());
+            values.collect()
+        };
+        assert_eq!(of("/vcpu/exit_io_in"), [11, 5, 6]);
+        assert_eq!(of("/latencies_us/pause_vm"), [5, 5, 5]);
+        assert_eq!(of("/logger/metrics_fails"), [0, 0, 1]);
+        assert!(of("/utc_timestamp_ms").iter().all(|ms| *ms > 1 << 40));
+    }
+}

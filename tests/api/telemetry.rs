@@ -1,0 +1,248 @@
+//! The log, figures, and the command line.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use nix::sys::stat::Mode;
+use serde_json::{Value, json};
+
+use crate::common;
+use crate::served::Served;
+
+const AFTER: &str = "The requested operation is not supported after starting the microVM.";
+const BEFORE: &str = "The requested operation is not supported before starting the microVM.";
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+/// bulle under another name.
+fn firecracker(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    command
+        .arg0("/usr/bin/firecracker")
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn the_log_goes_where_it_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let mut vm = Served::with(&[
+        "--id",
+        "log-1",
+        "--log-path",
+        first.to_str().unwrap(),
+        "--level",
+        "debug",
+    ]);
+    vm.put("/logger", json!({ "log_path": "/nowhere/log" }))
+        .refused(&["/nowhere/log", "log"]);
+    vm.put("/logger", json!({ "level": "Loud" }))
+        .refused(&["'Loud' is no level"]);
+    vm.put("/logger", json!({ "colour": true }))
+        .refused(&["unknown field `colour`"]);
+    let kernel = common::payload("serial_echo");
+    vm.put("/boot-source", json!({ "kernel_image_path": kernel }))
+        .done();
+    vm.put(
+        "/logger",
+        json!({ "show_level": true, "show_log_origin": true }),
+    )
+    .done();
+    vm.put("/logger", json!({ "log_path": second, "level": "WARNING" }))
+        .done();
+    vm.put(
+        "/logger",
+        json!({ "level": "Debug", "module": "bulle::vm" }),
+    )
+    .done();
+    let config = vm.get("/vm/config").value();
+    assert_eq!(config["logger"]["log_path"], second.to_str().unwrap());
+    assert_eq!(config["logger"]["level"], "Debug");
+    assert_eq!(config["logger"]["show_level"], true);
+    let mut vm = vm.start().wait_for("ready");
+    vm.put("/logger", json!({ "level": "Error" }))
+        .refused(&[AFTER]);
+    vm.types("\n");
+    vm.finish().exits(0);
+    let text = fs::read_to_string(second).unwrap();
+    assert!(
+        text.contains(" [log-1:") && text.contains(":DEBUG:src/vm/"),
+        "{text}"
+    );
+    assert!(text.lines().all(|line| line.contains(":src/vm/")), "{text}");
+    assert!(first.exists());
+}
+
+#[test]
+fn figures_are_differences_between_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metrics");
+    let mut vm = Served::payload("serial_echo");
+    vm.action("FlushMetrics").refused(&[BEFORE]);
+    vm.put("/metrics", json!({ "metrics_path": "/nowhere/metrics" }))
+        .refused(&["/nowhere"]);
+    vm.put("/metrics", json!({ "metrics_path": path, "emit_id": true }))
+        .done();
+    vm.put("/metrics", json!({ "metrics_path": path }))
+        .refused(&["Reinitialization of metrics not allowed."]);
+    let mut vm = vm.start().wait_for("ready");
+    vm.types("abc");
+    let mut vm = vm.wait_for("abc");
+    vm.patch("/vm", json!({ "state": "Paused" })).done();
+    vm.action("FlushMetrics").done();
+    vm.action("FlushMetrics").done();
+    vm.patch("/vm", json!({ "state": "Resumed" })).done();
+    vm.put("/metrics", json!({ "metrics_path": path }))
+        .refused(&[AFTER]);
+    vm.types("\n");
+    vm.finish().exits(0);
+    let lines = lines(&path);
+    let of = |at: usize, name: &str| lines[at].pointer(name).map_or(0, |v| v.as_u64().unwrap());
+    // At the start, two by request, at the end.
+    assert_eq!(lines.len(), 4);
+    assert_eq!(of(0, "/vcpu/exit_io_in"), 0);
+    assert_eq!(of(0, "/put_api_requests/metrics_fails"), 2);
+    assert_eq!(of(0, "/put_api_requests/boot_source_count"), 1);
+    assert!(of(1, "/vcpu/exit_io_in") > 3, "{}", lines[1]);
+    assert!(of(1, "/vcpu/exit_io_out") > 3, "{}", lines[1]);
+    assert!(of(1, "/latencies_us/pause_vm") > 0, "{}", lines[1]);
+    // It stood still.
+    assert_eq!(of(2, "/vcpu/exit_io_in"), 0);
+    assert_eq!(of(2, "/put_api_requests/actions_count"), 1);
+    assert!(of(3, "/vcpu/exit_io_in") > 0, "{}", lines[3]);
+    assert_eq!(of(3, "/patch_api_requests/vm_count"), 1);
+    let stamps: Vec<_> = (0..4).map(|at| of(at, "/utc_timestamp_ms")).collect();
+    assert!(stamps.is_sorted() && stamps[0] > 1 << 40, "{stamps:?}");
+}
+
+#[test]
+fn figures_into_a_pipe_that_nobody_reads_hold_nothing_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pipe");
+    nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+    let mut vm = Served::with(&["--metrics-path", path.to_str().unwrap()]);
+    let kernel = common::payload("serial_echo");
+    vm.put("/boot-source", json!({ "kernel_image_path": kernel }))
+        .done();
+    let mut vm = vm.start().wait_for("ready");
+    for _ in 0..200 {
+        vm.action("FlushMetrics").done();
+    }
+    vm.types("\n");
+    vm.finish().exits(0);
+}
+
+#[test]
+fn figures_of_a_run_from_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, file) = (dir.path().join("metrics"), dir.path().join("vm.json"));
+    let config = json!({
+        "boot-source": { "kernel_image_path": common::payload("hello") },
+        "metrics": { "metrics_path": path },
+        "logger": { "log_path": dir.path().join("log"), "level": "Debug" },
+    });
+    fs::write(&file, config.to_string()).unwrap();
+    let outcome = common::Bulle::run()
+        .arg("--config")
+        .arg(&file)
+        .outcome()
+        .exits(7);
+    assert_eq!(outcome.stderr, "");
+    let lines = lines(&path);
+    assert_eq!(lines.len(), 2);
+    assert!(lines[1]["vcpu"]["exit_io_out"].as_u64().unwrap() > 0);
+    assert!(
+        fs::read_to_string(dir.path().join("log"))
+            .unwrap()
+            .contains("vCPUs ready")
+    );
+}
+
+#[test]
+fn under_firecrackers_name_it_has_its_arguments_and_codes() {
+    let version = firecracker(&["--version"]);
+    assert!(version.status.success());
+    let text = String::from_utf8(version.stdout).unwrap();
+    assert!(text.starts_with("Firecracker v1."), "{text}");
+    let help = firecracker(&["--help"]);
+    assert!(help.status.success());
+    let text = String::from_utf8(help.stdout).unwrap();
+    for option in [
+        "--api-sock",
+        "--id",
+        "--config-file",
+        "--no-api",
+        "--metrics-path",
+    ] {
+        assert!(text.contains(option), "{text}");
+    }
+    for (arguments, code, words) in [
+        (&["--nonsense"][..], 153, "--nonsense"),
+        (&["--no-api"], 153, "--config-file"),
+        (&["--id", "a_b"], 153, "letters"),
+        (&["--boot-timer"], 1, "boot timer"),
+        (&["--metadata", "/x"], 1, "metadata"),
+        (&["--config-file", "/nowhere", "--no-api"], 152, "/nowhere"),
+    ] {
+        let output = firecracker(arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+        assert!(text.contains(words), "{arguments:?}: {text}");
+        assert_eq!(output.stdout, b"");
+    }
+}
+
+#[test]
+fn without_an_api_the_configuration_says_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, socket) = (dir.path().join("vm.json"), dir.path().join("api"));
+    let metrics = dir.path().join("metrics");
+    let config = json!({
+        "boot-source": { "kernel_image_path": common::payload("memory_map") }, "drives": [],
+    });
+    fs::write(&file, config.to_string()).unwrap();
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+    let start = (now.tv_sec() * 1_000_000 + now.tv_nsec() / 1000).to_string();
+    let output = firecracker(&[
+        "--no-api",
+        "--config-file",
+        file.to_str().unwrap(),
+        "--api-sock",
+        socket.to_str().unwrap(),
+        "--metrics-path",
+        metrics.to_str().unwrap(),
+        "--start-time-us",
+        &start,
+        "--start-time-cpu-us",
+        "0",
+        "--parent-cpu-time-us",
+        "1000000",
+        "--no-seccomp",
+    ]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    // 128 MiB, as the API has it.
+    let ram = text
+        .lines()
+        .find_map(|line| line.strip_prefix("RAM "))
+        .unwrap();
+    let kib: u64 = ram.split(' ').next().unwrap().parse().unwrap();
+    assert!((127 * 1024..=128 * 1024).contains(&kib), "{ram}");
+    assert!(!socket.exists());
+    let first = &lines(&metrics)[0]["api_server"];
+    let wall = first["process_startup_time_us"].as_u64().unwrap();
+    assert!((1..60_000_000).contains(&wall), "{first}");
+    assert!(
+        first["process_startup_time_cpu_us"].as_u64().unwrap() > 1_000_000,
+        "{first}"
+    );
+}
