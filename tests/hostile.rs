@@ -7,17 +7,27 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::{Bulle, Input, Outcome, Running};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 
 /// The payload's word: it writes no sector behind these.
 const ATTACKED: usize = 64 * 512;
 /// Growth of bulle's own memory that is no leak: stacks, caches and buffers that are used once.
 const GROWTH: u64 = 4096;
+/// What connections that are not read may take while they last: 16 of 256 KiB at a time, and what
+/// 4096 of them are described by.
+const CONNECTIONS: u64 = 16 << 10;
+/// File descriptors that bulle may have. A share takes up to a quarter, sockets up to half.
+const DESCRIPTORS: u64 = 1024;
 /// An attack takes five to ten seconds on an idle machine, and much longer on a busy one.
 const DEADLINE: Duration = Duration::from_secs(300);
 
@@ -67,34 +77,51 @@ impl Footprint {
     }
 }
 
-/// Looks at the process until it has ended.
-fn watch(mut running: Running) -> Outcome {
+/// Looks at the process until it has ended; what it had at most besides.
+fn watch(mut running: Running) -> (Outcome, Footprint) {
     let before = Footprint::of(&running).unwrap();
-    let mut samples = 0;
+    let mut most = Footprint { ..before };
+    let (mut samples, mut at_rest) = (0, 0);
+    let mut seen = String::new();
     while running.is_running() {
         std::thread::sleep(Duration::from_millis(100));
+        seen += &running.more_output();
+        let rests = seen.contains("at rest");
         let Some(now) = Footprint::of(&running).filter(|now| now.threads >= before.threads) else {
             continue; // it is about to end
         };
+        let (rss, descriptors) = match rests {
+            true => (GROWTH, 0),
+            false => (GROWTH + CONNECTIONS, DESCRIPTORS as usize / 2),
+        };
         assert!(
-            now.rss <= before.rss + GROWTH,
-            "grew from {before:?} to {now:?}"
+            now.rss <= before.rss + rss,
+            "grew from {before:?} to {now:?}, at rest: {rests}\n{seen}"
         );
         assert!(
-            now.descriptors <= before.descriptors,
-            "{before:?} to {now:?}"
+            now.descriptors <= before.descriptors + descriptors,
+            "{before:?} to {now:?}, at rest: {rests}\n{seen}"
         );
         // io_uring's workers are threads, and few.
         assert!(now.threads <= before.threads + 16, "{before:?} to {now:?}");
+        most.rss = most.rss.max(now.rss);
+        most.descriptors = most.descriptors.max(now.descriptors);
         samples += 1;
+        at_rest += u32::from(rests);
     }
-    assert!(samples > 10, "watched only {samples} times");
-    running.finish()
+    assert!(
+        samples > 10 && at_rest > 0,
+        "watched only {samples} times, {at_rest} at rest"
+    );
+    most.rss -= before.rss;
+    most.descriptors -= before.descriptors;
+    (running.finish(), most)
 }
 
 /// Runs the hostile guest with `devices`, disks first.
-fn attack(devices: &[String], transport: &[&str], seed: u64) -> Outcome {
+fn attack(devices: &[String], transport: &[&str], seed: u64) -> (Outcome, Footprint) {
     let append = format!("seed={seed}");
+    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
     let running = Bulle::payload("hostile")
         .args(["--memory", "128M", "--append", &append])
         .args(transport)
@@ -103,15 +130,13 @@ fn attack(devices: &[String], transport: &[&str], seed: u64) -> Outcome {
         .patience(DEADLINE)
         .start()
         .wait_for("ready\n");
-    let outcome = watch(running)
-        .exits(0)
-        .prints("survived\n")
-        .within(DEADLINE);
+    let (outcome, most) = watch(running);
+    let outcome = outcome.exits(0).prints("survived\n").within(DEADLINE);
     assert!(!outcome.stderr.contains("panicked"), "{outcome:#?}");
     // Every device is allowed eight lines of what the driver did, and some of what the host did.
     let lines = outcome.stderr.lines().count();
-    assert!(lines <= 160, "{lines} lines of log: {outcome:#?}");
-    outcome
+    assert!(lines <= 200, "{lines} lines of log: {outcome:#?}");
+    (outcome, most)
 }
 
 fn disk(path: &Path, more: &str) -> [String; 2] {
@@ -133,12 +158,74 @@ fn devices(dir: &Path) -> (Vec<String>, [PathBuf; 3]) {
         [option.to_owned(), format!("path={}", path.display())]
     };
     devices.extend(path("--vsock", "socket"));
+    devices.extend(shares(dir));
+    for (option, to, file) in [
+        ("--port", "file=file:", "log"),
+        ("--port", "clients=socket:", "clients"),
+    ] {
+        devices.push(option.to_owned());
+        devices.push(format!("{to}{}", dir.join(file).display()));
+    }
     image(dir, "pmem", 2 << 20);
     devices.extend(path("--pmem", "pmem"));
     let others = ["--entropy", "--rtc", "--balloon", "--hotplug-memory"];
     devices.extend(others.map(str::to_owned));
     devices.push("total=256M,requested=128M".into());
     (devices, images)
+}
+
+/// Two shares, one of them read-only, beside what nobody shared.
+fn shares(dir: &Path) -> Vec<String> {
+    let mut options = Vec::new();
+    fs::write(dir.join("secret"), "kept").unwrap();
+    for (name, more) in [("written", ""), ("kept", ",ro")] {
+        let share = dir.join(name);
+        fs::create_dir(&share).unwrap();
+        fs::write(share.join("file"), "contents").unwrap();
+        fs::write(share.join("victim"), "more contents").unwrap();
+        fs::write(share.join("large"), pattern(1 << 20)).unwrap();
+        symlink("..", share.join("link")).unwrap();
+        options.push("--share".to_owned());
+        options.push(format!("path={},tag={name}{more}", share.display()));
+    }
+    options
+}
+
+/// All that is in a directory: mode, owner, links, time of the last change, contents.
+fn tree(dir: &Path) -> BTreeMap<PathBuf, (u32, u32, u64, i64, Vec<u8>)> {
+    let mut all = BTreeMap::new();
+    let entries = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    for path in entries.chain([dir.to_owned()]) {
+        let stat = fs::symlink_metadata(&path).unwrap();
+        let contents = stat.is_file().then(|| fs::read(&path).unwrap());
+        let time = stat.ctime() * 1_000_000_000 + stat.ctime_nsec();
+        let entry = (
+            stat.mode(),
+            stat.uid(),
+            stat.nlink(),
+            time,
+            contents.unwrap_or_default(),
+        );
+        all.insert(path, entry);
+    }
+    all
+}
+
+/// Accepts the guest's connections to port 1024, says something to each, and reads nothing.
+fn listen(dir: &Path) {
+    let listener = UnixListener::bind(dir.join("socket_1024")).unwrap();
+    std::thread::spawn(move || {
+        let mut last = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.write(b"said to everybody who connects\n");
+            last.push(stream);
+            if last.len() > 64 {
+                last.remove(0);
+            }
+        }
+    });
 }
 
 /// All devices on one transport, beside a machine that minds its own business.
@@ -154,12 +241,24 @@ fn attack_all(transport: &[&str], seed: u64) {
         .start()
         .wait_for("round 1\n");
     let (devices, images) = devices(dir.path());
-    let outcome = attack(&devices, transport, seed);
+    listen(dir.path());
+    let kept = tree(&dir.path().join("kept"));
+    let (outcome, most) = attack(&devices, transport, seed);
+    println!("at most {most:?} more than before");
+    // Files and connections were opened until there were enough.
+    assert!(most.descriptors > 200, "{most:?} is no attack");
     assert_eq!(
         outcome.stdout.matches("works true\n").count(),
-        9,
+        12,
         "{outcome:#?}"
     );
+    assert!(
+        tree(&dir.path().join("kept")) == kept,
+        "a read-only share was changed"
+    );
+    assert_eq!(fs::read(dir.path().join("secret")).unwrap(), b"kept");
+    assert!(!dir.path().join("new").exists());
+    assert!(fs::read(dir.path().join("written/large")).unwrap() == pattern(1 << 20));
 
     // It still is where it was, checks what it reads, and has got on.
     let neighbour = neighbour.wait_for("round").signal(Signal::SIGINT).finish();

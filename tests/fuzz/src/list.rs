@@ -1,7 +1,8 @@
 //! `list`: a `key=value` list of the command line; what it means is valid or refused.
 
 use bulle::config::{
-    Balloon, Config, Drive, MemoryHotplug, Pmem, RateLimiter, Rtc, Vsock, Watchdog, parse_list,
+    Balloon, Config, Drive, MemoryHotplug, Pmem, Port, RateLimiter, Rtc, Share, Vsock, Watchdog,
+    parse_list,
 };
 
 /// What a configuration needs besides.
@@ -30,6 +31,14 @@ pub fn run(data: &[u8]) {
     check(&|config| {
         config.pmem.extend(parse_list::<Pmem>(text));
         !config.pmem.is_empty()
+    });
+    check(&|config| {
+        config.shares.extend(parse_list::<Share>(text));
+        !config.shares.is_empty()
+    });
+    check(&|config| {
+        config.ports.extend(Port::parse(text));
+        !config.ports.is_empty()
     });
     check(&|config| {
         config.vsock = parse_list::<Vsock>(text).ok();

@@ -3,19 +3,23 @@
 //!
 //! Prints `ready` before it begins and `survived` at the end. On the command line: `seed=N` for
 //! other random numbers, `steps=N` for their number. It may write the first 64 sectors of disks.
+//! What shares and sockets have on the host's side is in [`protocol`].
 #![no_std]
 #![no_main]
 
 mod chains;
 mod functions;
 mod noise;
+mod protocol;
 mod registers;
 mod work;
 
 use payloads::random::Random;
 use payloads::virtio::queue::Queue;
 use payloads::virtio::{Device, EVENT_IDX, INDIRECT_DESC, devices};
-use payloads::{println, start::StartInfo};
+use payloads::{println, start::StartInfo, tsc};
+
+use protocol::{fuse, ports, sockets};
 
 payloads::start!(main);
 
@@ -28,6 +32,8 @@ const REQUESTS: u64 = 0x200_0000;
 const TABLES: u64 = 0x240_0000;
 /// What devices may overwrite.
 const DATA: u64 = 0x300_0000;
+/// RAM of the attacks on protocols.
+const PROTOCOL: u64 = 0x600_0000;
 /// RAM of this much is there, and nothing behind it.
 const RAM_END: u64 = 0x800_0000;
 /// Requests below this sector may write.
@@ -37,6 +43,8 @@ const SIZE: u16 = 16;
 /// Most queues of a device that are attacked.
 const QUEUES: u16 = 16;
 const MAX_DEVICES: usize = 32;
+/// Cycles in which the host looks at what is left: a second or so.
+const REST: u64 = 3_000_000_000;
 
 /// What an attack works on.
 struct Attack<'a> {
@@ -75,7 +83,7 @@ impl Attack<'_> {
 type Assault = fn(&mut Attack<'_>) -> bool;
 
 /// Each says whether what can be seen of the device at once is as it should be.
-const ASSAULTS: [(&str, Assault); 12] = [
+const ASSAULTS: [(&str, Assault); 21] = [
     ("registers", registers::every_value),
     ("frozen registers", registers::after_driver_ok),
     ("queues in odd places", registers::odd_places),
@@ -86,6 +94,15 @@ const ASSAULTS: [(&str, Assault); 12] = [
     ("kick storm", noise::storm),
     ("reset under way", noise::resets),
     ("random", noise::random),
+    ("FUSE requests", fuse::requests),
+    ("names", fuse::names),
+    ("counts of forgotten files", fuse::counts),
+    ("open files", fuse::handles),
+    ("transfers taken back", fuse::taken_back),
+    ("control messages", ports::messages),
+    ("ports", ports::streams),
+    ("packets", sockets::packets),
+    ("connections", sockets::connections),
     ("configuration space", functions::configuration_space),
     ("MSI-X and BARs", functions::vectors_and_bars),
 ];
@@ -126,6 +143,12 @@ fn main(info: &StartInfo) -> u8 {
         println!("a device was broken by another");
         return 4;
     }
+    // Nothing is left of it all, for a second.
+    if !all().all(Device::reset) {
+        return 5;
+    }
+    println!("at rest");
+    tsc::wait(REST, || false);
     println!("survived");
     0
 }

@@ -5,6 +5,9 @@ use payloads::virtio::Device;
 use payloads::virtio::disk::{self, Disk, IN, OUT};
 use payloads::virtio::queue::{Desc, Queue, WRITE};
 
+use super::protocol::fuse::{self, Share};
+use super::protocol::{ports, sockets};
+
 /// RAM that no attack uses.
 const BASE: u64 = 0x500_0000;
 const ENTROPY: u32 = 4;
@@ -16,6 +19,9 @@ pub fn works(device: &Device) -> bool {
     match device.id {
         disk::ID => disk_works(device),
         ENTROPY => entropy_works(device),
+        fuse::ID => Share::start(*device, BASE).is_some_and(|mut share| share.works()),
+        ports::ID => ports::works(*device, BASE),
+        sockets::ID => sockets::works(*device, BASE),
         _ => device.start_all(BASE),
     }
 }
