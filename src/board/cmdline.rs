@@ -56,7 +56,15 @@ pub fn kernel_words(config: &Config) -> String {
         }
     };
     words.extend(root.as_deref());
+    let networks = config.user_networks().map(|network| {
+        let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
+        let (address, prefix) = (network.address, network.prefix);
+        let (gateway, dns) = (network.gateway, network.dns);
+        format!("bulle.net={mac},{address}/{prefix},{gateway},{dns}")
+    });
+    let networks: Vec<_> = networks.collect();
     if config.guest.is_some() {
+        words.extend(networks.iter().map(String::as_str));
         words.extend(["rdinit=/.bulle/init", "bulle.agent=port:bulle.agent,ttyS1"]);
         if config.console() == Console::Off {
             // Each byte costs an exit; a panic raises the level by itself.
@@ -81,6 +89,19 @@ mod tests {
         assert!(!kernel_words(&config).contains("bulle"));
         config.console = Some(Console::Hvc0);
         assert!(kernel_words(&config).starts_with("console=ttyS0 console=hvc0 "));
+    }
+
+    #[test]
+    fn the_agent_is_told_of_user_mode_networks() {
+        let text = r#"{"boot-source":{"kernel_image_path":"/k"},"guest":{},"network-interfaces":[
+            {"iface_id":"t","host_dev_name":"t"},{"iface_id":"u","mode":"user"}]}"#;
+        let mut config: Config = serde_json::from_str(text).unwrap();
+        let words = kernel_words(&config);
+        let word = " bulle.net=02:62:75:6c:6c:03,10.0.3.15/24,10.0.3.2,10.0.3.3 ";
+        assert!(words.contains(word), "{words}");
+        assert_eq!(words.matches("bulle.net").count(), 1);
+        config.guest = None;
+        assert!(!kernel_words(&config).contains("bulle.net"));
     }
 
     #[test]

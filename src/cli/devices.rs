@@ -5,8 +5,8 @@ use serde::de::DeserializeOwned;
 
 use super::share::parse_share;
 use crate::config::{
-    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, Pmem, Port, Rtc, Share, Transport,
-    Vsock, Watchdog, parse_list,
+    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, NetMode, NetworkInterface, Pmem,
+    Port, Publish, Rtc, Share, Transport, Vsock, Watchdog, parse_list, parse_net,
 };
 
 /// Arguments that add devices to a machine.
@@ -22,6 +22,16 @@ pub struct DeviceArgs {
     /// path=DIR,tag=NAME leaves the mounting to the guest
     #[arg(long, value_name = "HOST:GUEST[:ro]", value_parser = parse_share)]
     share: Vec<Share>,
+    /// Network interface (repeatable): user (through passt, without privileges), tap=NAME (an
+    /// interface of the host, or a pattern as bulle%d for a new one) or fd=N (inherited); then
+    /// [,mac=ADDRESS][,mtu=BYTES][,queues=N: tap][,id=NAME][,rx_rate.bandwidth.size=BYTES]
+    /// [,tx_rate.ops.size=N]. none: no interface, nor those of --config [default: none]
+    #[arg(long, value_name = "NETWORK", value_parser = parse_net)]
+    net: Vec<MaybeNetwork>,
+    /// Lead a port of the host into the guest (repeatable; implies --net user):
+    /// [ADDRESS:]HOST-PORT:GUEST-PORT[/udp] [default address: 127.0.0.1, not seen by other machines]
+    #[arg(long, value_name = "PORTS")]
+    publish: Vec<Publish>,
     /// Add a virtio entropy device
     #[arg(long)]
     entropy: bool,
@@ -65,6 +75,9 @@ pub struct DeviceArgs {
     pci: bool,
 }
 
+/// What `--net` gives; `None` is no network. clap would take an `Option` for an optional argument.
+type MaybeNetwork = Option<NetworkInterface>;
+
 /// Reads a list of an option that needs none.
 fn parse_maybe_empty<T: DeserializeOwned + Default>(text: &str) -> Result<T, ListError> {
     match text {
@@ -90,6 +103,7 @@ impl DeviceArgs {
             }
             config.shares.push(share);
         }
+        self.networks(config);
         if self.entropy {
             config.entropy = Some(Entropy {});
         }
@@ -114,6 +128,38 @@ impl DeviceArgs {
         config.balloon = self.balloon.or(config.balloon);
         if self.pci {
             config.machine_config.virtio_transport = Transport::Pci;
+        }
+    }
+
+    /// Whether `--net none` comes with what asks for a network.
+    pub fn contradicts_itself(&self) -> bool {
+        let none = self.net.iter().any(Option::is_none);
+        none && (self.net.iter().any(Option::is_some) || !self.publish.is_empty())
+    }
+
+    fn networks(&self, config: &mut Config) {
+        let interfaces = &mut config.network_interfaces;
+        if self.net.iter().any(Option::is_none) {
+            interfaces.clear();
+        }
+        interfaces.extend(self.net.iter().flatten().cloned());
+        if !self.publish.is_empty() {
+            let user = interfaces.iter().position(|i| i.mode == NetMode::User);
+            let user = user.unwrap_or_else(|| {
+                interfaces.push(NetworkInterface {
+                    mode: NetMode::User,
+                    ..NetworkInterface::default()
+                });
+                interfaces.len() - 1
+            });
+            if let Some(interface) = interfaces.get_mut(user) {
+                interface.publish.extend(self.publish.iter().copied());
+            }
+        }
+        for (index, interface) in interfaces.iter_mut().enumerate() {
+            if interface.iface_id.is_empty() {
+                interface.iface_id = format!("net{index}");
+            }
         }
     }
 }

@@ -176,6 +176,11 @@ impl RunArgs {
             }),
         };
         let from_file = self.config.is_some();
+        if self.devices.contradicts_itself() {
+            bail!(
+                "--net none means no network at all: leave it out, or the other --net and --publish"
+            );
+        }
         self.devices.apply(&mut config);
         self.boot_source(&mut config.boot_source);
         self.machine(&mut config.machine_config);

@@ -20,8 +20,9 @@ use serde::{Deserialize, Serialize};
 
 pub use devices::{
     AGENT_PORT, Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug,
-    Pmem, Port, PortTo, RateLimiter, Rtc, Serial, Share, ShareCache, ShareOwnership, TokenBucket,
-    Transport, Vsock, Watchdog, WatchdogAction,
+    NetMode, NetworkInterface, Pmem, Port, PortTo, Protocol, Publish, RateLimiter, Rtc, Serial,
+    Share, ShareCache, ShareOwnership, TokenBucket, Transport, USER_MTU, UserNetwork, Vsock,
+    Watchdog, WatchdogAction, parse_net,
 };
 pub use list::{ListError, parse_list};
 pub use machine::{
@@ -55,6 +56,9 @@ pub struct Config {
     /// Shared directories.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<Share>,
+    /// Network interfaces, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
     /// An entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
@@ -219,6 +223,7 @@ impl Config {
             machine_config: MachineConfig::default(),
             drives: Vec::new(),
             shares: Vec::new(),
+            network_interfaces: Vec::new(),
             entropy: None,
             vsock: None,
             rtc: None,
@@ -238,10 +243,21 @@ impl Config {
 
     /// The limiters of all devices, each with what people call its device.
     pub fn rate_limiters(&self) -> impl Iterator<Item = (&str, &RateLimiter)> {
-        self.drives.iter().filter_map(|drive| {
-            let limiter = drive.rate_limiter.as_ref()?;
-            Some((drive.drive_id.as_str(), limiter))
-        })
+        let drives = self.drives.iter();
+        let drives = drives.map(|drive| (drive.drive_id.as_str(), &drive.rate_limiter));
+        let nets = self.network_interfaces.iter().flat_map(|net| {
+            let limiters = [&net.rx_rate_limiter, &net.tx_rate_limiter];
+            limiters.map(|limiter| (net.iface_id.as_str(), limiter))
+        });
+        drives
+            .chain(nets)
+            .filter_map(|(id, limiter)| Some((id, limiter.as_ref()?)))
+    }
+
+    /// The networks of the interfaces in mode `user`.
+    pub fn user_networks(&self) -> impl Iterator<Item = UserNetwork> {
+        let interfaces = (0..).zip(&self.network_interfaces);
+        interfaces.filter_map(|(index, interface)| interface.user_network(index))
     }
 
     /// The drive with the guest's root file system.

@@ -112,8 +112,9 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     };
     let console = !config.ports.is_empty() || config.console().is_hvc0();
     // The drivers of devices; nd_pmem makes a block device of what virtio_pmem finds.
-    let drivers: [(bool, &[&str]); 8] = [
+    let drivers: [(bool, &[&str]); 9] = [
         (!config.drives.is_empty(), &["virtio_blk"]),
+        (!config.network_interfaces.is_empty(), &["virtio_net"]),
         (config.entropy.is_some(), &["virtio-rng"]),
         (config.vsock.is_some(), &["vmw_vsock_virtio_transport"]),
         (config.memory_hotplug.is_some(), &["virtio_mem"]),

@@ -5,6 +5,7 @@
 mod common;
 mod disks;
 mod memory;
+mod net;
 mod ports;
 mod rtc;
 mod shares;

@@ -8,6 +8,8 @@ mod console;
 mod disk;
 pub mod limits;
 mod memory_hotplug;
+mod net;
+mod passt;
 mod pmem;
 mod rtc;
 mod share;
@@ -26,6 +28,8 @@ use self::addresses::Addresses;
 pub use self::console::{ConsoleEnds, PortError, fit};
 use self::limits::Limiters;
 pub use self::memory_hotplug::RegionError;
+pub use self::net::NetError;
+pub use self::passt::PasstError;
 use super::attach;
 use crate::config::{Spec, Transport};
 
@@ -87,6 +91,9 @@ pub enum PlanError {
     /// The virtio console.
     #[error(transparent)]
     Console(#[from] PortError),
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] NetError),
 }
 
 fn transport_room(transport: &Transport) -> String {
@@ -105,6 +112,8 @@ pub fn open_files(plans: &[Plan]) -> u64 {
     let files = plans.iter().map(|plan| match &plan.config {
         // A kick and a ring for each queue.
         DeviceConfig::Block(_, options) => EACH + 2 * u64::from(options.queues),
+        // As for a disk, and a tap's file descriptor for each pair.
+        DeviceConfig::Net(options) => EACH + 5 * u64::from(options.backend.pairs()),
         // Two queues for each port, and the host's end.
         DeviceConfig::Console(options) => EACH + 5 * options.ports.len() as u64,
         _ => EACH,
@@ -125,6 +134,9 @@ pub fn plan(spec: &Spec) -> Result<(Vec<Plan>, ConsoleEnds), PlanError> {
     for drive in drives {
         let limiter = limiters.get(drive.rate_limiter.as_ref());
         plans.push(disk::plan(drive, spec.machine().vcpu_count, limiter)?);
+    }
+    for (index, interface) in (0..).zip(&config.network_interfaces) {
+        plans.push(net::plan(interface, index, &limiters)?);
     }
     if config.entropy.is_some() {
         plans.push(Plan {

@@ -4,6 +4,7 @@ mod balloon;
 mod drives;
 mod limits;
 mod memory_hotplug;
+mod net;
 mod pmem;
 mod ports;
 mod shares;
@@ -17,6 +18,7 @@ pub use balloon::BalloonError;
 pub use drives::DriveError;
 pub use limits::LimitsError;
 pub use memory_hotplug::MemoryHotplugError;
+pub use net::NetError;
 pub use pmem::PmemError;
 pub use ports::PortsError;
 pub use shares::ShareError;
@@ -116,6 +118,9 @@ pub enum ConfigError {
     /// Named ports.
     #[error(transparent)]
     Ports(#[from] PortsError),
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -179,6 +184,7 @@ impl Config {
         vsock::validate(self.vsock.as_ref())?;
         self.watchdog.iter().try_for_each(watchdog::validate)?;
         pmem::validate(&self)?;
+        net::validate(&self)?;
         if let Some(memory) = &self.memory_hotplug {
             memory_hotplug::validate(memory, &self.machine_config)?;
         }

@@ -54,8 +54,26 @@ impl NetBackend {
         Ok(Self::Stream(Box::new(Stream::new(socket)?)))
     }
 
+    /// A stream socket, and the reading end of a pipe that does not block, with what the program at
+    /// its other end complains of.
+    pub fn stream_with_complaints(
+        socket: std::os::fd::OwnedFd,
+        pipe: std::os::fd::OwnedFd,
+    ) -> io::Result<Self> {
+        let stream = Stream::new(socket)?.with_complaints(pipe);
+        Ok(Self::Stream(Box::new(stream)))
+    }
+
+    /// What the program at the other end has complained of; once.
+    pub(super) fn complaints(&mut self) -> Option<String> {
+        match self {
+            Self::Tap(_) => None,
+            Self::Stream(stream) => stream.complaints(),
+        }
+    }
+
     /// Pairs of queues that it has.
-    pub(super) fn pairs(&self) -> u16 {
+    pub fn pairs(&self) -> u16 {
         match self {
             Self::Tap(tap) => tap.queues(),
             Self::Stream(_) => 1,

@@ -237,7 +237,12 @@ impl Net {
     /// The host's end is gone: the driver sees a link that is down.
     fn close(&mut self, io: &mut Io<'_>, error: &io::Error) {
         if self.space.downs.swap(1, Ordering::SeqCst) == 0 {
-            log::warn!("a network device has lost the host's side: {error}; its link is down");
+            let complaints = self.backend.complaints();
+            let complaints =
+                complaints.map_or_else(String::new, |text| format!(" (it said: {text})"));
+            log::warn!(
+                "a network device has lost the host's side: {error}{complaints}; its link is down"
+            );
             io.config_changed();
         }
     }

@@ -5,7 +5,8 @@
 //! in the same system call. What of a sent frame the socket does not take at once is copied.
 
 use std::collections::VecDeque;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -19,6 +20,8 @@ use crate::virtio::iovecs::{IoVecs, send, would_block};
 
 /// Bytes of the length in front of each frame.
 const PREFIX: usize = 4;
+/// Most bytes of complaints that are logged.
+const MAX_COMPLAINTS: u64 = 1024;
 
 /// What comes next from the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub struct Stream {
     next: Next,
     /// The rest of a frame that was sent in part.
     tail: VecDeque<u8>,
+    /// A pipe that does not block, with what the program at the other end complains of.
+    complaints: Option<File>,
 }
 
 impl Stream {
@@ -55,7 +60,27 @@ impl Stream {
             prefix: [0; PREFIX],
             next: Next::Length(0),
             tail: VecDeque::new(),
+            complaints: None,
         })
+    }
+
+    /// Takes the reading end of a pipe that does not block, in which the program at the other end
+    /// of the socket leaves its complaints: they are logged when it goes.
+    pub fn with_complaints(mut self, pipe: OwnedFd) -> Self {
+        self.complaints = Some(pipe.into());
+        self
+    }
+
+    /// What the program at the other end has complained of, in one line, once.
+    pub(super) fn complaints(&mut self) -> Option<String> {
+        let mut bytes = Vec::new();
+        let pipe = self.complaints.take()?;
+        // An error is a pipe with nothing more in it.
+        let _ = pipe.take(MAX_COMPLAINTS).read_to_end(&mut bytes);
+        let all = String::from_utf8_lossy(&bytes);
+        let lines: Vec<_> = all.lines().map(str::trim).collect();
+        let text = lines.join("; ").replace(char::is_control, "?");
+        (!text.is_empty()).then_some(text)
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

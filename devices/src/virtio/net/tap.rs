@@ -28,13 +28,13 @@ pub enum TapError {
     },
     /// No tun driver.
     #[error(
-        "{TUN} cannot be opened, so there are no tap interfaces; load the host's tun module \
-         (modprobe tun), or pass the device into the container"
+        "{TUN} cannot be opened, so there are no tap interfaces; {}",
+        driver_advice(_0)
     )]
     Driver(#[source] io::Error),
     /// No interface of this name.
     #[error(
-        "there is no network interface '{name}': make it with 'ip tuntap add {name} mode tap user \
+        "there is no network interface '{name}': make it with 'ip tuntap add dev {name} mode tap user \
          USER', or give a pattern such as bulle%d to have one made, which needs CAP_NET_ADMIN"
     )]
     Missing {
@@ -50,7 +50,7 @@ pub enum TapError {
     /// It belongs to somebody else.
     #[error(
         "no permission for tap interface '{name}': it needs CAP_NET_ADMIN, or an interface of your \
-         own, which root makes with 'ip tuntap add {name} mode tap user USER'"
+         own, which root makes with 'ip tuntap add dev {name} mode tap user USER'"
     )]
     Permission {
         /// As given.
@@ -59,7 +59,7 @@ pub enum TapError {
     /// It is no tap interface, or has one queue only.
     #[error(
         "'{name}' is not a tap interface that can have {queues} queue(s): make it with 'ip tuntap \
-         add {name} mode tap{}'", if *queues > 1 { " multi_queue" } else { "" }
+         add dev {name} mode tap{}'", if *queues > 1 { " multi_queue" } else { "" }
     )]
     Kind {
         /// As given.
@@ -95,6 +95,16 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
+}
+
+fn driver_advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "you may not read and write it: have root permit it (on most hosts all may: chmod 0666), \
+             or, in a container, have the device allowed"
+        }
+        _ => "load the host's tun module (modprobe tun), or pass the device into the container",
+    }
 }
 
 /// An interface, one file descriptor for each queue.

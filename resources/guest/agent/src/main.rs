@@ -13,6 +13,7 @@
 mod command;
 mod exec;
 mod link;
+mod net;
 mod power;
 mod root;
 mod rt;
@@ -60,6 +61,7 @@ fn init() -> ! {
     let trouble = entered.and_then(|()| shares::mount_all(list)).err();
     setup::set_host_name(&mut notes);
     setup::bring_up_loopback(&mut notes);
+    net::configure(&mut notes);
     power::take_ctrl_alt_del();
     let end = match open_channel(&mut notes) {
         Some(link) => session::Session::new(link, power::Buttons::open(), true)

@@ -199,7 +199,8 @@ fn host_name(file: &[u8]) -> &[u8] {
 /// Sets `lo` up.
 pub fn bring_up_loopback(notes: &mut Notes) {
     use rustix::net::{AddressFamily, SocketType, socket};
-    let result = socket(AddressFamily::INET, SocketType::DGRAM, None).and_then(sys::loopback_up);
+    let result = socket(AddressFamily::INET, SocketType::DGRAM, None)
+        .and_then(|socket| sys::interface_up(&socket, b"lo"));
     if let Err(errno) = result {
         note(
             notes,

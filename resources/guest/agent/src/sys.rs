@@ -20,7 +20,11 @@ const CLOCK_MONOTONIC: usize = 1;
 const SFD_FLAGS: usize = 0o2_004_000;
 /// `IFF_UP | IFF_RUNNING`.
 const IFF_UP_RUNNING: u16 = 0x41;
-const SIOCSIFFLAGS: ioctl::Opcode = 0x8914;
+const SIOCSIFFLAGS: usize = 0x8914;
+const SIOCSIFADDR: usize = 0x8916;
+const SIOCSIFNETMASK: usize = 0x891c;
+const SIOCADDRT: usize = 0x890b;
+const AF_INET: u8 = 2;
 const EV_KEY: u8 = 1;
 
 fn errno(e: syscalls::Errno) -> Errno {
@@ -117,24 +121,59 @@ pub fn signal_file(mask: u64) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Sets the network interface `lo` up; `socket` is any IP socket.
-pub fn loopback_up(socket: impl AsFd) -> Result<(), Errno> {
-    /// `struct ifreq` as far as the flags; 40 bytes in all.
-    #[repr(C)]
-    struct IfReq {
-        name: [u8; 16],
-        flags: u16,
-        rest: [u8; 22],
-    }
-    let mut name = [0; 16];
-    name[..2].copy_from_slice(b"lo");
-    let request = IfReq {
-        name,
-        flags: IFF_UP_RUNNING,
-        rest: [0; 22],
-    };
-    // SAFETY: SIOCSIFFLAGS reads one struct ifreq.
-    unsafe { ioctl::ioctl(socket, ioctl::Setter::<SIOCSIFFLAGS, IfReq>::new(request)) }
+/// `struct ifreq`: a name, and 24 bytes of what the request is about.
+fn interface_request(
+    socket: &OwnedFd,
+    code: usize,
+    name: &[u8],
+    data: &[u8; 8],
+) -> Result<(), Errno> {
+    let mut request = [0u8; 40];
+    let len = name.len().min(15);
+    request[..len].copy_from_slice(&name[..len]);
+    request[16..24].copy_from_slice(data);
+    // SAFETY: these requests read one struct ifreq of 40 bytes.
+    unsafe { syscall!(Sysno::ioctl, socket.as_raw_fd(), code, request.as_ptr()) }
+        .map(drop)
+        .map_err(errno)
+}
+
+/// `struct sockaddr_in` without its end, which is zero.
+fn internet(address: [u8; 4]) -> [u8; 8] {
+    let [a, b, c, d] = address;
+    [AF_INET, 0, 0, 0, a, b, c, d]
+}
+
+/// Sets an interface up; `socket` is any of the Internet's.
+pub fn interface_up(socket: &OwnedFd, name: &[u8]) -> Result<(), Errno> {
+    let [low, high] = IFF_UP_RUNNING.to_le_bytes();
+    interface_request(socket, SIOCSIFFLAGS, name, &[low, high, 0, 0, 0, 0, 0, 0])
+}
+
+/// Gives an interface its address.
+pub fn interface_address(socket: &OwnedFd, name: &[u8], address: [u8; 4]) -> Result<(), Errno> {
+    interface_request(socket, SIOCSIFADDR, name, &internet(address))
+}
+
+/// Gives an interface the mask of its network.
+pub fn interface_mask(socket: &OwnedFd, name: &[u8], mask: [u8; 4]) -> Result<(), Errno> {
+    interface_request(socket, SIOCSIFNETMASK, name, &internet(mask))
+}
+
+/// Sends what is for no other network to a gateway.
+pub fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno> {
+    /// `RTF_UP | RTF_GATEWAY`.
+    const FLAGS: u8 = 3;
+    // struct rtentry: destination, gateway and mask from 8 on, 16 bytes each; then the flags.
+    let mut route = [0u8; 120];
+    route[8] = AF_INET;
+    route[24..32].copy_from_slice(&internet(gateway));
+    route[40] = AF_INET;
+    route[56] = FLAGS;
+    // SAFETY: SIOCADDRT reads one struct rtentry of 120 bytes, whose one pointer is null.
+    unsafe { syscall!(Sysno::ioctl, socket.as_raw_fd(), SIOCADDRT, route.as_ptr()) }
+        .map(drop)
+        .map_err(errno)
 }
 
 /// The keys that an input device has, one bit each (`EVIOCGBIT`).

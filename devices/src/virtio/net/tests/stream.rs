@@ -156,3 +156,21 @@ fn a_peer_that_speaks_another_protocol_takes_the_link_down() {
         assert_eq!(status, [0, 0]);
     }
 }
+
+#[test]
+fn complaints_of_the_other_end_are_told_once_and_in_one_line() {
+    use std::os::fd::OwnedFd;
+    let with = |text: &str| {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let (read, mut write) = std::io::pipe().unwrap();
+        write.write_all(text.as_bytes()).unwrap();
+        let read = OwnedFd::from(read);
+        Stream::new(ours.into()).unwrap().with_complaints(read)
+    };
+    let mut stream = with("no route\n to\u{1b}[2J host\n");
+    assert_eq!(stream.complaints().unwrap(), "no route; to?[2J host");
+    assert_eq!(stream.complaints(), None);
+    assert_eq!(with("").complaints(), None);
+    let long = with(&"x".repeat(5000)).complaints().unwrap();
+    assert_eq!(long.len(), 1024);
+}

@@ -176,7 +176,7 @@ fn taps_that_cannot_be_had() {
     assert!(
         missing
             .to_string()
-            .contains("ip tuntap add bulle-none mode tap user")
+            .contains("ip tuntap add dev bulle-none mode tap user")
     );
     let Some(one) = tap(1) else { return };
     assert!(matches!(error(one.name(), 1), TapError::Busy { .. }));

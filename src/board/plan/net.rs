@@ -1,0 +1,123 @@
+//! Network interfaces: taps opened, file descriptors taken, passt started.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+use devices::virtio::net::{NetBackend, NetOptions, Tap, TapError};
+use devices::virtio::registry::DeviceConfig;
+
+use super::Plan;
+use super::limits::Limiters;
+use super::passt::{self, PasstError};
+use crate::config::{NetMode, NetworkInterface, USER_MTU};
+
+/// The host's side of a network interface cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// A tap interface.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// User-mode networking.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
+    /// A file descriptor that was not given to bulle.
+    #[error(
+        "file descriptor {fd} of network interface '{id}' is not open, is used twice or is not \
+         inherited: have bulle's parent open it, 3 or above, without close-on-exec"
+    )]
+    Descriptor {
+        /// The interface.
+        id: String,
+        /// As given.
+        fd: u32,
+    },
+    /// The host failed.
+    #[error("cannot {what} for network interface '{id}'")]
+    Host {
+        /// The operation.
+        what: &'static str,
+        /// The interface.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Opens the host's side of `interface`, which is number `index`.
+pub(super) fn plan(
+    interface: &NetworkInterface,
+    index: u8,
+    limiters: &Limiters,
+) -> Result<Plan, NetError> {
+    let id = interface.iface_id.clone();
+    let host = |what| {
+        let id = id.clone();
+        move |source| NetError::Host { what, id, source }
+    };
+    let mut mtu = interface.mtu;
+    let (backend, mac) = match (interface.user_network(index), interface.mode) {
+        (Some(network), _) => {
+            let mtu = *mtu.get_or_insert(USER_MTU);
+            let passt = passt::start(&network, mtu, &interface.publish)?;
+            let backend = NetBackend::stream_with_complaints(passt.socket, passt.complaints);
+            (backend.map_err(host("use a socket"))?, Some(network.mac))
+        }
+        (None, NetMode::Fd) => {
+            let fd = interface.fd.unwrap_or_default();
+            let taken = inherited(fd);
+            let taken = taken.ok_or_else(|| NetError::Descriptor { id: id.clone(), fd })?;
+            let backend = match is_socket(&taken) {
+                true => NetBackend::stream(taken).map_err(host("use a socket"))?,
+                false => NetBackend::Tap(Tap::from_fd(taken)?),
+            };
+            (backend, interface.mac())
+        }
+        (None, _) => {
+            let name = interface.host_dev_name.as_deref().unwrap_or_default();
+            let tap = Tap::open(name, interface.queues.unwrap_or(1))?;
+            (NetBackend::Tap(tap), interface.mac())
+        }
+    };
+    let mac = match mac {
+        Some(mac) => mac,
+        None => random_mac().map_err(host("get random numbers"))?,
+    };
+    Ok(Plan {
+        id,
+        config: DeviceConfig::Net(NetOptions {
+            backend,
+            mac,
+            mtu,
+            rx_limiter: limiters.get(interface.rx_rate_limiter.as_ref()),
+            tx_limiter: limiters.get(interface.tx_rate_limiter.as_ref()),
+        }),
+    })
+}
+
+/// Takes a file descriptor that bulle was started with. bulle's own close on exec, and so does this
+/// one from here on.
+fn inherited(fd: u32) -> Option<OwnedFd> {
+    let fd = i32::try_from(fd).ok().filter(|fd| *fd > 2)?;
+    // SAFETY: these commands take a number and touch no memory.
+    let inherited = unsafe {
+        libc::fcntl(fd, libc::F_GETFD) == 0 && libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) == 0
+    };
+    // SAFETY: it is open, and nothing in bulle owns it: what bulle opens closes on exec.
+    inherited.then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether it is a stream socket.
+fn is_socket(fd: &impl AsFd) -> bool {
+    use nix::sys::socket::{SockType, getsockopt, sockopt};
+    getsockopt(&fd.as_fd(), sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream)
+}
+
+/// An address of nobody's: unicast, locally administered.
+fn random_mac() -> io::Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    File::open("/dev/urandom")?.read_exact(&mut mac)?;
+    mac[0] = mac[0] & 0xfc | 2;
+    Ok(mac)
+}

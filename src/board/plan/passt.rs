@@ -1,0 +1,231 @@
+//! User-mode networking: passt, a process of its own without privileges, on a socket of this VM's.
+//!
+//! passt ends when its socket closes, which is when the device goes, however bulle ends. So nothing
+//! has to be kept of it, and VMs share no name, path or port with one another. What it complains of
+//! goes into a pipe; what does not fit is lost, so that a guest cannot fill a disk with it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddrV4, TcpListener, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+
+use crate::config::{Protocol, Publish, UserNetwork};
+
+const PROGRAM: &str = "passt";
+/// How long passt may take to be ready.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Most of what passt says that is looked at.
+const MAX_TEXT: u64 = 16 << 10;
+
+/// User-mode networking cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PasstError {
+    /// No passt.
+    #[error(
+        "--net user and --publish need passt, which is not there: install the package passt (on \
+         Debian: apt-get install passt)"
+    )]
+    Missing,
+    /// It cannot be started.
+    #[error("cannot start {PROGRAM}")]
+    Start(#[source] io::Error),
+    /// A published port cannot be had.
+    #[error("cannot publish port {address} of the host{}", advice(source))]
+    Port {
+        /// As given.
+        address: SocketAddrV4,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It ended.
+    #[error("{PROGRAM} ended before the VM could start: {text}")]
+    Ended {
+        /// What it said.
+        text: String,
+    },
+    /// It does not answer.
+    #[error("{PROGRAM} does not answer within {} seconds: {text}", PATIENCE.as_secs())]
+    Silent {
+        /// What it said.
+        text: String,
+    },
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => ": another program has it; choose another port",
+        io::ErrorKind::PermissionDenied => {
+            ": ports below 1024 are root's; choose another, or lower net.ipv4.ip_unprivileged_port_start"
+        }
+        io::ErrorKind::AddrNotAvailable => ": the host has no such address",
+        _ => "",
+    }
+}
+
+/// A running passt.
+pub(super) struct Passt {
+    /// The VM's end of its socket, which does not block.
+    pub socket: OwnedFd,
+    /// The reading end of a pipe that does not block, with what it complains of.
+    pub complaints: OwnedFd,
+}
+
+/// Starts passt for the guest of `network`; it answers by now.
+pub(super) fn start(
+    network: &UserNetwork,
+    mtu: u16,
+    publish: &[Publish],
+) -> Result<Passt, PasstError> {
+    publish.iter().try_for_each(can_listen)?;
+    let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
+    let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+    let (complaints, stderr) = pipe2(flags).map_err(|e| PasstError::Start(e.into()))?;
+    let mut command = command(network, mtu, publish, theirs.as_raw_fd());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr);
+    let inherited = theirs.as_raw_fd();
+    let prepare = move || {
+        // A group of its own: what the terminal sends to bulle is not for passt.
+        // SAFETY: both calls take numbers only and may be made between fork and exec.
+        match unsafe { libc::fcntl(inherited, libc::F_SETFD, 0) | libc::setpgid(0, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(prepare) };
+    let mut child = command.spawn().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => PasstError::Missing,
+        _ => PasstError::Start(error),
+    })?;
+    // It holds passt's end of the pipe.
+    drop(command);
+    drop(theirs);
+    log::debug!("passt is process {}", child.id());
+    if let Err(error) = wait_until_ready(&ours, network) {
+        end(&mut child);
+        let text = text(complaints);
+        return Err(match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => PasstError::Silent { text },
+            _ => PasstError::Ended { text },
+        });
+    }
+    let ready = ours.set_read_timeout(None);
+    ready
+        .and_then(|()| ours.set_nonblocking(true))
+        .map_err(PasstError::Start)?;
+    Ok(Passt {
+        socket: ours.into(),
+        complaints,
+    })
+}
+
+/// Ends a passt that is of no use.
+fn end(child: &mut Child) {
+    // Fails when it has ended by itself.
+    let _ = child.kill();
+    if let Err(error) = child.wait() {
+        log::debug!("cannot wait for passt: {error}");
+    }
+}
+
+fn command(network: &UserNetwork, mtu: u16, publish: &[Publish], fd: i32) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(["--foreground", "--quiet", "--stderr", "--ipv4-only"]);
+    let options = [
+        ("--fd", fd.to_string()),
+        ("--address", network.address.to_string()),
+        ("--netmask", network.prefix.to_string()),
+        ("--gateway", network.gateway.to_string()),
+        ("--dns-forward", network.dns.to_string()),
+        ("--mtu", mtu.to_string()),
+    ];
+    for (option, value) in options {
+        command.arg(option).arg(value);
+    }
+    for (protocol, option) in [
+        (Protocol::Tcp, "--tcp-ports"),
+        (Protocol::Udp, "--udp-ports"),
+    ] {
+        let mut ports = publish
+            .iter()
+            .filter(|port| port.protocol == protocol)
+            .peekable();
+        if ports.peek().is_none() {
+            command.args([option, "none"]);
+        }
+        for port in ports {
+            let (ip, from, to) = (port.host_ip, port.host_port, port.guest_port);
+            command.arg(option).arg(format!("{ip}/{from}:{to}"));
+        }
+    }
+    command
+}
+
+/// Says which port cannot be had, and why, better than passt does.
+fn can_listen(publish: &Publish) -> Result<(), PasstError> {
+    let address = SocketAddrV4::new(publish.host_ip, publish.host_port);
+    let result = match publish.protocol {
+        Protocol::Tcp => TcpListener::bind(address).map(drop),
+        Protocol::Udp => UdpSocket::bind(address).map(drop),
+    };
+    result.map_err(|source| PasstError::Port { address, source })
+}
+
+/// Asks for the gateway's Ethernet address, which passt answers when it is up.
+fn wait_until_ready(mut socket: &UnixStream, network: &UserNetwork) -> io::Result<()> {
+    let mut frame = Vec::with_capacity(46);
+    frame.extend(42_u32.to_be_bytes());
+    frame.extend([0xff; 6]);
+    frame.extend(network.mac);
+    // ARP: Ethernet, IPv4, a request.
+    frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(network.mac);
+    frame.extend(network.address.octets());
+    frame.extend([0; 6]);
+    frame.extend(network.gateway.octets());
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.write_all(&frame)?;
+    let mut prefix = [0; 4];
+    socket.read_exact(&mut prefix)?;
+    let len = u32::from_be_bytes(prefix);
+    let mut answer = vec![0; len.min(65536) as usize];
+    socket.read_exact(&mut answer)
+}
+
+/// What passt said, in one line, with advice where there is some.
+fn text(pipe: OwnedFd) -> String {
+    let mut bytes = Vec::new();
+    // An error is a pipe with nothing more in it.
+    let _ = File::from(pipe).take(MAX_TEXT).read_to_end(&mut bytes);
+    let all = String::from_utf8_lossy(&bytes);
+    let noise = ["Failed to send ", "Don't run as root"];
+    let lines = all.lines().map(str::trim);
+    let lines = lines.filter(|line| {
+        !line.is_empty() && !noise.iter().any(|beginning| line.starts_with(beginning))
+    });
+    let lines: Vec<_> = lines.collect();
+    let mut text = lines.join("; ").replace(char::is_control, "?");
+    if text.is_empty() {
+        text.push_str("it said nothing");
+    }
+    if text.contains("routable interface") {
+        text.push_str(
+            "; this passt wants a default route on the host, over whatever interface: see 'ip route'",
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

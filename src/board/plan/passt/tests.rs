@@ -1,0 +1,77 @@
+use std::os::fd::OwnedFd;
+
+use super::*;
+
+fn pipe_with(text: &str) -> OwnedFd {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    File::from(write).write_all(text.as_bytes()).unwrap();
+    read
+}
+
+#[test]
+fn what_passt_says_is_one_line_without_noise() {
+    let said = "Failed to send 47 bytes to syslog\nDon't run as root. Changing to nobody...\n\
+                Failed to bind any port\nfor '-t 1'\u{1b}[2J\n";
+    assert_eq!(
+        text(pipe_with(said)),
+        "Failed to bind any port; for '-t 1'?[2J"
+    );
+    assert_eq!(text(pipe_with("")), "it said nothing");
+    let route = text(pipe_with("No external routable interface for IPv4\n"));
+    assert!(route.contains("default route"), "{route}");
+    // A pipe whose writer lives on is not waited for.
+    let (read, _write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    assert_eq!(text(read), "it said nothing");
+}
+
+#[test]
+fn ports_that_are_taken_are_told_from_those_that_are_not() {
+    let publish = |port| Publish {
+        host_ip: std::net::Ipv4Addr::LOCALHOST,
+        host_port: port,
+        guest_port: 80,
+        protocol: Protocol::Tcp,
+    };
+    let held = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = held.local_addr().unwrap().port();
+    let error = can_listen(&publish(port)).unwrap_err().to_string();
+    assert!(error.contains("choose another port"), "{error}");
+    drop(held);
+    can_listen(&publish(port)).unwrap();
+    let nowhere = Publish {
+        host_ip: [198, 51, 100, 1].into(),
+        ..publish(port)
+    };
+    let error = can_listen(&nowhere).unwrap_err().to_string();
+    assert!(error.contains("no such address"), "{error}");
+}
+
+#[test]
+fn the_command_line_of_passt() {
+    let network = UserNetwork {
+        mac: [2, 0, 0, 0, 0, 1],
+        address: [10, 0, 2, 15].into(),
+        prefix: 24,
+        gateway: [10, 0, 2, 2].into(),
+        dns: [10, 0, 2, 3].into(),
+    };
+    let publish: Vec<Publish> = ["8080:80", "0.0.0.0:53:5353/udp", "81:82/udp"]
+        .map(|text| text.parse().unwrap())
+        .to_vec();
+    let words = |publish: &[Publish]| {
+        let command = command(&network, 1500, publish, 7);
+        let words = command.get_args().map(|word| word.to_str().unwrap());
+        words.collect::<Vec<_>>().join(" ")
+    };
+    let all = words(&publish);
+    for part in [
+        "--fd 7 ",
+        "--address 10.0.2.15 --netmask 24 --gateway 10.0.2.2 --dns-forward 10.0.2.3 --mtu 1500",
+        "--tcp-ports 127.0.0.1/8080:80",
+        "--udp-ports 0.0.0.0/53:5353 --udp-ports 127.0.0.1/81:82",
+    ] {
+        assert!(all.contains(part), "{all}");
+    }
+    // What is not published is not listened on.
+    assert!(words(&[]).ends_with("--tcp-ports none --udp-ports none"));
+}
