@@ -50,7 +50,7 @@ fn start(devices: &[String]) -> [f64; 2] {
 }
 
 /// Context switches and hundredths of a second of all threads but vCPUs.
-fn used(pid: u32) -> (u64, u64) {
+pub fn used(pid: u32) -> (u64, u64) {
     let (mut switches, mut ticks) = (0, 0);
     for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
         let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();

@@ -3,13 +3,17 @@
 //!
 //! Guest and host take turns on one file. The guest is a payload at privilege level 3, which runs
 //! natively on any KVM. BULLE is the binary, BENCH_ROUNDS the number of turns (7), BENCH_DIR where
-//! the file of 256 MiB is made (target). What devices cost at boot and while idle is in `idle`.
+//! the file of 256 MiB is made (target), BENCH_PARTS which parts are run (all): `idle`, what devices cost at
+//! boot and while idle; `disks`; `share`; `sockets`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../common/mod.rs"]
 mod common;
 mod host;
 mod idle;
+mod share;
+mod sockets;
+mod turns;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -218,10 +222,8 @@ fn goal(what: &str, value: f64, limit: f64, at_least: bool) {
     println!("{verdict:<7} {what}: {value:.3} (goal {sign} {limit})");
 }
 
-fn main() {
-    let rounds = std::env::var("BENCH_ROUNDS").map_or(7, |n| n.parse().expect("a number"));
-    let hertz = cycles_per_second();
-    idle::print(rounds);
+/// Measures disks and prints their table and goals.
+fn disks(rounds: usize, hertz: f64) {
     let path = prepare();
     println!("\nblock: {rounds} turns each, medians; thousands a second, µs, per request");
     println!("{:<42}{:>28}{:>28}", "", "host", "guest");
@@ -254,5 +256,22 @@ fn main() {
             0.06,
             false,
         );
+    }
+}
+
+fn main() {
+    let rounds = std::env::var("BENCH_ROUNDS").map_or(7, |n| n.parse().expect("a number"));
+    let parts = std::env::var("BENCH_PARTS").unwrap_or_else(|_| "idle,disks,share,sockets".into());
+    let hertz = cycles_per_second();
+    for part in parts.split(',') {
+        match part {
+            "idle" => idle::print(rounds),
+            "disks" => disks(rounds, hertz),
+            "share" => share::print(rounds, hertz),
+            "sockets" => sockets::print(rounds),
+            other => {
+                panic!("BENCH_PARTS: no part {other:?}; there are idle, disks, share, sockets")
+            }
+        }
     }
 }

@@ -10,6 +10,7 @@ pub mod console;
 pub mod io;
 mod mem;
 pub mod memory;
+pub mod polled;
 pub mod random;
 pub mod smp;
 pub mod start;

@@ -92,6 +92,21 @@ impl Queue {
         io::write(self.parts[0] + 16 * u64::from(at), desc);
     }
 
+    /// Writes descriptors from `first` on: address, bytes, and flags, of which [`NEXT`] leads to the
+    /// one behind.
+    pub fn chain(&self, first: u16, parts: &[(u64, u32, u16)]) {
+        for (at, (addr, len, flags)) in (first..).zip(parts.iter().copied()) {
+            let next = at + 1;
+            let desc = Desc {
+                addr,
+                len,
+                flags,
+                next,
+            };
+            self.desc(at, desc);
+        }
+    }
+
     /// Puts `head` into the available ring; the device may look at it from [`publish`](Self::publish) on.
     pub fn offer(&mut self, head: u16) {
         io::write(
