@@ -151,7 +151,12 @@ impl From<MachineConfig> for MachineUpdate {
         Self {
             vcpu_count: Some(machine.vcpu_count),
             mem_size_mib: Some(machine.mem_size_mib),
-            smt: Some(machine.threads_per_core == 2),
+            // A number that no machine has is told by the one word only.
+            smt: match machine.threads_per_core {
+                1 => Some(false),
+                2 => Some(true),
+                _ => None,
+            },
             threads_per_core: Some(machine.threads_per_core),
             dies: Some(machine.dies),
             memory_backing: Some(machine.memory_backing),
