@@ -3,9 +3,10 @@
 //! The device is owned by its I/O thread. Frames go between guest RAM and the host without a copy;
 //! headers are copied and cleaned. What the driver has no buffers for stays with the host, which
 //! is not waited for meanwhile. A limit delays what follows the frame that went over it. The host's
-//! ends are in `backend`, `tap` and `stream`, receiving in `rx`.
+//! ends are in `backend`, `tap` and `stream`, receiving in `rx`, the driver's commands in `control`.
 
 mod backend;
+mod control;
 mod header;
 mod rx;
 mod space;
@@ -36,7 +37,7 @@ pub use self::space::{Mac, Traffic};
 pub use self::stream::Stream;
 pub use self::tap::{Tap, TapError};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
-use super::io::{Io, read_at, total, write_at};
+use super::io::{Io, read_at, total};
 use super::limiter::Limiter;
 
 /// Size of the queues for frames.
@@ -93,11 +94,18 @@ pub enum NetError {
 pub struct NetState {
     /// Pairs of queues that the driver uses.
     pub pairs: u16,
+    /// The work on received frames that the driver takes, as feature bits; absent: all that was
+    /// negotiated.
+    #[serde(default)]
+    pub offloads: Option<u64>,
 }
 
 impl Default for NetState {
     fn default() -> Self {
-        Self { pairs: 1 }
+        Self {
+            pairs: 1,
+            offloads: None,
+        }
     }
 }
 
@@ -120,6 +128,8 @@ pub struct Net {
     /// Pairs that the driver uses, and those that the host does.
     active: u16,
     host_active: u16,
+    /// As in [`NetState`].
+    offloads: Option<u64>,
     /// The backend fits the negotiated features.
     mode: Option<RxMode>,
     /// Sending waits for the host.
@@ -203,6 +213,7 @@ impl Net {
             tx: (0..pairs).map(|_| Tx::default()).collect(),
             active: state.pairs,
             host_active: pairs,
+            offloads: state.offloads,
             mode: None,
             blocked: false,
             timer: timer.map_err(host("create a timer"))?,
@@ -218,10 +229,12 @@ impl Net {
         if let Some(mode) = self.mode {
             return Ok(mode);
         }
-        let configured = self.backend.configure(|bit| io.has(bit));
+        let takes = |bit| io.has(bit) && self.offloads.is_none_or(|all| all >> bit & 1 != 0);
+        let configured = self.backend.configure(takes);
         configured.map_err(|error| host_error("set the offloads of a tap interface", error))?;
+        let csum = takes(VIRTIO_NET_F_GUEST_CSUM);
         self.use_pairs()?;
-        let mode = RxMode::new(io, self.space.mtu);
+        let mode = RxMode::new(io, self.space.mtu, csum);
         self.mode = Some(mode);
         Ok(mode)
     }
@@ -371,44 +384,13 @@ impl Net {
         Ok(())
     }
 
-    /// Commands of the driver (section 5.1.6.5).
-    fn control(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        while let Some(chain) = io.pop(queue)? {
-            let mut command = [0; 4];
-            let got = read_at(io.ram(), chain.readable(), 0, &mut command)?;
-            if got < 2 || chain.writable().is_empty() {
-                return Err(chain.layout_error());
-            }
-            let [class, command, low, high] = command;
-            let kind = (u32::from(class), u32::from(command));
-            let pairs = u16::from_le_bytes([low, high]);
-            let known = kind == (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
-            let ok = known && got == 4 && (1..=self.space.pairs).contains(&pairs);
-            let status = match ok && io.has(VIRTIO_NET_F_MQ) {
-                true => VIRTIO_NET_OK,
-                false => VIRTIO_NET_ERR,
-            };
-            write_at(io.ram(), chain.writable(), 0, &[status as u8])?;
-            io.complete(chain, 1)?;
-            if status == VIRTIO_NET_OK {
-                self.active = pairs;
-                self.use_pairs()?;
-                for pair in 0..usize::from(pairs) {
-                    self.receive(pair, io)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Index of the control queue: behind the pairs that the driver may use (section 5.1.2).
     fn control_queue(&self, io: &Io<'_>) -> Option<usize> {
-        let offered = self.space.pairs > 1 && io.has(VIRTIO_NET_F_CTRL_VQ);
         let pairs = match io.has(VIRTIO_NET_F_MQ) {
             true => self.space.pairs.into(),
             false => 1,
         };
-        offered.then_some(2 * pairs)
+        io.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
     }
 
     fn all_pairs(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -431,7 +413,11 @@ impl VirtioDevice for Net {
         }
         let mut queues = vec![QUEUE_SIZE; 2 * self.rx.len()];
         if self.rx.len() > 1 {
-            features |= 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_MQ;
+            features |= 1 << VIRTIO_NET_F_MQ;
+        }
+        let commands = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
+        if features & commands != 0 {
+            features |= 1 << VIRTIO_NET_F_CTRL_VQ;
             queues.push(CONTROL_SIZE);
         }
         Traits {
@@ -514,9 +500,13 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.active = 1;
+        self.offloads = None;
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Net(NetState { pairs: self.active })
+        DeviceState::Net(NetState {
+            pairs: self.active,
+            offloads: self.offloads,
+        })
     }
 }

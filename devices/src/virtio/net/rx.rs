@@ -21,14 +21,15 @@ const LINK_LAYER: u64 = 18;
 pub(super) struct RxMode {
     /// Frames may go over several buffers (MRG_RXBUF).
     pub mergeable: bool,
-    /// The driver takes checksums that are not complete, or not checked.
+    /// The driver takes checksums that are not complete, or not checked, now.
     pub csum: bool,
     /// Longest frame with its header.
     pub longest: u64,
 }
 
 impl RxMode {
-    pub fn new(io: &Io<'_>, mtu: u16) -> Self {
+    /// `longest` goes by what was negotiated, whatever of it the driver takes now.
+    pub fn new(io: &Io<'_>, mtu: u16, csum: bool) -> Self {
         let segments = [
             VIRTIO_NET_F_GUEST_TSO4,
             VIRTIO_NET_F_GUEST_TSO6,
@@ -42,7 +43,7 @@ impl RxMode {
         };
         Self {
             mergeable: io.has(VIRTIO_NET_F_MRG_RXBUF),
-            csum: io.has(VIRTIO_NET_F_GUEST_CSUM),
+            csum,
             longest: HEADER + frame,
         }
     }

@@ -333,6 +333,7 @@ impl Tap {
             VIRTIO_NET_F_HOST_USO,
         ];
         let always = [
+            VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
             VIRTIO_NET_F_CSUM,
             VIRTIO_NET_F_GUEST_CSUM,
             VIRTIO_NET_F_GUEST_TSO4,

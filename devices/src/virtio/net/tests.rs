@@ -178,7 +178,14 @@ fn features_follow_the_backend() {
 fn a_saved_state_fits_the_queues() {
     for pairs in [0, 2, u16::MAX] {
         let (options, _socket) = on_socket();
-        let error = Net::new(options, NetState { pairs }).unwrap_err();
+        let error = Net::new(
+            options,
+            NetState {
+                pairs,
+                offloads: None,
+            },
+        )
+        .unwrap_err();
         assert!(matches!(error, NetError::Pairs { .. }), "{error}");
     }
 }

@@ -113,6 +113,7 @@ fn a_tap_has_offloads_and_several_queues() {
         VIRTIO_NET_F_GUEST_UFO,
         VIRTIO_NET_F_MQ,
         VIRTIO_NET_F_CTRL_VQ,
+        VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
     ] {
         assert!(traits.features >> bit & 1 != 0, "feature {bit}");
     }
@@ -136,7 +137,10 @@ fn a_tap_has_offloads_and_several_queues() {
     assert_eq!(command(8, &[0, 0, 1, 0]), 1, "another command");
     assert_eq!(
         rig.core.save().device,
-        DeviceState::Net(NetState { pairs: 3 })
+        DeviceState::Net(NetState {
+            pairs: 3,
+            offloads: None
+        })
     );
     // A driver that leaves MQ alone has its control queue behind the first pair.
     let plain = traits.features & !(1 << VIRTIO_NET_F_MQ) | CORE_FEATURES;
@@ -163,6 +167,73 @@ fn a_tap_has_offloads_and_several_queues() {
         rig.port.read_config(6, &mut link);
         assert_eq!(link, [0, 0]);
     }
+}
+
+/// Whether the host hands over TCP segments that are not cut, as the driver takes them.
+fn gives_segments(name: &str) -> bool {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    const ETHTOOL_GTSO: u32 = 0x1e;
+    let mut value = [ETHTOOL_GTSO, 0];
+    let socket = UnixStream::pair().unwrap().0;
+    // SAFETY: all of `ifreq` may be zero; the call writes one word behind the other of `value`.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        assert_eq!(libc::ioctl(fd, SIOCETHTOOL, &raw mut request), 0);
+    }
+    value[1] != 0
+}
+
+#[test]
+fn a_driver_switches_what_it_takes() {
+    let Some(tap) = tap(1) else { return };
+    let name = tap.name().to_string();
+    let (net, _) = Net::new(with_backend(NetBackend::Tap(tap)), NetState::default()).unwrap();
+    let all = net.traits().features;
+    assert_eq!(net.traits().queues, [256, 256, 64]);
+    let rig = Rig::new(Transport::Mmio, Box::new(net));
+    let mut vqs = rig.start(Some(all & !(1 << VIRTIO_NET_F_GUEST_UFO) | CORE_FEATURES));
+    vqs[0].add(&[(RX_AT, 0x8_0000, true)]);
+    rig.kick(&vqs[0]);
+    rig.run(0);
+    assert!(gives_segments(&name));
+    let mut switch = |offloads: u64, len: usize| {
+        let mut bytes = vec![5, 0];
+        bytes.extend(offloads.to_le_bytes());
+        rig.ram.write_slice(&bytes, GuestAddress(TX_AT)).unwrap();
+        let data = (TX_AT, 2 + len as u32, false);
+        vqs[2].add(&[data, (TX_AT + 64, 1, true)]);
+        rig.kick(&vqs[2]);
+        rig.run(0);
+        assert_eq!(vqs[2].used().len(), 1);
+        rig.ram.read_obj::<u8>(GuestAddress(TX_AT + 64)).unwrap()
+    };
+    let csum = 1 << VIRTIO_NET_F_GUEST_CSUM;
+    assert_eq!(switch(csum, 8), 0);
+    assert!(!gives_segments(&name));
+    let saved = |offloads| DeviceState::Net(NetState { pairs: 1, offloads });
+    assert_eq!(rig.core.save().device, saved(Some(csum)));
+    // Cut short, too long, not negotiated, and no work on received frames.
+    assert_eq!(switch(0, 7), 1);
+    assert_eq!(switch(0, 9), 1);
+    assert_eq!(switch(csum | 1 << VIRTIO_NET_F_GUEST_UFO, 8), 1);
+    assert_eq!(switch(1 << VIRTIO_NET_F_CSUM, 8), 1);
+    assert_eq!(rig.core.save().device, saved(Some(csum)));
+    // A stop and start keeps it, and so does a device made of what is saved; a reset does not.
+    rig.core.pause();
+    rig.core.resume();
+    rig.run(0);
+    assert!(!gives_segments(&name));
+    assert_eq!(switch(csum | 1 << VIRTIO_NET_F_GUEST_TSO4, 8), 0);
+    assert!(gives_segments(&name));
+    let vqs = rig.start(None);
+    rig.kick(&vqs[0]);
+    rig.run(0);
+    assert_eq!(rig.core.save().device, saved(None));
 }
 
 #[test]
