@@ -29,6 +29,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("virtio_entropy", virtio::kinds::entropy),
     ("virtio_fs", virtio::kinds::fs),
     ("virtio_mem", virtio::kinds::mem),
+    ("virtio_net", virtio::kinds::net),
     ("virtio_pmem", virtio::kinds::pmem),
     ("virtio_rtc", virtio::kinds::rtc),
     ("virtio_vsock", virtio::kinds::vsock),

@@ -1,7 +1,8 @@
 //! The devices that are driven, each with what it needs of the host.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,6 +14,7 @@ use devices::virtio::console::{ConsoleOptions, PortEnd, PortOptions, SizeOrder};
 use devices::virtio::device::{DeviceState, VirtioDevice};
 use devices::virtio::fs::FsOptions;
 use devices::virtio::mem::{MemOptions, Region};
+use devices::virtio::net::{NetBackend, NetOptions};
 use devices::virtio::pmem::PmemOptions;
 use devices::virtio::registry::{DeviceConfig, build};
 use devices::virtio::rtc::RtcOptions;
@@ -120,6 +122,48 @@ pub fn vsock(data: &[u8]) {
             .for_each(|stream| _ = stream.write(b"line\n")),
     };
     drive(&make, &mut host, Input(data));
+}
+
+/// Network device on a socket, whose other end reads now and then, and says frames or anything.
+pub fn net(data: &[u8]) {
+    let mut input = Input(data);
+    let mtu = input.u16();
+    let peer: RefCell<Option<UnixStream>> = RefCell::default();
+    let make = |state: &DeviceState| {
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        for end in [&ours, &theirs] {
+            end.set_nonblocking(true)
+                .expect("sockets that do not block");
+        }
+        *peer.borrow_mut() = Some(theirs);
+        let options = NetOptions {
+            backend: NetBackend::stream(ours.into()).expect("a socket"),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: Some(mtu).filter(|mtu| *mtu >= 68),
+            rx_limiter: None,
+            tx_limiter: None,
+        };
+        made(DeviceConfig::Net(options), state)
+    };
+    let mut host = |byte: u8| {
+        let mut peer = peer.borrow_mut();
+        let Some(stream) = peer.as_mut() else { return };
+        let frame = |len: u32| [&len.to_be_bytes()[..], &vec![byte; len as usize]].concat();
+        let sent = match byte % 8 {
+            0 => stream.write(&frame(u32::from(byte) << 8)),
+            1 => stream.read(&mut [0; 4096]),
+            2 => stream.write(&[byte; 3]),
+            3 => stream.write(&frame(1500)[..700]),
+            4 if byte > 0xf0 => {
+                drop(peer.take());
+                return;
+            }
+            _ => stream.write(&frame(u32::from(byte) + 14)),
+        };
+        // Full, empty or closed by the device, which may well be.
+        let _ = sent;
+    };
+    drive(&make, &mut host, input);
 }
 
 /// Shared directory, read-only, with a file, a directory and a symbolic link.
