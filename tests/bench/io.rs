@@ -4,13 +4,14 @@
 //! Guest and host take turns on one file. The guest is a payload at privilege level 3, which runs
 //! natively on any KVM. BULLE is the binary, BENCH_ROUNDS the number of turns (7), BENCH_DIR where
 //! the file of 256 MiB is made (target), BENCH_PARTS which parts are run (all): `idle`, what devices cost at
-//! boot and while idle; `disks`; `share`; `sockets`.
+//! boot and while idle; `disks`; `net`; `share`; `sockets`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../common/mod.rs"]
 mod common;
 mod host;
 mod idle;
+mod net;
 mod share;
 mod sockets;
 mod turns;
@@ -261,16 +262,18 @@ fn disks(rounds: usize, hertz: f64) {
 
 fn main() {
     let rounds = std::env::var("BENCH_ROUNDS").map_or(7, |n| n.parse().expect("a number"));
-    let parts = std::env::var("BENCH_PARTS").unwrap_or_else(|_| "idle,disks,share,sockets".into());
+    let parts =
+        std::env::var("BENCH_PARTS").unwrap_or_else(|_| "idle,disks,net,share,sockets".into());
     let hertz = cycles_per_second();
     for part in parts.split(',') {
         match part {
             "idle" => idle::print(rounds),
             "disks" => disks(rounds, hertz),
+            "net" => net::print(rounds, hertz),
             "share" => share::print(rounds, hertz),
             "sockets" => sockets::print(rounds),
             other => {
-                panic!("BENCH_PARTS: no part {other:?}; there are idle, disks, share, sockets")
+                panic!("BENCH_PARTS: no part {other:?}; there are idle, disks, net, share, sockets")
             }
         }
     }

@@ -59,12 +59,12 @@ impl Polled {
     }
 
     /// Carries `count` requests out, of which `fill` writes one and `check` looks at the answer, each
-    /// given the slot. The cycles it took; `None` if an answer is wrong or never comes.
+    /// given the slot, and the bytes that the device has written. The cycles it took; `None` if an answer is wrong or never comes.
     pub fn run(
         &mut self,
         count: u64,
         mut fill: impl FnMut(u64),
-        mut check: impl FnMut(u64) -> bool,
+        mut check: impl FnMut(u64, u32) -> bool,
     ) -> Option<u64> {
         let start = tsc::now();
         let before = self.queue.avail;
@@ -81,10 +81,10 @@ impl Polled {
             // An index that the device is far beyond, so that it never interrupts.
             let far = self.queue.seen.wrapping_sub(0x4000);
             self.queue.set_used_event(far);
-            while let Some((head, _)) = self.queue.used() {
+            while let Some((head, len)) = self.queue.used() {
                 last = tsc::now();
                 let slot = u64::from(head) / u64::from(self.chain);
-                if !check(slot) {
+                if !check(slot, len) {
                     return None;
                 }
                 let time = last.wrapping_sub(self.started[slot as usize]);

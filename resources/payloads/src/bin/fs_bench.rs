@@ -80,7 +80,7 @@ fn ask(polled: &mut Polled, opcode: u32, node: u64, body: &[u8], answer: u32) ->
     let reply = request(0) + REPLY;
     let parts = [(request(0), len, NEXT), (reply, answer + 16, WRITE)];
     polled.queue.chain(0, &parts);
-    polled.run(1, |_| {}, |_| true)?;
+    polled.run(1, |_| {}, |_, _| true)?;
     (io::read::<u32>(reply + 4) == 0).then(|| io::read(reply + ANSWER))
 }
 
@@ -195,12 +195,24 @@ fn main(info: &StartInfo) -> u8 {
     let cycles = match info.option("op") {
         Some("lookup") => {
             work.period = number("files").unwrap_or(1).max(1);
-            polled.run(count, |slot| work.look_up(slot), |slot| answered(slot, 128))
+            polled.run(
+                count,
+                |slot| work.look_up(slot),
+                |slot, _| answered(slot, 128),
+            )
         }
-        Some("getattr") => polled.run(count, |slot| work.get_attr(slot), |s| answered(s, 104)),
+        Some("getattr") => polled.run(
+            count,
+            |slot| work.get_attr(slot),
+            |slot, _| answered(slot, 104),
+        ),
         _ => {
             work.period = (number("bytes").unwrap_or(size) / size).max(1);
-            polled.run(count, |slot| work.read(slot), |slot| answered(slot, size))
+            polled.run(
+                count,
+                |slot| work.read(slot),
+                |slot, _| answered(slot, size),
+            )
         }
     };
     let Some(cycles) = cycles else {
