@@ -135,6 +135,18 @@ impl Limiter {
         may
     }
 
+    /// Takes a charge back, of an operation of `bytes` that has not started and is charged again when
+    /// it comes again. What it took of a burst comes back as tokens, as far as there is room.
+    pub fn refund(&self, bytes: u64) {
+        let mut buckets = lock(&self.0);
+        let Buckets { bandwidth, ops } = &mut *buckets;
+        for (bucket, cost) in [(bandwidth, bytes), (ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.tokens = (bucket.tokens + cost as f64).min(bucket.size);
+            }
+        }
+    }
+
     /// Charges one operation of `bytes`: `None` if it may start, else when it may.
     pub fn charge(&self, now: Instant, bytes: u64) -> Option<Instant> {
         let mut buckets = lock(&self.0);
@@ -188,6 +200,24 @@ mod tests {
         let later = at + Duration::from_secs(100);
         assert_eq!(limiter.charge(later, 100), None);
         assert!(limiter.charge(later, 1).is_some());
+    }
+
+    #[test]
+    fn what_did_not_start_is_charged_once() {
+        let limiter = Limiter::new(LimiterConfig {
+            bandwidth: bucket(100, 1000, 0),
+            ops: bucket(1000, 1000, 0),
+        });
+        let now = Instant::now();
+        assert_eq!(limiter.charge(now, 100), None);
+        let at = limiter.charge(now, 50);
+        for _ in 0..10 {
+            limiter.refund(50);
+            assert_eq!(limiter.charge(now, 50), at);
+        }
+        limiter.refund(u64::MAX);
+        assert_eq!(limiter.charge(now, 100), None);
+        assert!(limiter.charge(now, 1).is_some(), "more than it holds");
     }
 
     #[test]

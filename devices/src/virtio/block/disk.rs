@@ -85,7 +85,10 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// Opened, but does not answer.
-    #[error("cannot examine disk {path:?}")]
+    #[error(
+        "cannot find out the kind or the size of disk {path:?}; see whether the host can read it \
+         (`dd if=… of=/dev/null`), and what its kernel log says"
+    )]
     Examine {
         /// As given.
         path: PathBuf,
@@ -111,6 +114,18 @@ pub enum DiskError {
         size: u64,
         /// Logical block size in bytes.
         block: u32,
+    },
+    /// The file system has no locks, or they fail.
+    #[error(
+        "cannot lock disk {path:?} against other writers; put it on a file system that has locks \
+         (NFS: version 4, or mounted with `local_lock=posix`)"
+    )]
+    Lock {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// Two would write, or one write what another reads.
     #[error("disk {path:?} is in use by {holder}; stop it, or open the disk read-only in both")]
@@ -204,7 +219,7 @@ impl Disk {
         match lock(&file, !options.read_only) {
             Ok(()) => {}
             Err(LockError::Held(holder)) => return Err(DiskError::Locked { path, holder }),
-            Err(LockError::Io(source)) => return Err(DiskError::Examine { path, source }),
+            Err(LockError::Io(source)) => return Err(DiskError::Lock { path, source }),
         }
         let limits = Limits::of(&file, &metadata, options.cache == Cache::None);
         let logical = options.logical_block_size.unwrap_or(limits.logical);

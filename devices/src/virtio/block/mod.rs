@@ -18,7 +18,7 @@ pub(super) mod tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -245,18 +245,15 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let space = Arc::new(Space {
-            fixed: Fixed {
-                seg_max: u32::from(queue_size).saturating_sub(2).max(1),
-                logical: disk.logical_block_size(),
-                physical: disk.physical_block_size(),
-                queues,
-                writable: !disk.read_only(),
-            },
-            capacity: AtomicU64::new(state.capacity.unwrap_or(sectors)),
-            writeback: AtomicBool::new(state.writeback),
-            generation: AtomicU32::new(0),
-        });
+        let fixed = Fixed {
+            seg_max: u32::from(queue_size).saturating_sub(2).max(1),
+            logical: disk.logical_block_size(),
+            physical: disk.physical_block_size(),
+            queues,
+            writable: !disk.read_only(),
+        };
+        let sectors = state.capacity.unwrap_or(sectors);
+        let space = Arc::new(Space::new(fixed, sectors, state.writeback));
         let handle = BlockHandle {
             disk: Arc::clone(&disk),
             space: Arc::clone(&space),
@@ -289,7 +286,7 @@ impl Block {
 
     fn geometry(&self) -> Geometry {
         Geometry {
-            capacity: self.space.capacity.load(Ordering::SeqCst),
+            capacity: self.space.capacity(),
             block: self.disk.logical_block_size().into(),
             writable: !self.disk.read_only(),
         }
@@ -571,6 +568,10 @@ impl VirtioDevice for Block {
         let mut result = Ok(());
         for queue in 0..self.held.len() {
             if let Some(held) = self.held.get_mut(queue).and_then(Option::take) {
+                // It will come again, and be charged then.
+                if let Some(limiter) = self.limiter.get() {
+                    limiter.refund(held.request.bytes());
+                }
                 io.unpop(held.chain);
             }
             let drained = self.collect(queue, io, Ring::drain);
@@ -586,7 +587,7 @@ impl VirtioDevice for Block {
     fn save(&self) -> DeviceState {
         DeviceState::Block(BlockState {
             writeback: self.space.writeback.load(Ordering::SeqCst),
-            capacity: Some(self.space.capacity.load(Ordering::SeqCst)),
+            capacity: Some(self.space.capacity()),
         })
     }
 }

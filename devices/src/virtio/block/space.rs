@@ -1,8 +1,10 @@
 //! Configuration space of a block device (section 5.2.4), shared by vCPU threads, the device and
 //! whoever resizes the disk.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::lock;
 use crate::virtio::device::{ConfigSpace, read_config};
 
 /// Most ranges of one discard request.
@@ -30,9 +32,16 @@ const LEN: usize = 60;
 #[derive(Debug)]
 pub(super) struct Space {
     pub fixed: Fixed,
-    pub capacity: AtomicU64,
+    size: Mutex<Size>,
     pub writeback: AtomicBool,
-    pub generation: AtomicU32,
+}
+
+/// The capacity and how often it has changed, which are changed together: a driver reads the
+/// capacity as two halves, and asks for the generation before and behind (section 2.5.1).
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    sectors: u64,
+    generation: u32,
 }
 
 /// What does not change.
@@ -46,11 +55,31 @@ pub(super) struct Fixed {
 }
 
 impl Space {
+    /// A disk of `sectors`, with the write cache as said.
+    pub fn new(fixed: Fixed, sectors: u64, writeback: bool) -> Self {
+        let generation = 0;
+        Self {
+            fixed,
+            size: Mutex::new(Size {
+                sectors,
+                generation,
+            }),
+            writeback: AtomicBool::new(writeback),
+        }
+    }
+
+    /// The capacity in sectors.
+    pub fn capacity(&self) -> u64 {
+        lock(&self.size).sectors
+    }
+
     /// Sets the capacity; says whether it is another one.
     pub fn resize(&self, sectors: u64) -> bool {
-        let changed = self.capacity.swap(sectors, Ordering::SeqCst) != sectors;
+        let mut size = lock(&self.size);
+        let changed = size.sectors != sectors;
         if changed {
-            self.generation.fetch_add(1, Ordering::SeqCst);
+            size.sectors = sectors;
+            size.generation = size.generation.wrapping_add(1);
         }
         changed
     }
@@ -65,10 +94,7 @@ impl Space {
         };
         let block_sectors = fixed.logical / 512;
         let exp = (fixed.physical / fixed.logical).trailing_zeros();
-        put(
-            CAPACITY,
-            &self.capacity.load(Ordering::SeqCst).to_le_bytes(),
-        );
+        put(CAPACITY, &self.capacity().to_le_bytes());
         put(SEG_MAX, &fixed.seg_max.to_le_bytes());
         put(BLK_SIZE, &fixed.logical.to_le_bytes());
         put(PHYSICAL_EXP, &[exp as u8]);
@@ -99,7 +125,7 @@ impl ConfigSpace for Space {
     }
 
     fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
+        lock(&self.size).generation
     }
 }
 
@@ -110,6 +136,71 @@ mod tests {
     use virtio_bindings::virtio_blk::virtio_blk_config as Cfg;
 
     use super::*;
+
+    const FIXED: Fixed = Fixed {
+        seg_max: 1,
+        logical: 512,
+        physical: 512,
+        queues: 1,
+        writable: true,
+    };
+    /// On both sides of 2 TiB.
+    const SMALL: u64 = u32::MAX as u64;
+    const LARGE: u64 = 1 << 32;
+
+    #[test]
+    fn nothing_is_read_of_a_change_under_way() {
+        let space = Space::new(FIXED, SMALL, true);
+        let (sender, seen) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let mut size = lock(&space.size);
+            size.sectors = LARGE;
+            let (space, other) = (&space, sender.clone());
+            scope.spawn(move || other.send(space.generation().into()));
+            scope.spawn(move || {
+                let mut half = [0; 4];
+                space.read(4, &mut half);
+                sender.send(u32::from_le_bytes(half).into())
+            });
+            let early = seen.recv_timeout(std::time::Duration::from_millis(50));
+            size.generation = 7;
+            drop(size);
+            assert!(early.is_err(), "{early:?} was seen too early");
+        });
+        let mut both: Vec<u64> = seen.iter().collect();
+        both.sort_unstable();
+        assert_eq!(both, [LARGE >> 32, 7]);
+    }
+
+    #[test]
+    fn halves_of_two_capacities_do_not_pass_for_one() {
+        let space = Space::new(FIXED, SMALL, true);
+        let end = std::time::Instant::now() + std::time::Duration::from_millis(300);
+        let mut whole = 0;
+        std::thread::scope(|scope| {
+            let resizing = scope.spawn(|| {
+                let sizes = [LARGE, SMALL].into_iter().cycle();
+                let mut sizes = sizes.take_while(|_| std::time::Instant::now() < end);
+                sizes.all(|sectors| space.resize(sectors))
+            });
+            // As a driver reads it, whose halves may be far apart.
+            while !resizing.is_finished() || whole == 0 {
+                let before = space.generation();
+                let mut halves = [[0; 4]; 2];
+                for (at, half) in (0..).zip(&mut halves) {
+                    space.read(4 * at, half);
+                }
+                let after = space.generation();
+                let [low, high] = halves.map(|half| u64::from(u32::from_le_bytes(half)));
+                if before == after {
+                    let capacity = high << 32 | low;
+                    assert!(capacity == SMALL || capacity == LARGE, "{capacity:#x}");
+                    whole += 1;
+                }
+            }
+            assert!(resizing.join().unwrap());
+        });
+    }
 
     #[test]
     fn offsets_are_those_of_the_header() {

@@ -44,6 +44,31 @@ fn bad_disks_are_told_apart() {
 }
 
 #[test]
+fn a_file_that_cannot_be_locked_says_so_and_what_to_do() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, [0; 512]).unwrap();
+    // No lock can be had through such a descriptor, as on file systems that have none.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(&path);
+    let options = DiskOptions {
+        path: path.clone(),
+        ..DiskOptions::default()
+    };
+    let error = Disk::from_file(file.unwrap(), &options).unwrap_err();
+    let DiskError::Lock { source, .. } = &error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(source.raw_os_error(), Some(libc::EBADF));
+    let text = error.to_string();
+    let words = ["lock", &*path.to_string_lossy(), "put it on"].map(|word| text.contains(word));
+    assert_eq!(words, [true; 3], "{text}");
+}
+
+#[test]
 fn zeros_are_written_out_where_holes_are_not() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(3 << 20).unwrap();

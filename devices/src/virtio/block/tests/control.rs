@@ -119,6 +119,44 @@ fn limits_are_kept_and_can_be_lifted() {
 }
 
 #[test]
+fn a_pause_costs_no_tokens() {
+    for engine in ENGINES {
+        let limiter = Limiter::new(LimiterConfig {
+            bandwidth: None,
+            ops: Some(BucketConfig {
+                size: 1,
+                refill_time: 300,
+                one_time_burst: 0,
+            }),
+        });
+        let options = BlockOptions {
+            engine,
+            limiter: Some(Arc::new(limiter)),
+            ..BlockOptions::default()
+        };
+        let mut bench = Bench::new(DiskOptions::default(), options, None);
+        let start = Instant::now();
+        for slot in 0..2 {
+            bench.add(slot, VIRTIO_BLK_T_IN, slot, &[(DATA, 512, true)]);
+        }
+        bench.rig.kick(&bench.vqs[0]);
+        bench.rig.run(0);
+        // The second request is held, given back, and comes again; twenty tokens are six seconds.
+        for _ in 0..20 {
+            bench.rig.core.pause();
+            bench.rig.core.resume();
+            bench.rig.run(0);
+        }
+        while bench.vqs[0].used_index() < 2 {
+            bench.rig.run(5);
+        }
+        let took = start.elapsed();
+        assert!(took >= Duration::from_millis(290), "{took:?}");
+        assert!(took < Duration::from_secs(4), "{took:?}");
+    }
+}
+
+#[test]
 fn a_larger_disk_is_told_after_a_restore() {
     let make = |state: &DeviceState, len| {
         let state = match state {
