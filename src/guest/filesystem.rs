@@ -33,6 +33,15 @@ pub fn module_for(image: &Path) -> io::Result<Option<&'static str>> {
     Ok(found.map(|(module, ..)| *module))
 }
 
+/// What the module of a file system asks the kernel for at the mount, when there is nobody who could
+/// load it: FAT's character sets, as Linux has them unless told otherwise.
+pub fn companions(module: &str) -> &'static [&'static str] {
+    match module {
+        "vfat" => &["nls_cp437", "nls_ascii", "nls_iso8859-1", "nls_utf8"],
+        _ => &[],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,5 +57,11 @@ mod tests {
             std::fs::write(file.path(), &image[..image.len() - 1]).unwrap();
             assert_eq!(module_for(file.path()).unwrap(), None);
         }
+    }
+
+    #[test]
+    fn fat_comes_with_its_character_sets() {
+        assert!(companions("vfat").contains(&"nls_cp437"));
+        assert!(companions("ext4").is_empty());
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use arch::kernel::KernelImage;
 
 use super::busybox::{self, BusyboxError};
-use super::filesystem::module_for;
+use super::filesystem::{companions, module_for};
 use super::initramfs::{Initramfs, InitramfsError, Progress};
 use super::modules::{self, ModulesError, Resolved, Wanted};
 use crate::config::{Config, Guest, Root, Share, Spec, Transport};
@@ -153,7 +153,11 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     let pmem = files.filter_map(|pmem| module_for(&pmem.path_on_host).ok().flatten());
     // Without these two the agent's channel is a UART.
     let channel = [transport, "virtio_console"];
-    let comfort = COMFORT.into_iter().chain(clock).chain(pmem).chain(channel);
+    let pmem: Vec<_> = pmem.collect();
+    let systems = pmem.iter().chain(&required);
+    let companions: Vec<_> = systems.flat_map(|name| companions(name)).copied().collect();
+    let comfort = COMFORT.into_iter().chain(clock).chain(companions);
+    let comfort = comfort.chain(pmem).chain(channel);
     let comfort = comfort.map(wanted(false));
     Ok(comfort
         .chain(required.into_iter().map(wanted(true)))
@@ -226,5 +230,26 @@ mod tests {
         ];
         let list = "a ro /\nb ro /a\nc rw /a/b\nd ro /a-b\n";
         assert_eq!(share_list(&shares), list);
+    }
+
+    #[test]
+    fn a_fat_disk_brings_its_character_sets() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let mut fat = vec![0; 0x36];
+        fat.extend_from_slice(b"FAT16   ");
+        std::fs::write(image.path(), fat).unwrap();
+        let path = image.path().display();
+        let pmem = format!(r#""pmem":[{{"id":"p","path_on_host":"{path}"}}]"#);
+        let root = format!(
+            r#""drives":[{{"drive_id":"r","path_on_host":"{path}","is_root_device":true}}]"#
+        );
+        for (device, required) in [(pmem, false), (root, true)] {
+            let config = format!(r#"{{"boot-source":{{"kernel_image_path":"k"}},{device}}}"#);
+            let config: Config = serde_json::from_str(&config).unwrap();
+            let wanted = wanted(&config).unwrap();
+            let is = |name: &str| wanted.iter().find(|wanted| wanted.name == name);
+            assert_eq!(is("vfat").unwrap().required, required);
+            assert!(!is("nls_ascii").unwrap().required && is("nls_cp437").is_some());
+        }
     }
 }
