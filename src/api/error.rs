@@ -55,7 +55,9 @@ impl ApiError {
 
     /// As an answer.
     pub fn response(&self) -> Response {
-        let body = json!({ "fault_message": chain(self), "code": self.code() });
-        Response::json(400, body.to_string())
+        // In this order: some clients only look at the start.
+        let text = json!(chain(self));
+        let code = self.code();
+        Response::json(400, format!(r#"{{"fault_message":{text},"code":"{code}"}}"#))
     }
 }

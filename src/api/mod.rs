@@ -15,3 +15,10 @@ mod server;
 pub use counts::Counts;
 pub use http::MAX_BODY;
 pub use server::{ApiThread, ServerError};
+
+/// Every endpoint: method and path, in which a segment in braces stands for a name.
+pub fn endpoints() -> impl Iterator<Item = (&'static str, &'static str)> {
+    routes::ROUTES
+        .iter()
+        .map(|route| (route.method.name(), route.path))
+}

@@ -7,6 +7,7 @@ mod client;
 #[path = "../common/mod.rs"]
 mod common;
 mod configure;
+mod description;
 mod devices;
 mod http;
 mod lifecycle;

@@ -4,6 +4,9 @@
 //! lab, in which a boot takes about ten seconds; hence one boot checks several things where it can.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod api;
+#[path = "../api/client.rs"]
+mod client;
 #[path = "../common/mod.rs"]
 mod common;
 mod console;
@@ -11,6 +14,8 @@ mod disks;
 mod disks_fs;
 mod machine;
 mod memory;
+#[path = "../api/served.rs"]
+mod served;
 mod shares;
 mod vsock;
 mod watchdog;
