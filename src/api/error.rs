@@ -58,6 +58,9 @@ impl ApiError {
         // In this order: some clients only look at the start.
         let text = json!(chain(self));
         let code = self.code();
-        Response::json(400, format!(r#"{{"fault_message":{text},"code":"{code}"}}"#))
+        Response::json(
+            400,
+            format!(r#"{{"fault_message":{text},"code":"{code}"}}"#),
+        )
     }
 }
