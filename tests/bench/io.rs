@@ -83,15 +83,21 @@ pub struct Guest {
 
 impl Guest {
     fn start(payload: &str, append: &str, more: &[String]) -> Self {
-        let mut child = Command::new(bulle())
+        let mut command = Command::new(bulle());
+        command
             .args(["run", "--root", "none", "--cpus", "1", "--memory", "128M"])
             .args(["--append", append, "--kernel"])
             .arg(common::payload(payload))
-            .args(more)
+            .args(more);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("bulle runs");
+            .expect("the monitor runs");
         let lines = BufReader::new(child.stdout.take().unwrap());
         Self { child, lines }
     }

@@ -185,28 +185,36 @@ fn inherited(file: &File) -> RawFd {
     check(fd).unwrap()
 }
 
-fn guest(tap: &Tap, receive: bool, size: usize, count: usize, hertz: f64) -> Turn {
+/// A turn of a guest in bulle, or in the peer if it is named.
+fn guest(tap: &Tap, peer: bool, receive: bool, size: usize, count: usize) -> Option<Guest> {
     let op = if receive { "receive" } else { "send" };
     let append = format!("op={op} size={size} count={count}");
     let fd = inherited(&tap.file);
-    let net = ["--net".to_owned(), format!("fd={fd}")];
-    with_frames(tap, receive, size, || {
-        let mut guest = Guest::start("net_bench", &append, &net);
-        // SAFETY: made above, and nobody else here uses it.
-        drop(unsafe { OwnedFd::from_raw_fd(fd) });
-        let line = guest.line();
-        let numbers: Vec<f64> = line.split_whitespace().flat_map(str::parse).collect();
-        let [_, cycles, median, p99, kicks] = numbers[..] else {
-            panic!("the guest said {line:?}")
-        };
-        let times = [median, p99].map(|cycles| Duration::from_secs_f64(cycles / hertz));
-        Turn {
-            rate: count as f64 * hertz / cycles,
-            times: Some(times),
-            kicks: kicks / count as f64,
-            cpu: turns::vmm_time(&guest) / count as f64,
-        }
-    })
+    // SAFETY: just made, and nobody else here uses it.
+    let _close = unsafe { OwnedFd::from_raw_fd(fd) };
+    if !peer {
+        let net = ["--net".to_owned(), format!("fd={fd}")];
+        return Some(Guest::start("net_bench", &append, &net));
+    }
+    let netdev = format!("tap,id=net,fd={fd}");
+    let device = "virtio-net-device,netdev=net";
+    let more = ["-netdev", &netdev, "-device", device].map(str::to_owned);
+    turns::qemu("net_bench", &append, &more).map(Guest::spawn)
+}
+
+fn turn(mut guest: Guest, count: usize, hertz: f64) -> Turn {
+    let line = guest.line();
+    let numbers: Vec<f64> = line.split_whitespace().flat_map(str::parse).collect();
+    let [_, cycles, median, p99, kicks] = numbers[..] else {
+        panic!("the guest said {line:?}")
+    };
+    let times = [median, p99].map(|cycles| Duration::from_secs_f64(cycles / hertz));
+    Turn {
+        rate: count as f64 * hertz / cycles,
+        times: Some(times),
+        kicks: kicks / count as f64,
+        cpu: turns::vmm_time(guest.child.id()) / count as f64,
+    }
 }
 
 /// Measures and prints the table, where there is a tap to be had.
@@ -227,7 +235,12 @@ pub fn print(rounds: usize, hertz: f64) {
     ] {
         let count = if size == LONG { 5000 } else { 50_000 };
         let host = || host(&tap, receive, size, count);
-        let guest = || guest(&tap, receive, size, count, hertz);
-        turns::compare(name, size, rounds, host, guest);
+        let guest = |peer| {
+            with_frames(&tap, receive, size, || {
+                guest(&tap, peer, receive, size, count).map(|guest| turn(guest, count, hertz))
+            })
+        };
+        let own = || guest(false).expect("bulle is there");
+        turns::compare(name, size, rounds, host, own, || guest(true));
     }
 }

@@ -5,13 +5,17 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::turns::{self, Turn};
 use super::{Guest, middle};
 
 /// Bytes of the file that is read.
 const DATA: usize = 64 << 20;
+/// How long the peer's file server may take to start.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Files that are looked up.
 const FILES: usize = 1000;
 
@@ -24,23 +28,77 @@ fn prepare(dir: &Path) -> File {
     File::open(dir.join("data")).unwrap()
 }
 
-/// The guest's turn: `op` as its payload has it.
-fn guest(dir: &Path, op: &str, depth: usize, size: usize, count: usize, hertz: f64) -> Turn {
-    let append =
-        format!("op={op} depth={depth} size={size} count={count} bytes={DATA} files={FILES}");
-    let share = format!("path={},tag=bench", dir.display());
-    let mut guest = Guest::start("fs_bench", &append, &["--share".to_owned(), share]);
-    let line = guest.line();
-    let numbers: Vec<f64> = line.split_whitespace().flat_map(str::parse).collect();
-    let [_, cycles, median, p99, kicks] = numbers[..] else {
-        panic!("the guest said {line:?}")
-    };
-    let count = count as f64;
-    Turn {
-        rate: count * hertz / cycles,
-        times: Some([median, p99].map(|cycles| Duration::from_secs_f64(cycles / hertz))),
-        kicks: kicks / count,
-        cpu: turns::vmm_time(&guest) / count,
+/// What the guest does: `op` as its payload has it.
+#[derive(Clone, Copy)]
+struct Work {
+    op: &'static str,
+    depth: usize,
+    size: usize,
+    count: usize,
+}
+
+impl Work {
+    fn append(&self) -> String {
+        let Self {
+            op,
+            depth,
+            size,
+            count,
+        } = self;
+        format!("op={op} depth={depth} size={size} count={count} bytes={DATA} files={FILES}")
+    }
+
+    /// A turn, of which the file server alone is `server`, if it is a process of its own.
+    fn turn(&self, mut guest: Guest, server: Option<u32>, hertz: f64) -> Turn {
+        let line = guest.line();
+        let numbers: Vec<f64> = line.split_whitespace().flat_map(str::parse).collect();
+        let [_, cycles, median, p99, kicks] = numbers[..] else {
+            panic!("the guest said {line:?}")
+        };
+        let count = self.count as f64;
+        Turn {
+            rate: count * hertz / cycles,
+            times: Some([median, p99].map(|cycles| Duration::from_secs_f64(cycles / hertz))),
+            kicks: kicks / count,
+            cpu: turns::vmm_time(server.unwrap_or(guest.child.id())) / count,
+        }
+    }
+
+    fn bulle(&self, dir: &Path, hertz: f64) -> Turn {
+        let share = format!("path={},tag=bench", dir.display());
+        let more = ["--share".to_owned(), share];
+        self.turn(Guest::start("fs_bench", &self.append(), &more), None, hertz)
+    }
+
+    /// The same in QEMU with VIRTIOFSD, if both are named.
+    fn peer(&self, dir: &Path, hertz: f64) -> Option<Turn> {
+        let binary = std::env::var_os("VIRTIOFSD").filter(|value| !value.is_empty())?;
+        let socket = tempfile::tempdir().unwrap();
+        let socket = socket.path().join("socket");
+        let more = format!(
+            "-machine memory-backend=ram -object memory-backend-memfd,id=ram,size=128M,share=on \
+             -chardev socket,id=fs,path={} -device vhost-user-fs-device,chardev=fs,tag=bench,queue-size=1024",
+            socket.display()
+        );
+        let more: Vec<_> = more.split_whitespace().map(str::to_owned).collect();
+        let command = turns::qemu("fs_bench", &self.append(), &more)?;
+        let mut server = Command::new(binary);
+        server
+            .arg(format!("--socket-path={}", socket.display()))
+            .args(["-f", "-o", &format!("source={}", dir.display())])
+            .args(["-o", "cache=auto,sandbox=chroot", "--thread-pool-size=0"])
+            .stderr(Stdio::null());
+        let mut server = server.spawn().expect("VIRTIOFSD runs");
+        let begin = Instant::now();
+        while !socket.exists() {
+            assert!(begin.elapsed() < PATIENCE, "VIRTIOFSD has no socket");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let turn = self.turn(Guest::spawn(command), Some(server.id()), hertz);
+        // It ends by itself where QEMU does; this is for where it does not.
+        let _ = server.kill();
+        let _ = server.wait();
+        Some(turn)
     }
 }
 
@@ -72,8 +130,17 @@ pub fn print(rounds: usize, hertz: f64) {
             })
         };
         let count = enough(turn(200).rate);
-        let guest = || guest(dir.path(), "read", depth, size, count, hertz);
-        turns::compare(name, size, rounds, || turn(count), guest);
+        let work = Work {
+            op: "read",
+            depth,
+            size,
+            count,
+        };
+        let (own, peer) = (
+            || work.bulle(dir.path(), hertz),
+            || work.peer(dir.path(), hertz),
+        );
+        turns::compare(name, size, rounds, || turn(count), own, peer);
     }
     let by_name = |count| turns::host(count, |n| look_up(&names, &format!("f{}", n % FILES)));
     let attributes = |count| {
@@ -82,7 +149,7 @@ pub fn print(rounds: usize, hertz: f64) {
         })
     };
     type Host<'a> = &'a dyn Fn(usize) -> Turn;
-    let cases: [(&str, &str, usize, Host); 4] = [
+    let cases: [(&str, &'static str, usize, Host); 4] = [
         ("look-up of 1000 names, depth 1", "lookup", 1, &by_name),
         ("look-up of 1000 names, depth 16", "lookup", 16, &by_name),
         ("attributes of a file, depth 1", "getattr", 1, &attributes),
@@ -91,8 +158,17 @@ pub fn print(rounds: usize, hertz: f64) {
     for (name, op, depth, host) in cases {
         let probe = middle((0..3).map(|_| host(1000).rate).collect());
         let count = enough(probe / 8.0);
-        let guest = || guest(dir.path(), op, depth, 4096, count, hertz);
-        turns::compare(name, 0, rounds, || host(count), guest);
+        let work = Work {
+            op,
+            depth,
+            size: 4096,
+            count,
+        };
+        let (own, peer) = (
+            || work.bulle(dir.path(), hertz),
+            || work.peer(dir.path(), hertz),
+        );
+        turns::compare(name, 0, rounds, || host(count), own, peer);
     }
 }
 

@@ -2,14 +2,15 @@
 //!
 //! On the command line: `op=read` of pieces of the file `data` one behind the other, `op=lookup` of the
 //! files `f0` and on, or `op=getattr` of the file `data`; `depth=N` requests under way (1),
-//! `size=BYTES` of a piece (131072), `bytes=N` of `data`, `files=N`, `count=N` requests. Prints one line
+//! `size=BYTES` of a piece (131072), `bytes=N` of `data`, `files=N`, `count=N` requests,
+//! `windows=ADDRESS` of MMIO devices 512 bytes apart, where QEMU has them. Prints one line
 //! as [`Polled::print`] says, and waits to be ended.
 #![no_std]
 #![no_main]
 
 use payloads::polled::{MAX_COUNT, Polled};
 use payloads::virtio::queue::{NEXT, Queue, WRITE};
-use payloads::virtio::{Device, EVENT_IDX, devices};
+use payloads::virtio::{Device, EVENT_IDX, devices, windows};
 use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
@@ -167,7 +168,12 @@ impl Work {
 
 fn main(info: &StartInfo) -> u8 {
     let number = |key| info.option(key).and_then(|n| n.parse::<u64>().ok());
-    let Some(device) = devices().find(|device| device.id == ID) else {
+    let wanted = |device: &Device| device.id == ID;
+    let device = match number("windows") {
+        Some(start) => windows(start, 0x200).find(wanted),
+        None => devices().find(wanted),
+    };
+    let Some(device) = device else {
         println!("no share");
         return 2;
     };

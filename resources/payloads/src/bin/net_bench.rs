@@ -1,14 +1,15 @@
 //! Frames through the first network device, its queue polled, without interrupts.
 //!
 //! On the command line: `op=send` or `op=receive`, `count=N` frames, `size=BYTES` of each (64; more
-//! than 1514 is one that the host's kernel need not cut), `depth=N` buffers (64). Prints one line as
+//! than 1514 is one that the host's kernel need not cut), `depth=N` buffers (64),
+//! `windows=ADDRESS` of MMIO devices 512 bytes apart, where QEMU has them. Prints one line as
 //! [`Polled::print`] says, and waits to be ended.
 #![no_std]
 #![no_main]
 
 use payloads::polled::{MAX_COUNT, Polled};
 use payloads::virtio::queue::{NEXT, Queue, WRITE};
-use payloads::virtio::{Device, EVENT_IDX, devices};
+use payloads::virtio::{Device, EVENT_IDX, devices, windows};
 use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
@@ -73,7 +74,12 @@ fn start(device: &Device) -> [Queue; 2] {
 
 fn main(info: &StartInfo) -> u8 {
     let number = |key| info.option(key).and_then(|n| n.parse::<u64>().ok());
-    let Some(device) = devices().find(|device| device.id == ID) else {
+    let wanted = |device: &Device| device.id == ID;
+    let device = match number("windows") {
+        Some(start) => windows(start, 0x200).find(wanted),
+        None => devices().find(wanted),
+    };
+    let Some(device) = device else {
         println!("no network device");
         return 2;
     };
