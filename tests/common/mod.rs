@@ -344,6 +344,15 @@ impl Bulle {
         }
         bulle
     }
+    /// `bulle run` in a network of its own, where it may make interfaces.
+    pub fn in_a_network() -> Self {
+        let mut bulle = Bulle::run();
+        bulle.command = Command::new("unshare");
+        let own = ["--user", "--map-root-user", "--net", "--"];
+        bulle.command.args(own);
+        bulle.command.args([env!("CARGO_BIN_EXE_bulle"), "run"]);
+        bulle
+    }
     /// `bulle run --root none --kernel PAYLOAD`.
     pub fn payload(name: &str) -> Self {
         let path = payload(name);

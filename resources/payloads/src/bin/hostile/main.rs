@@ -19,7 +19,7 @@ use payloads::virtio::queue::Queue;
 use payloads::virtio::{Device, EVENT_IDX, INDIRECT_DESC, devices};
 use payloads::{println, start::StartInfo, tsc};
 
-use protocol::{fuse, ports, sockets};
+use protocol::{frames, fuse, ports, sockets};
 
 payloads::start!(main);
 
@@ -83,7 +83,7 @@ impl Attack<'_> {
 type Assault = fn(&mut Attack<'_>) -> bool;
 
 /// Each says whether what can be seen of the device at once is as it should be.
-const ASSAULTS: [(&str, Assault); 21] = [
+const ASSAULTS: [(&str, Assault); 24] = [
     ("registers", registers::every_value),
     ("frozen registers", registers::after_driver_ok),
     ("queues in odd places", registers::odd_places),
@@ -103,6 +103,9 @@ const ASSAULTS: [(&str, Assault); 21] = [
     ("ports", ports::streams),
     ("packets", sockets::packets),
     ("connections", sockets::connections),
+    ("frames", frames::storm),
+    ("tight buffers", frames::tight),
+    ("commands", frames::commands),
     ("configuration space", functions::configuration_space),
     ("MSI-X and BARs", functions::vectors_and_bars),
 ];

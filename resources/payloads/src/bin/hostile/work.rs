@@ -6,7 +6,7 @@ use payloads::virtio::disk::{self, Disk, IN, OUT};
 use payloads::virtio::queue::{Desc, Queue, WRITE};
 
 use super::protocol::fuse::{self, Share};
-use super::protocol::{ports, sockets};
+use super::protocol::{frames, ports, sockets};
 
 /// RAM that no attack uses.
 const BASE: u64 = 0x500_0000;
@@ -21,6 +21,7 @@ pub fn works(device: &Device) -> bool {
         ENTROPY => entropy_works(device),
         fuse::ID => Share::start(*device, BASE).is_some_and(|mut share| share.works()),
         ports::ID => ports::works(*device, BASE),
+        frames::ID => frames::works(*device, BASE),
         sockets::ID => sockets::works(*device, BASE),
         _ => device.start_all(BASE),
     }

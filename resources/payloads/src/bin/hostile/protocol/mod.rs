@@ -1,6 +1,7 @@
 //! What goes through the queues of devices that speak a protocol: requests, messages and packets
 //! that no driver would send.
 
+pub mod frames;
 pub mod fuse;
 pub mod ports;
 pub mod sockets;
