@@ -5,8 +5,8 @@ use serde::Deserialize;
 use super::error::ApiError;
 use super::http::Method::{self, Delete, Get, Patch, Put};
 use super::router::Input;
-use crate::config::{Drive, Pmem, Vsock};
-use crate::control::{Action, DriveUpdate, HintingStart, PmemUpdate, SnapshotLoad};
+use crate::config::{Drive, NetworkInterface, Pmem, Vsock};
+use crate::control::{Action, DriveUpdate, HintingStart, NetworkUpdate, PmemUpdate, SnapshotLoad};
 
 /// An endpoint.
 pub struct Route {
@@ -63,6 +63,16 @@ pub const ROUTES: &[Route] = &[
         Ok(Action::PatchPmem(input.named(|p: &PmemUpdate| &p.id)?))
     }),
     route(Delete, "/pmem/{id}", unplug),
+    route(Put, "/network-interfaces/{iface_id}", |input| {
+        let net = input.named(|n: &NetworkInterface| &n.iface_id)?;
+        Ok(Action::PutNetwork(Box::new(net)))
+    }),
+    route(Patch, "/network-interfaces/{iface_id}", |input| {
+        Ok(Action::PatchNetwork(
+            input.named(|n: &NetworkUpdate| &n.iface_id)?,
+        ))
+    }),
+    route(Delete, "/network-interfaces/{iface_id}", unplug),
     route(Put, "/entropy", |input| {
         Ok(Action::PutEntropy(input.parse()?))
     }),

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::config::{
-    Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics, Pmem,
-    RateLimiter, Serial, Vsock,
+    Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics,
+    NetworkInterface, Pmem, RateLimiter, Serial, Vsock,
 };
 
 /// One thing asked of a microVM.
@@ -34,6 +34,10 @@ pub enum Action {
     PutPmem(Pmem),
     /// Changes the limits of persistent memory.
     PatchPmem(PmemUpdate),
+    /// Adds a network interface, or replaces the one of that name.
+    PutNetwork(Box<NetworkInterface>),
+    /// Changes the limits of a network interface.
+    PatchNetwork(NetworkUpdate),
     /// Adds the entropy device.
     PutEntropy(Entropy),
     /// Adds the socket device.
@@ -94,6 +98,18 @@ pub struct DriveUpdate {
     pub path_on_host: Option<PathBuf>,
     /// New limits; a bucket that is absent stays.
     pub rate_limiter: Option<RateLimiter>,
+}
+
+/// What changes of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkUpdate {
+    /// Its name.
+    pub iface_id: String,
+    /// New limits of what the guest receives; a bucket that is absent stays.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// New limits of what it sends.
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// What changes of persistent memory.

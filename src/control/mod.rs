@@ -14,8 +14,8 @@ use std::time::Duration;
 
 pub use action::{
     Action, BalloonUpdate, DriveUpdate, HintingStart, LoadPages, MemoryBackend, MemoryBackendType,
-    MemoryHotplugUpdate, NetworkOverride, PmemUpdate, SnapshotCreate, SnapshotLoad, SnapshotType,
-    StatisticsUpdate, VsockOverride,
+    MemoryHotplugUpdate, NetworkOverride, NetworkUpdate, PmemUpdate, SnapshotCreate, SnapshotLoad,
+    SnapshotType, StatisticsUpdate, VsockOverride,
 };
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};

@@ -6,7 +6,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{Action, ActionError, Instance, Reply, SnapshotLoad};
-use crate::config::{self, BootSource, Config, Drive, Logger, MachineConfig, Spec, Transport};
+use crate::config::{
+    self, BootSource, Config, Drive, Logger, MachineConfig, NetworkInterface, Spec, Transport,
+};
 use crate::telemetry::{self, Metrics};
 
 /// RAM of a machine of which nobody says how much it has, as Firecracker has it.
@@ -90,6 +92,11 @@ impl Preboot {
                 let at = self.config.pmem.iter().position(|p| p.id == pmem.id);
                 self.device(|config| place(&mut config.pmem, at, pmem))
             }
+            Action::PutNetwork(net) => {
+                let same = |other: &NetworkInterface| other.iface_id == net.iface_id;
+                let at = self.config.network_interfaces.iter().position(same);
+                self.device(|config| place(&mut config.network_interfaces, at, *net))
+            }
             Action::PutEntropy(entropy) => self.device(|config| config.entropy = Some(entropy)),
             Action::PutVsock(vsock) => self.device(|config| config.vsock = Some(vsock)),
             Action::PutBalloon(balloon) => self.device(|config| config.balloon = Some(balloon)),
@@ -111,6 +118,7 @@ impl Preboot {
             | Action::Resume
             | Action::PatchDrive(_)
             | Action::PatchPmem(_)
+            | Action::PatchNetwork(_)
             | Action::PatchBalloon(_)
             | Action::GetBalloonStatistics
             | Action::PatchBalloonStatistics(_)
@@ -124,12 +132,18 @@ impl Preboot {
         }
     }
 
-    /// What is to be started.
+    /// What is to be started. Network interfaces have limiters that limit nothing where none were asked
+    /// for, so that limits can come later.
     pub fn spec(&self) -> Result<Spec, ActionError> {
         if !self.has_kernel {
             return Err(ActionError::NoKernel);
         }
-        Ok(self.config.clone().validate()?)
+        let mut config = self.config.clone();
+        for net in &mut config.network_interfaces {
+            net.rx_rate_limiter.get_or_insert_default();
+            net.tx_rate_limiter.get_or_insert_default();
+        }
+        Ok(config.validate()?)
     }
 
     /// Changes the log.

@@ -15,8 +15,8 @@ use crate::board::plan::limits;
 use crate::config::{Config, RateLimiter};
 use crate::control::{
     ActionError, BalloonStatistics, BalloonUpdate, DriveUpdate, HintingStart, HintingStatus,
-    MemoryHotplugStatus, MemoryHotplugUpdate, PmemUpdate, Reply, StatisticsUpdate, chain,
-    no_balloon,
+    MemoryHotplugStatus, MemoryHotplugUpdate, NetworkUpdate, PmemUpdate, Reply, StatisticsUpdate,
+    chain, no_balloon,
 };
 use crate::telemetry::Figures;
 use crate::vm::Vm;
@@ -99,6 +99,52 @@ fn merge(limits: &mut RateLimiter, update: &RateLimiter) {
     if let Some(bucket) = update.ops {
         limits.ops = Some(bucket).filter(limited);
     }
+}
+
+/// Changes the limits of a network interface.
+pub fn network(
+    devices: &Devices,
+    config: &mut Config,
+    update: &NetworkUpdate,
+) -> Result<Reply, ActionError> {
+    let id = &update.iface_id;
+    let handle = devices
+        .list()
+        .iter()
+        .find_map(|device| match &device.handle {
+            DeviceHandle::Net(handle) if device.id == *id => Some(handle),
+            _ => None,
+        });
+    let mut all = config.network_interfaces.iter_mut();
+    let (Some(net), Some(handle)) = (all.find(|net| net.iface_id == *id), handle) else {
+        return Err(no_device("network", id));
+    };
+    let [rx, tx] = handle.limiters();
+    let directions = [
+        (&update.rx_rate_limiter, &mut net.rx_rate_limiter, rx),
+        (&update.tx_rate_limiter, &mut net.tx_rate_limiter, tx),
+    ];
+    // Both are looked at before either changes.
+    let mut todo = Vec::new();
+    for (update, present, limiter) in directions {
+        let (Some(update), Some(limiter)) = (update, limiter) else {
+            continue;
+        };
+        let limits = present.clone().unwrap_or_default();
+        todo.push((changes(id, &limits, update)?, update, present, limiter));
+    }
+    if todo.is_empty() {
+        return Err(ActionError::NothingToChange {
+            kind: "network",
+            id: id.clone(),
+        });
+    }
+    for (changes, update, present, limiter) in todo {
+        limiter.update(changes);
+        merge(present.get_or_insert_default(), update);
+    }
+    handle.limits_changed().map_err(|error| failed(&error))?;
+    Ok(Reply::Done)
 }
 
 /// Persistent memory has no limits.

@@ -157,6 +157,7 @@ impl Runtime {
                 false => Err(ActionError::Keyboard),
             },
             Action::PatchDrive(update) => commands::drive(devices, config, update),
+            Action::PatchNetwork(update) => commands::network(devices, config, update),
             Action::PatchPmem(update) => commands::pmem(config, update),
             Action::GetBalloon => match config.balloon {
                 Some(balloon) => Ok(Reply::Balloon(balloon)),
@@ -186,6 +187,7 @@ impl Runtime {
             | Action::PutBootSource(_)
             | Action::PutDrive(_)
             | Action::PutPmem(_)
+            | Action::PutNetwork(_)
             | Action::PutEntropy(_)
             | Action::PutVsock(_)
             | Action::PutSerial(_)

@@ -1,8 +1,11 @@
 //! Devices: configured before the start, commanded after it.
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::{Value, json};
 
 use crate::served::Served;
@@ -227,6 +230,68 @@ fn memory_is_plugged_by_request() {
         "plugged_size_mib": 0, "requested_size_mib": 8,
     });
     assert_eq!(vm.get("/hotplug/memory").value(), expected);
+}
+
+#[test]
+fn network_interfaces_are_configured_and_their_limits_changed() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    let mut vm = Served::payload("serial_echo");
+    let path = "/network-interfaces/eth0";
+    let net = |more: Value| {
+        let mut body = json!({ "iface_id": "eth0", "mode": "fd", "fd": theirs.as_raw_fd() });
+        let body = body.as_object_mut().unwrap();
+        body.extend(more.as_object().unwrap().clone());
+        Value::from(body.clone())
+    };
+    vm.put(path, json!({ "iface_id": "eth0" }))
+        .refused(&["host_dev_name"]);
+    vm.put(path, json!({ "iface_id": "eth1", "host_dev_name": "tap0" }))
+        .refused(&["does not match"]);
+    vm.put(path, net(json!({ "guest_mac": "AA:FC" })))
+        .refused(&["AA:FC"]);
+    vm.put(path, net(json!({ "mtu": 60 })))
+        .refused(&["MTU of 60"]);
+    vm.patch(path, json!({ "iface_id": "eth0" }))
+        .refused(&[BEFORE]);
+    vm.client.ask("DELETE", path, "").refused(&[BEFORE]);
+    vm.put(
+        path,
+        json!({ "iface_id": "eth0", "host_dev_name": "bulle-gone0" }),
+    )
+    .done();
+    vm.action("InstanceStart")
+        .refused(&["Start microvm error", "bulle-gone0"]);
+    let mac = "AA:FC:00:00:00:01";
+    vm.put(path, net(json!({ "guest_mac": mac, "mtu": 1400 })))
+        .done();
+    let other = json!({ "iface_id": "eth1", "host_dev_name": "tap0", "guest_mac": mac });
+    vm.put("/network-interfaces/eth1", other).refused(&[mac]);
+    let mut vm = vm.start().wait_for("ready");
+    vm.put(path, net(json!({}))).refused(&[AFTER]);
+    vm.patch(path, json!({ "iface_id": "eth0" }))
+        .refused(&["nothing is to change"]);
+    vm.patch("/network-interfaces/x", json!({ "iface_id": "x" }))
+        .refused(&["Device not found", "'x'"]);
+    let bucket = json!({ "size": 1000, "refill_time": 100, "one_time_burst": 0 });
+    let limits = json!({ "bandwidth": bucket, "ops": bucket });
+    vm.patch(
+        path,
+        json!({ "iface_id": "eth0", "rx_rate_limiter": limits }),
+    )
+    .done();
+    let off = json!({ "ops": { "size": 0, "refill_time": 0 } });
+    vm.patch(
+        path,
+        json!({ "iface_id": "eth0", "rx_rate_limiter": off, "tx_rate_limiter": limits }),
+    )
+    .done();
+    let config = vm.get("/vm/config").value()["network-interfaces"][0].clone();
+    assert_eq!(config["rx_rate_limiter"], json!({ "bandwidth": bucket }));
+    assert_eq!(config["tx_rate_limiter"], limits);
+    vm.types("\n");
+    vm.finish().exits(0);
+    drop(ours);
 }
 
 #[test]
