@@ -34,9 +34,10 @@ bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths), and I
 	@$(MAKE) --no-print-directory build
 	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench io
 
-install: build ## Install the binary below PREFIX (/usr/local), and a link of the name firecracker
+install: build ## Install the binary below PREFIX (/usr/local), and links of the names firecracker and jailer
 	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle
 	ln -sf bulle $(DESTDIR)$(PREFIX)/bin/firecracker
+	ln -sf bulle $(DESTDIR)$(PREFIX)/bin/jailer
 
 setup: ## Install what is missing for all of these
 	@tests/setup all

@@ -122,7 +122,8 @@ impl Absent {
     }
 }
 
-fn parse_id(text: &str) -> Result<String, String> {
+/// A microVM's name.
+pub fn parse_id(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_alphanumeric() || c == '-';
     if text.is_empty() || text.chars().count() > MAX_ID || !text.chars().all(allowed) {
         return Err(format!("give 1 to {MAX_ID} letters, digits and '-'"));

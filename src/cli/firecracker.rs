@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -12,9 +11,9 @@ use super::chain;
 use crate::telemetry::tell;
 
 /// The name.
-const NAME: &str = "firecracker";
+pub const NAME: &str = "firecracker";
 /// Version of Firecracker whose API is served.
-const VERSION: &str = "1.16.0";
+pub const VERSION: &str = "1.16.0";
 /// Anything else went wrong.
 const CODE_GENERIC: u8 = 1;
 /// The configuration is not valid.
@@ -30,14 +29,6 @@ struct Firecracker {
     /// Print the version of the API that is served, and end
     #[arg(long)]
     version: bool,
-}
-
-/// Whether the process was started under that name.
-pub fn is_called(arguments: &[OsString]) -> bool {
-    let name = arguments
-        .first()
-        .and_then(|name| Path::new(name).file_name());
-    name.is_some_and(|name| name == NAME)
 }
 
 /// Does what `arguments` say.

@@ -4,11 +4,14 @@ mod api;
 mod caller;
 mod devices;
 mod firecracker;
+mod jailer;
 mod kernel;
 mod memory;
 mod run;
 mod share;
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -39,8 +42,11 @@ enum Command {
 pub fn main() -> ExitCode {
     session::end_on_panic();
     let arguments: Vec<_> = std::env::args_os().collect();
-    if firecracker::is_called(&arguments) {
+    if is_called(&arguments, firecracker::NAME) {
         return firecracker::main(arguments);
+    }
+    if is_called(&arguments, jailer::NAME) {
+        return jailer::main(arguments);
     }
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
@@ -54,6 +60,12 @@ pub fn main() -> ExitCode {
         tell(chain(&error));
         CODE_FAILURE
     }))
+}
+
+/// Whether the process was started under that name.
+fn is_called(arguments: &[OsString], name: &str) -> bool {
+    let own = arguments.first().and_then(|own| Path::new(own).file_name());
+    own.is_some_and(|own| own == name)
 }
 
 /// Help as asked for, or what is wrong with the arguments.

@@ -1,3 +1,4 @@
 //! Confinement of bulle's own process and threads.
 
+pub mod jail;
 pub mod thread;

@@ -10,6 +10,7 @@ mod configure;
 mod description;
 mod devices;
 mod http;
+mod jailer;
 mod lifecycle;
 mod served;
 mod telemetry;
