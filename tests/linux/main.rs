@@ -14,6 +14,7 @@ mod disks;
 mod disks_fs;
 mod machine;
 mod memory;
+mod net;
 #[path = "../api/served.rs"]
 mod served;
 mod shares;
@@ -63,7 +64,7 @@ fn one_processor(flavour: &str) {
     let script =
         "echo release $(uname -r); echo cpus $(nproc); echo time $(date +%s); echo cwd $(pwd);
         echo env $GREETING; echo pid1 $(cat /proc/1/comm); echo name $(uname -n);
-        echo to stderr >&2; exit 37";
+        echo nets $(ls /sys/class/net); echo to stderr >&2; exit 37";
     let options = ["--env", "GREETING=hello there", "--cwd", "/proc"];
     let outcome = shell(flavour, &options, script).exits(37);
     let release = kernel(flavour)
@@ -79,6 +80,8 @@ fn one_processor(flavour: &str) {
     assert_eq!(outcome.value("cwd"), "/proc");
     assert_eq!(outcome.value("env"), "hello there");
     assert_eq!(outcome.value("name"), "bulle");
+    // Nobody asked for a network.
+    assert_eq!(outcome.value("nets"), "lo");
     let time: u64 = outcome.value("time").parse().unwrap();
     assert!(
         (before - 1..=now() + 1).contains(&time),
@@ -86,7 +89,7 @@ fn one_processor(flavour: &str) {
         now()
     );
     // Nothing but the command's own: no kernel messages, no carriage returns.
-    assert_eq!(outcome.stdout.lines().count(), 7, "{outcome:#?}");
+    assert_eq!(outcome.stdout.lines().count(), 8, "{outcome:#?}");
     assert_eq!(outcome.stderr, "to stderr\n");
     assert!(!outcome.stdout.contains('\r'), "{outcome:#?}");
 }
