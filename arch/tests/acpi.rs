@@ -6,6 +6,8 @@
     reason = "helpers of tests are not marked as tests"
 )]
 
+mod facts;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -17,55 +19,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 fn facts(vcpus: u32, irqchip: IrqchipMode) -> AcpiFacts {
     AcpiFacts {
-        apic_ids: (0..vcpus).collect(),
-        irqchip,
-        serial: vec![
-            PortDevice {
-                port: 0x3f8,
-                irq: Some(4),
-            },
-            PortDevice {
-                port: 0x2f8,
-                irq: Some(3),
-            },
-        ],
-        keyboard: Some(PortDevice {
-            port: 0x60,
-            irq: Some(1),
-        }),
-        rtc: Some(PortDevice {
-            port: 0x70,
-            irq: Some(8),
-        }),
-        pvpanic: Some(0x505),
-        power: PowerFacts {
-            port: 0x600,
-            irq: 9,
-        },
-        virtio: (0..10u32)
-            .map(|n| MmioDevice {
-                base: 0xd000_0000 + u64::from(n) * 0x1000,
-                size: 0x1000,
-                irq: 10 + n,
-            })
-            .collect(),
-        pci: Some(PciHost {
-            ecam: Window {
-                base: 0xe000_0000,
-                size: 0x10_0000,
-            },
-            memory: Window {
-                base: 0xe800_0000,
-                size: 0x800_0000,
-            },
-            lines: [16, 17, 18, 19],
-        }),
+        pci: Some(facts::PCI),
         watchdog: Some(WatchdogFacts {
             port: 0x610,
             period_ms: 100,
             min_count: 1,
             max_count: 6000,
         }),
+        ..facts::facts(0..vcpus, irqchip, (10, 10))
     }
 }
 

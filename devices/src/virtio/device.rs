@@ -94,6 +94,17 @@ pub struct Source {
     pub writable: bool,
 }
 
+impl Source {
+    /// Waits until `fd` is readable.
+    pub const fn readable(token: u32, fd: RawFd) -> Self {
+        Self {
+            token,
+            fd,
+            writable: false,
+        }
+    }
+}
+
 /// A virtio device: its semantics only.
 ///
 /// All calls but [`traits`](Self::traits) and [`config`](Self::config) are made by the thread that

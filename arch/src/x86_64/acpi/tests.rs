@@ -1,44 +1,13 @@
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
-use crate::layout::{LAPIC_START, POWER_PORT, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START};
+use crate::layout::LAPIC_START;
+
+#[path = "../../../tests/facts/mod.rs"]
+mod machine;
 
 fn facts(apic_ids: impl IntoIterator<Item = u32>, irqchip: IrqchipMode) -> AcpiFacts {
-    let virtio = |number: u64| MmioDevice {
-        base: VIRTIO_MMIO_START + number * VIRTIO_MMIO_SIZE,
-        size: VIRTIO_MMIO_SIZE,
-        irq: 5 + u32::try_from(number).unwrap(),
-    };
-    AcpiFacts {
-        apic_ids: apic_ids.into_iter().collect(),
-        irqchip,
-        serial: vec![
-            PortDevice {
-                port: 0x3f8,
-                irq: Some(4),
-            },
-            PortDevice {
-                port: 0x2f8,
-                irq: Some(3),
-            },
-        ],
-        keyboard: Some(PortDevice {
-            port: 0x60,
-            irq: Some(1),
-        }),
-        rtc: Some(PortDevice {
-            port: 0x70,
-            irq: Some(8),
-        }),
-        pvpanic: Some(0x505),
-        power: PowerFacts {
-            port: POWER_PORT,
-            irq: 9,
-        },
-        virtio: (0..2).map(virtio).collect(),
-        pci: None,
-        watchdog: None,
-    }
+    machine::facts(apic_ids, irqchip, (2, 5))
 }
 
 /// A guest with its tables.
@@ -316,17 +285,7 @@ fn a_watchdog_says_which_register_does_what() {
 #[test]
 fn a_pci_host_bridge() {
     let mut facts = facts([0], IrqchipMode::Split);
-    facts.pci = Some(PciHost {
-        ecam: Window {
-            base: 0xe000_0000,
-            size: 0x10_0000,
-        },
-        memory: Window {
-            base: 0xe800_0000,
-            size: 0x800_0000,
-        },
-        lines: [16, 17, 18, 19],
-    });
+    facts.pci = Some(machine::PCI);
     let guest = Guest::with(&facts).unwrap();
     let xsdt = guest.table(u64_at(&guest.read(RSDP_START, 36), 24), b"XSDT");
     assert_eq!(xsdt.len(), 36 + 3 * 8);

@@ -512,14 +512,9 @@ impl VirtioDevice for Balloon {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let source = |token, fd| Source {
-            token,
-            fd,
-            writable: false,
-        };
         vec![
-            source(TIMER, self.timer.as_raw_fd()),
-            source(WAKE, self.wake.as_raw_fd()),
+            Source::readable(TIMER, self.timer.as_raw_fd()),
+            Source::readable(WAKE, self.wake.as_raw_fd()),
         ]
     }
 

@@ -472,8 +472,8 @@ impl VirtioDevice for Block {
         let timer = self
             .timer
             .as_ref()
-            .map(|timer| source(TIMER, timer.as_raw_fd()));
-        let wake = source(WAKE, self.wake.as_raw_fd());
+            .map(|timer| Source::readable(TIMER, timer.as_raw_fd()));
+        let wake = Source::readable(WAKE, self.wake.as_raw_fd());
         timer.into_iter().chain([wake]).collect()
     }
 

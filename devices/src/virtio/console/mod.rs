@@ -482,11 +482,7 @@ impl VirtioDevice for Console {
     }
 
     fn sources(&self) -> Vec<Source> {
-        vec![Source {
-            token: 0,
-            fd: self.poller.fd(),
-            writable: false,
-        }]
+        vec![Source::readable(0, self.poller.fd())]
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {

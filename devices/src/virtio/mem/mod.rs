@@ -427,11 +427,7 @@ impl VirtioDevice for Mem {
     }
 
     fn sources(&self) -> Vec<Source> {
-        vec![Source {
-            token: WAKE,
-            fd: self.wake.as_raw_fd(),
-            writable: false,
-        }]
+        vec![Source::readable(WAKE, self.wake.as_raw_fd())]
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {

@@ -433,17 +433,14 @@ impl VirtioDevice for Net {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let source = |token, fd| Source {
-            token,
-            fd,
-            writable: false,
-        };
         let pairs = (0..self.rx.len()).filter_map(|pair| Some((pair, self.backend.fd(pair)?)));
-        let mut sources: Vec<_> = pairs.map(|(pair, fd)| source(pair as u32, fd)).collect();
-        sources.push(source(TIMER, self.timer.as_raw_fd()));
-        sources.push(source(WAKE, self.wake.as_raw_fd()));
+        let mut sources: Vec<_> = pairs
+            .map(|(pair, fd)| Source::readable(pair as u32, fd))
+            .collect();
+        sources.push(Source::readable(TIMER, self.timer.as_raw_fd()));
+        sources.push(Source::readable(WAKE, self.wake.as_raw_fd()));
         let writable = self.backend.writable_fd();
-        sources.extend(writable.map(|fd| source(WRITABLE, fd)));
+        sources.extend(writable.map(|fd| Source::readable(WRITABLE, fd)));
         sources
     }
 

@@ -266,11 +266,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn sources(&self) -> Vec<Source> {
-        vec![Source {
-            token: 0,
-            fd: self.mux.poller.fd(),
-            writable: false,
-        }]
+        vec![Source::readable(0, self.mux.poller.fd())]
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
