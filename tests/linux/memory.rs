@@ -1,6 +1,7 @@
 //! Balloon, pmem and hot-pluggable memory with Debian's own drivers, on both transports.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -167,6 +168,91 @@ fn persistent_memory_is_a_disk_whose_data_is_in_the_file() {
         assert_eq!(content.len(), 4 << 20);
         assert!(content.chunks(6).all(|line| b"hello\n".starts_with(line)));
     }
+}
+
+/// The host's pool of reserved 2 MiB pages, as it was before once the test is over.
+struct Pool(u64);
+
+impl Pool {
+    const PATH: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+    fn read(name: &str) -> u64 {
+        let text = fs::read_to_string(Path::new(Self::PATH).join(name));
+        text.unwrap().trim().parse().unwrap()
+    }
+
+    fn of(pages: u64) -> Self {
+        let before = Self::read("nr_hugepages");
+        fs::write(
+            Path::new(Self::PATH).join("nr_hugepages"),
+            pages.to_string(),
+        )
+        .unwrap();
+        assert_eq!(
+            Self::read("nr_hugepages"),
+            pages,
+            "no room for reserved pages"
+        );
+        Self(before)
+    }
+
+    /// Pages that nobody has, nor was promised.
+    fn free() -> u64 {
+        Self::read("free_hugepages") - Self::read("resv_hugepages")
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let path = Path::new(Self::PATH).join("nr_hugepages");
+        let _ = fs::write(path, self.0.to_string());
+    }
+}
+
+/// 256 MiB of RAM and up to 128 MiB to be plugged, all of reserved pages: a balloon of 128 MiB gives
+/// whole pages back to the pool, plugged blocks take some, and the pool has all of them at the end.
+#[test]
+fn reserved_pages_go_back_to_their_pool_and_are_plugged() {
+    let pool = Pool::of(256);
+    let script = "total() { awk '/MemTotal/ { print $2 }' /proc/meminfo; }
+        until [ $(awk '/balloon_inflate/ { print $2 }' /proc/vmstat) -ge 32768 ]; do sleep 0.5; done
+        echo total $(total); sleep 5; echo inflated; sleep 3
+        mkdir -p /m; mount -t tmpfs -o size=150M none /m
+        fallocate -l 104857600 /m/big && md5sum </m/big; rm /m/big; echo used; sleep 5";
+    for (flavour, transport) in WAYS {
+        let list = "total=128M,requested=128M";
+        let options = [
+            "--memory",
+            "256M",
+            "--huge-pages",
+            "2M",
+            "--log",
+            "debug",
+            "--balloon",
+            "size=128M",
+            "--hotplug-memory",
+            list,
+        ];
+        let options = [&options, transport].concat();
+        let running = linux(flavour, &options, script)
+            .start()
+            .wait_for("inflated");
+        // 128 of 256 are the machine's, 64 may be plugged, and most of the balloon's came back.
+        let free = Pool::free();
+        assert!((64 + 16..=256).contains(&free), "{free} pages");
+        let outcome = running.finish().exits(0);
+        println!(
+            "{flavour}: {free} of 256 pages were free, {}",
+            outcome.value("total")
+        );
+        let digest = "2f282b84e7e608d5852449ed940bfc51";
+        assert!(outcome.stdout.contains(digest), "{outcome:#?}");
+        assert_eq!(logged(&outcome, "plugged"), 128 * MIB);
+        assert!(logged(&outcome, "discarded") >= 32 * MIB, "{outcome:#?}");
+        assert_eq!(logged(&outcome, "refused"), 0);
+        assert_eq!(Pool::free(), 256);
+    }
+    drop(pool);
 }
 
 /// More than the machine's own RAM can hold, in memory that was plugged.

@@ -54,13 +54,15 @@ fn an_interrupt_that_cannot_be_masked_makes_a_kernel_panic_that_is_told_to() {
     let script = "sysctl -w kernel.unknown_nmi_panic=1 kernel.panic=-1
         watchdog -t 1 -T 3 /dev/watchdog; sleep 1; kill -STOP $(pidof watchdog)
         sleep 100";
-    let outcome = Bulle::run()
-        .patience(PATIENCE)
-        .timeout("140s")
-        .arg("--kernel")
-        .arg(debian_kernel("cloud-amd64"))
-        .arg("--watchdog=action=nmi")
-        .command(["sh", "-ec", script])
-        .outcome();
-    outcome.exits(121).complains("did not feed its watchdog");
+    for irqchip in ["split", "kernel"] {
+        let outcome = Bulle::run()
+            .patience(PATIENCE)
+            .timeout("140s")
+            .arg("--kernel")
+            .arg(debian_kernel("cloud-amd64"))
+            .args(["--watchdog=action=nmi", "--irqchip", irqchip])
+            .command(["sh", "-ec", script])
+            .outcome();
+        outcome.exits(121).complains("did not feed its watchdog");
+    }
 }
