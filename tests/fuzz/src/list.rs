@@ -2,7 +2,7 @@
 
 use bulle::config::{
     Balloon, Config, Drive, MemoryHotplug, Pmem, Port, RateLimiter, Rtc, Share, Vsock, Watchdog,
-    parse_list,
+    parse_list, parse_net,
 };
 
 /// What a configuration needs besides.
@@ -35,6 +35,11 @@ pub fn run(data: &[u8]) {
     check(&|config| {
         config.shares.extend(parse_list::<Share>(text));
         !config.shares.is_empty()
+    });
+    check(&|config| {
+        let network = parse_net(text).ok().flatten();
+        config.network_interfaces.extend(network);
+        !config.network_interfaces.is_empty()
     });
     check(&|config| {
         config.ports.extend(Port::parse(text));

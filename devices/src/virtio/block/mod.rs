@@ -18,7 +18,7 @@ mod uring;
 pub(super) mod tests;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -298,7 +298,7 @@ impl Block {
             Some(timer) => timer,
             none => {
                 let timer = none.insert(TimerFd::new().map_err(failed)?);
-                io.watch(source(TIMER, timer.as_raw_fd()));
+                io.watch(Source::readable(TIMER, timer.as_raw_fd()));
                 timer
             }
         };
@@ -350,7 +350,7 @@ impl Block {
             Engine::Uring(rings) => {
                 let uring = |error| host_error("use io_uring", error);
                 if let Some(fd) = rings.make(queue, &self.disk).map_err(uring)? {
-                    io.watch(source(queue as u32, fd));
+                    io.watch(Source::readable(queue as u32, fd));
                 }
                 if let Some(ring) = rings.get_mut(queue) {
                     return ring.push(task).map_err(uring);
@@ -419,14 +419,6 @@ fn writes_through(cache: Cache, has: impl Fn(u32) -> bool, writeback: bool) -> b
     let chooses = has(VIRTIO_BLK_F_CONFIG_WCE);
     let cached = has(VIRTIO_BLK_F_FLUSH) && (!chooses || writeback);
     cache != Cache::Unsafe && !cached
-}
-
-fn source(token: u32, fd: RawFd) -> Source {
-    Source {
-        token,
-        fd,
-        writable: false,
-    }
 }
 
 fn host_error(what: &'static str, source: io::Error) -> DeviceError {
