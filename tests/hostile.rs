@@ -53,6 +53,8 @@ struct Footprint {
     rss: u64,
     descriptors: usize,
     threads: usize,
+    /// Of these, io_uring's, which come and go with rings.
+    workers: usize,
 }
 
 impl Footprint {
@@ -73,11 +75,22 @@ impl Footprint {
                 _ => {}
             }
         }
+        let tasks = fs::read_dir(proc.join("task")).ok()?.flatten();
+        let names = tasks.map(|task| fs::read_to_string(task.path().join("comm")));
+        let workers = names.flatten().filter(|name| name.starts_with("iou-"));
         Some(Self {
+            workers: workers.count(),
             rss,
             descriptors: count("fd")?,
             threads: count("task")?,
         })
+    }
+}
+
+impl Footprint {
+    /// Threads that bulle made.
+    fn own(&self) -> usize {
+        self.threads.saturating_sub(self.workers)
     }
 }
 
@@ -91,7 +104,7 @@ fn watch(mut running: Running) -> (Outcome, Footprint) {
         std::thread::sleep(Duration::from_millis(100));
         seen += &running.more_output();
         let rests = seen.contains("at rest");
-        let Some(now) = Footprint::of(&running).filter(|now| now.threads >= before.threads) else {
+        let Some(now) = Footprint::of(&running).filter(|now| now.own() >= before.own()) else {
             continue; // it is about to end
         };
         let (rss, descriptors) = match rests {
