@@ -106,7 +106,7 @@ pub trait VirtioDevice: Send {
     /// The part of the device that vCPU threads see.
     fn config(&self) -> Arc<dyn ConfigSpace>;
 
-    /// Host file descriptors to wait for while running. Constant.
+    /// Host file descriptors to wait for from the start, besides those of [`Io::watch`]. Constant.
     fn sources(&self) -> Vec<Source> {
         Vec::new()
     }

@@ -15,7 +15,7 @@ use vm_memory::bitmap::BS;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
 
 use super::GuestRam;
-use super::device::{ChainFault, DeviceError};
+use super::device::{ChainFault, DeviceError, Source};
 
 /// Most descriptors of a chain, where the queue itself is smaller; indirect tables may be longer
 /// than the queue in practice. The same as the host's limit on vectored I/O.
@@ -43,6 +43,16 @@ pub struct Chain {
 }
 
 impl Chain {
+    #[cfg(test)]
+    pub(super) fn without_buffers(head: u16) -> Self {
+        Self {
+            queue: 0,
+            head,
+            segments: Vec::new(),
+            readable: 0,
+        }
+    }
+
     /// Index of the queue it came from.
     pub fn queue(&self) -> usize {
         self.queue
@@ -95,8 +105,14 @@ pub fn for_slices<'m>(
         }
         let error = || DeviceError::memory(segment.addr, size);
         let addr = segment.addr.0.checked_add(offset).ok_or_else(error)?;
-        for slice in GuestMemoryBackend::get_slices(ram, GuestAddress(addr), count as usize) {
-            f(slice.map_err(|_| error())?)?;
+        let (addr, len_here) = (GuestAddress(addr), count as usize);
+        // All but few buffers lie in one piece of RAM.
+        if let Ok(slice) = GuestMemoryBackend::get_slice(ram, addr, len_here) {
+            f(slice)?;
+        } else {
+            for slice in GuestMemoryBackend::get_slices(ram, addr, len_here) {
+                f(slice.map_err(|_| error())?)?;
+            }
         }
         (offset, len, done) = (0, len - count, done + count);
     }
@@ -347,6 +363,15 @@ fn collect(
     ends.map(|()| readable)
 }
 
+/// What a device wants to wait for otherwise than before.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Change {
+    /// A source, by its token, or no more.
+    Arm(u32, bool),
+    /// A new one.
+    Watch(Source),
+}
+
 /// What a running device may do: take chains, give them back used, and look at guest RAM.
 #[derive(Debug)]
 pub struct Io<'a> {
@@ -354,7 +379,7 @@ pub struct Io<'a> {
     pub(super) features: u64,
     pub(super) queues: &'a mut [Option<ActiveQueue>],
     pub(super) config_changed: &'a mut bool,
-    pub(super) armed: &'a mut Vec<(u32, bool)>,
+    pub(super) changes: &'a mut Vec<Change>,
 }
 
 impl<'a> Io<'a> {
@@ -455,7 +480,12 @@ impl<'a> Io<'a> {
 
     /// Waits for source `token` from now on, or no more.
     pub fn arm(&mut self, token: u32, on: bool) {
-        self.armed.push((token, on));
+        self.changes.push(Change::Arm(token, on));
+    }
+
+    /// Waits for one source more, until the queues leave.
+    pub fn watch(&mut self, source: Source) {
+        self.changes.push(Change::Watch(source));
     }
 }
 

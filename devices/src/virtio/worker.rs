@@ -7,6 +7,7 @@
 //! Kicks are edge-triggered, so their eventfds are never read and a kick costs no system call
 //! more. A guest that never stops feeding a queue gets one turn of queue-size chains at a time.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{
@@ -20,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::core::QueueCfg;
 use super::device::{DeviceError, DeviceState, Source, VirtioDevice};
-use super::io::{ActiveQueue, Io, Next};
+use super::io::{ActiveQueue, Change, Io, Next};
 use super::notifier::Notifier;
 use super::{GuestRam, Memory};
 use crate::lock;
@@ -97,7 +98,7 @@ pub struct Worker {
     sources: Vec<Source>,
     failed: bool,
     refused: Option<event_manager::Error>,
-    armed: Vec<(u32, bool)>,
+    changes: Vec<Change>,
 }
 
 enum Turn {
@@ -131,7 +132,7 @@ impl Worker {
             queues,
             failed: false,
             refused: None,
-            armed: Vec::new(),
+            changes: Vec::new(),
         })
     }
 
@@ -197,7 +198,7 @@ impl Worker {
             features: self.start.features,
             queues: &mut self.queues,
             config_changed,
-            armed: &mut self.armed,
+            changes: &mut self.changes,
         };
         match turn {
             Turn::Queue(index) if io.ready(index) => self.device.on_queue(index, &mut io)?,
@@ -233,7 +234,7 @@ impl Worker {
                     features: self.start.features,
                     queues: &mut self.queues,
                     config_changed,
-                    armed: &mut self.armed,
+                    changes: &mut self.changes,
                 };
                 self.device.on_queue(index, &mut io)?;
             }
@@ -303,13 +304,28 @@ impl Worker {
         Ok(())
     }
 
-    fn apply_armed(&mut self, ops: &mut EventOps<'_>) {
-        for (token, on) in self.armed.drain(..) {
-            let source = self.sources.iter().find(|s| s.token == token);
-            // A registered file descriptor can only fail to change if the kernel is out of
-            // memory; the event then comes as before.
-            if let Some(Err(error)) = source.map(|s| ops.modify(Self::events(s, on))) {
-                log::warn!("cannot change what a virtio device waits for: {error}");
+    fn apply_changes(&mut self, ops: &mut EventOps<'_>) {
+        for change in self.changes.drain(..) {
+            match change {
+                Change::Arm(token, on) => {
+                    let source = self.sources.iter().find(|s| s.token == token);
+                    // A registered file descriptor can only fail to change if the kernel is out of
+                    // memory; the event then comes as before.
+                    if let Some(Err(error)) = source.map(|s| ops.modify(Self::events(s, on))) {
+                        log::warn!("cannot change what a virtio device waits for: {error}");
+                    }
+                }
+                Change::Watch(source) => match ops.add(Self::events(&source, true)) {
+                    Ok(()) => self.sources.push(source),
+                    Err(error) => {
+                        self.failed = true;
+                        let source = io::Error::other(error.to_string());
+                        let what = "wait for a file descriptor";
+                        self.start
+                            .notifier
+                            .fail(&DeviceError::Host { what, source });
+                    }
+                },
             }
         }
     }
@@ -320,7 +336,7 @@ impl MutEventSubscriber for Worker {
         match self.register(ops) {
             Ok(()) => {
                 self.kick_all();
-                self.apply_armed(ops);
+                self.apply_changes(ops);
             }
             Err(error) => self.refused = Some(error),
         }
@@ -332,7 +348,7 @@ impl MutEventSubscriber for Worker {
             0 => Turn::Queue(data as usize),
             _ => Turn::Source(data & !SOURCE),
         });
-        self.apply_armed(ops);
+        self.apply_changes(ops);
         if self.failed {
             // Level-triggered sources that nobody reads would spin.
             for source in self.sources.drain(..) {

@@ -7,6 +7,7 @@
 
 mod disk;
 pub(super) mod lock;
+mod options;
 mod request;
 mod space;
 mod sync;
@@ -17,33 +18,32 @@ mod uring;
 pub(super) mod tests;
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::disk::{Cache, Disk, DiskError, DiskOptions, Format, SECTOR};
 pub use self::lock::Holder;
+pub use self::options::{BlockError, BlockOptions, BlockState, EngineKind, MAX_QUEUES};
 use self::request::{Geometry, ID_LEN, Request, Status};
 use self::space::{Fixed, Space};
 use self::task::{Op, Task};
-use self::uring::{Finished, Ring};
+use self::uring::{Finished, Ring, Rings};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Chain, Io, total, write_at};
 use super::limiter::{Limiter, LimiterConfig};
 
-/// Most queues of a block device.
-pub const MAX_QUEUES: u16 = 256;
 /// The timer's source; those of rings have their queue's index.
 const TIMER: u32 = 1 << 16;
 /// The source that says that size or limits changed.
@@ -53,100 +53,17 @@ const MAX_LOGGED: u32 = 16;
 /// Bytes under way on a queue from which on no more requests are taken.
 const MAX_UNDER_WAY: u64 = 64 << 20;
 
-/// How requests are carried out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum EngineKind {
-    /// io_uring where the host has it, else system calls that wait.
-    #[default]
-    Auto,
-    /// io_uring, or an error.
-    IoUring,
-    /// System calls that wait.
-    Sync,
-}
-
-/// What a block device is besides its disk.
-#[derive(Clone, Debug)]
-pub struct BlockOptions {
-    /// How requests are carried out.
-    pub engine: EngineKind,
-    /// Number of queues, 1 to [`MAX_QUEUES`]; as many as vCPUs is best.
-    pub queues: u16,
-    /// Size of each queue, a power of two from 2 to 32768.
-    pub queue_size: u16,
-    /// Device ID, of which the guest sees 20 bytes.
-    pub serial: String,
-    /// Limits, shared with all devices that have the same limiter.
-    pub limiter: Option<Arc<Limiter>>,
-}
-
-impl Default for BlockOptions {
-    fn default() -> Self {
-        Self {
-            engine: EngineKind::default(),
-            queues: 1,
-            queue_size: 256,
-            serial: String::new(),
-            limiter: None,
-        }
-    }
-}
-
-/// A block device could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum BlockError {
-    /// A number of queues that cannot be.
-    #[error(
-        "{queues} queues of size {size}: want 1 to 256 queues of a power of two from 2 to 32768"
-    )]
-    Queues {
-        /// Wanted number.
-        queues: u16,
-        /// Wanted size.
-        size: u16,
-    },
-    /// No io_uring on this host, or not allowed.
-    #[error("io_uring is not available; use the engine `sync`, or `auto`")]
-    IoUring(#[source] io::Error),
-    /// The disk, a timer or an eventfd of the host failed.
-    #[error("cannot {what} for a block device")]
-    Host {
-        /// The operation.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// What is saved of a block device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockState {
-    /// The driver wants the write cache.
-    pub writeback: bool,
-    /// Sectors that the driver was told of; `None` before there was a driver.
-    pub capacity: Option<u64>,
-}
-
-impl Default for BlockState {
-    fn default() -> Self {
-        Self {
-            writeback: true,
-            capacity: None,
-        }
-    }
-}
-
 enum Engine {
     Sync,
-    Uring(Vec<Ring>),
+    Uring(Rings),
 }
 
 /// How far a queue was emptied.
 enum Taken {
     /// As far as may be.
     All,
+    /// Until so many were taken as are best given to the host at once.
+    Batch,
     /// There may be more, when what was taken is done.
     Enough,
 }
@@ -168,7 +85,8 @@ pub struct Block {
     /// Set at first, or by the handle.
     limiter: Arc<OnceLock<Arc<Limiter>>>,
     held: Vec<Option<Held>>,
-    timer: TimerFd,
+    /// Made when a request first has to wait for its tokens.
+    timer: Option<TimerFd>,
     wake: Arc<EventFd>,
     new_limits: Arc<AtomicBool>,
     errors: u32,
@@ -228,18 +146,22 @@ impl Block {
             return Err(BlockError::Queues { queues, size });
         }
         let host = |what| move |source| BlockError::Host { what, source };
-        let timer = TimerFd::new().map_err(io::Error::from);
-        let timer = timer.map_err(host("create a timer"))?;
         let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let sectors = disk.sectors().map_err(host("find the size of the disk"))?;
         let disk = Arc::new(disk);
         let engine = match engine {
             EngineKind::Sync => Engine::Sync,
-            EngineKind::IoUring => rings(&disk, queues, queue_size).map_err(BlockError::IoUring)?,
-            EngineKind::Auto => rings(&disk, queues, queue_size).unwrap_or_else(|error| {
-                log::info!("disk {:?} does without io_uring: {error}", disk.path());
-                Engine::Sync
-            }),
+            EngineKind::IoUring => {
+                uring::available().map_err(BlockError::IoUring)?;
+                Engine::Uring(Rings::new(queues, queue_size, false))
+            }
+            EngineKind::Auto => match uring::available() {
+                Ok(()) => Engine::Uring(Rings::new(queues, queue_size, true)),
+                Err(error) => {
+                    log::info!("disk {:?} does without io_uring: {error}", disk.path());
+                    Engine::Sync
+                }
+            },
         };
         let mut id = [0; ID_LEN];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
@@ -274,7 +196,7 @@ impl Block {
             serial: id,
             limiter: Arc::clone(&handle.limiter),
             held: (0..queues).map(|_| None).collect(),
-            timer,
+            timer: None,
             wake: Arc::clone(&handle.wake),
             new_limits: Arc::clone(&handle.new_limits),
             errors: 0,
@@ -298,17 +220,22 @@ impl Block {
     /// Takes requests from a queue until it is empty or has to wait for tokens, and gives them to
     /// the host as one batch.
     fn process(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let taken = self.take(queue, io);
-        let enough = matches!(taken, Ok(Taken::Enough));
-        self.collect(queue, io, |ring| {
-            ring.submit()?;
-            ring.finished()
-        })?;
-        // Where something is under way, its end leads back here.
-        if enough && self.ring(queue).is_none_or(|ring| ring.in_flight() == 0) {
-            io.later(queue);
+        let mut begun = 0;
+        loop {
+            let taken = self.take(queue, &mut begun, io);
+            self.collect(queue, io, Ring::turn)?;
+            match taken? {
+                Taken::All => return Ok(()),
+                Taken::Batch => {}
+                Taken::Enough => {
+                    // Where something is under way, its end leads back here.
+                    if self.ring(queue).is_none_or(|ring| ring.in_flight() == 0) {
+                        io.later(queue);
+                    }
+                    return Ok(());
+                }
+            }
         }
-        taken.map(|_| ())
     }
 
     fn ring(&self, queue: usize) -> Option<&Ring> {
@@ -319,18 +246,23 @@ impl Block {
     }
 
     /// Not more than [`MAX_UNDER_WAY`] at a time, so that the device comes to rest soon when it must.
-    fn take(&mut self, queue: usize, io: &mut Io<'_>) -> Result<Taken, DeviceError> {
+    fn take(
+        &mut self,
+        queue: usize,
+        begun: &mut u64,
+        io: &mut Io<'_>,
+    ) -> Result<Taken, DeviceError> {
         let geometry = self.geometry();
-        let mut begun = 0;
-        loop {
+        let batch = self.ring(queue).map_or(usize::MAX, Ring::batch);
+        for _ in 0..batch {
             let under_way = self.ring(queue).map_or(0, Ring::bytes);
-            if begun.max(under_way) >= MAX_UNDER_WAY {
+            if under_way.max(*begun) >= MAX_UNDER_WAY {
                 return Ok(Taken::Enough);
             }
             let held = self.held.get_mut(queue).and_then(Option::take);
             let (chain, request) = match held {
                 Some(held) if held.at > Instant::now() => {
-                    return self.hold(queue, held).map(|()| Taken::All);
+                    return self.hold(queue, held, io).map(|()| Taken::All);
                 }
                 Some(held) => (held.chain, held.request),
                 None => {
@@ -342,18 +274,19 @@ impl Block {
                     let at = limiter.and_then(|l| l.charge(Instant::now(), request.bytes()));
                     if let Some(at) = at {
                         let held = Held { chain, request, at };
-                        return self.hold(queue, held).map(|()| Taken::All);
+                        return self.hold(queue, held, io).map(|()| Taken::All);
                     }
                     (chain, request)
                 }
             };
-            begun += request.bytes();
+            *begun += request.bytes();
             self.begin(queue, chain, request, io)?;
         }
+        Ok(Taken::Batch)
     }
 
     /// Keeps a request until its time, for which the timer is set.
-    fn hold(&mut self, queue: usize, held: Held) -> Result<(), DeviceError> {
+    fn hold(&mut self, queue: usize, held: Held, io: &mut Io<'_>) -> Result<(), DeviceError> {
         if let Some(slot) = self.held.get_mut(queue) {
             *slot = Some(held);
         }
@@ -363,8 +296,16 @@ impl Block {
         // Zero would disarm it.
         let wait = at.saturating_duration_since(Instant::now());
         let wait = wait.max(std::time::Duration::from_nanos(1));
-        let set = self.timer.reset(wait, None);
-        set.map_err(|error| host_error("set a timer", error.into()))
+        let failed = |error: Errno| host_error("set a timer", error.into());
+        let timer = match &mut self.timer {
+            Some(timer) => timer,
+            none => {
+                let timer = none.insert(TimerFd::new().map_err(failed)?);
+                io.watch(source(TIMER, timer.as_raw_fd()));
+                timer
+            }
+        };
+        timer.reset(wait, None).map_err(failed)
     }
 
     /// Starts a request, or answers it at once.
@@ -408,15 +349,19 @@ impl Block {
         };
         let mut task = Box::new(task);
         match &mut self.engine {
-            Engine::Sync => {
-                let (status, error) = sync::run(&self.disk, &mut task);
-                self.end((task, status, error), io)
+            Engine::Sync => {}
+            Engine::Uring(rings) => {
+                let uring = |error| host_error("use io_uring", error);
+                if let Some(fd) = rings.make(queue, &self.disk).map_err(uring)? {
+                    io.watch(source(queue as u32, fd));
+                }
+                if let Some(ring) = rings.get_mut(queue) {
+                    return ring.push(task).map_err(uring);
+                }
             }
-            Engine::Uring(rings) => match rings.get_mut(queue) {
-                Some(ring) => ring.push(task).map_err(|e| host_error("use io_uring", e)),
-                None => Ok(()),
-            },
         }
+        let (status, error) = sync::run(&self.disk, &mut task);
+        self.end((task, status, error), io)
     }
 
     /// Whether what is written must be on the disk when it is acknowledged.
@@ -425,25 +370,33 @@ impl Block {
         writes_through(self.disk.cache(), |bit| io.has(bit), writeback)
     }
 
-    /// Ends what `how` says of the tasks on a queue's ring.
+    fn ring_mut(&mut self, queue: usize) -> Option<&mut Ring> {
+        match &mut self.engine {
+            Engine::Uring(rings) => rings.get_mut(queue),
+            Engine::Sync => None,
+        }
+    }
+
+    /// Ends those tasks on a queue's ring that come to their end by `how`.
     fn collect(
         &mut self,
         queue: usize,
         io: &mut Io<'_>,
-        how: impl FnOnce(&mut Ring) -> io::Result<Vec<Finished>>,
+        how: impl FnOnce(&mut Ring) -> io::Result<()>,
     ) -> Result<(), DeviceError> {
-        let Engine::Uring(rings) = &mut self.engine else {
+        let Some(ring) = self.ring_mut(queue) else {
             return Ok(());
         };
-        let Some(ring) = rings.get_mut(queue) else {
-            return Ok(());
-        };
-        let finished = how(ring).map_err(|error| host_error("use io_uring", error))?;
-        let mut result = Ok(());
-        for finished in finished {
+        let mut result = how(ring).map_err(|error| host_error("use io_uring", error));
+        let mut finished = std::mem::take(ring.finished());
+        for finished in finished.drain(..) {
             // All of them, also behind one that fails.
             let ended = self.end(finished, io);
             result = result.and(ended);
+        }
+        // Its room serves again.
+        if let Some(ring) = self.ring_mut(queue) {
+            *ring.finished() = finished;
         }
         result
     }
@@ -471,11 +424,12 @@ fn writes_through(cache: Cache, has: impl Fn(u32) -> bool, writeback: bool) -> b
     cache != Cache::Unsafe && !cached
 }
 
-fn rings(disk: &Arc<Disk>, queues: u16, size: u16) -> io::Result<Engine> {
-    let ring = |_| Ring::new(Arc::clone(disk), size);
-    Ok(Engine::Uring(
-        (0..queues).map(ring).collect::<io::Result<_>>()?,
-    ))
+fn source(token: u32, fd: RawFd) -> Source {
+    Source {
+        token,
+        fd,
+        writable: false,
+    }
 }
 
 fn host_error(what: &'static str, source: io::Error) -> DeviceError {
@@ -518,20 +472,12 @@ impl VirtioDevice for Block {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let source = |token, fd| Source {
-            token,
-            fd,
-            writable: false,
-        };
-        let mut sources = vec![
-            source(TIMER, self.timer.as_raw_fd()),
-            source(WAKE, self.wake.as_raw_fd()),
-        ];
-        if let Engine::Uring(rings) = &self.engine {
-            let rings = rings.iter().enumerate();
-            sources.extend(rings.map(|(queue, ring)| source(queue as u32, ring.fd())));
-        }
-        sources
+        let timer = self
+            .timer
+            .as_ref()
+            .map(|timer| source(TIMER, timer.as_raw_fd()));
+        let wake = source(WAKE, self.wake.as_raw_fd());
+        timer.into_iter().chain([wake]).collect()
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -551,7 +497,7 @@ impl VirtioDevice for Block {
                     }
                     io.config_changed();
                 } else {
-                    let cleared = self.timer.clear();
+                    let cleared = self.timer.as_mut().map_or(Ok(()), TimerFd::clear);
                     cleared.map_err(|error| host_error("clear a timer", error.into()))?;
                 }
                 for queue in 0..self.held.len() {
@@ -560,10 +506,7 @@ impl VirtioDevice for Block {
                 Ok(())
             }
             // Completions, and what came meanwhile: that saves kicks.
-            queue => {
-                self.collect(queue as usize, io, Ring::finished)?;
-                self.process(queue as usize, io)
-            }
+            queue => self.process(queue as usize, io),
         }
     }
 
@@ -575,6 +518,9 @@ impl VirtioDevice for Block {
             }
             let drained = self.collect(queue, io, Ring::drain);
             result = result.and(drained);
+            if let Engine::Uring(rings) = &mut self.engine {
+                rings.remove(queue);
+            }
         }
         result
     }

@@ -16,8 +16,14 @@ use super::request::Status;
 use super::sync;
 use super::task::{Op, Step, Task, failure};
 
+#[cfg(test)]
+mod tests;
+
 /// The disk's index among the registered files.
 const DISK: types::Fixed = types::Fixed(0);
+/// Requests given to the kernel at once where it carries them out on the spot, as it does with what
+/// is in the page cache: the driver handles these while the next are carried out.
+const BATCH: usize = 8;
 
 /// A task that came to its end.
 pub(super) type Finished = (Box<Task>, Status, Option<io::Error>);
@@ -32,6 +38,77 @@ pub(super) struct Ring {
     finished: Vec<Finished>,
     /// Bytes of the tasks that the kernel has.
     bytes: u64,
+    /// Nothing was left under way by the last turn.
+    at_once: bool,
+}
+
+/// Whether this process may use io_uring.
+pub(super) fn available() -> io::Result<()> {
+    // SAFETY: a null pointer, which the kernel finds to be outside of the process.
+    let result = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null_mut::<u8>()) };
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EFAULT) if result < 0 => Ok(()),
+        _ => Err(error),
+    }
+}
+
+/// The rings of a device by queue, each made when its queue first needs it.
+pub(super) struct Rings {
+    rings: Vec<Option<Ring>>,
+    entries: u16,
+    /// The host refused one, and that is no error.
+    refused: bool,
+    or_sync: bool,
+}
+
+impl Rings {
+    /// For `queues` queues of `entries`. Where the host refuses a ring, system calls that wait do
+    /// if `or_sync` says so.
+    pub fn new(queues: u16, entries: u16, or_sync: bool) -> Self {
+        Self {
+            rings: (0..queues).map(|_| None).collect(),
+            entries,
+            refused: false,
+            or_sync,
+        }
+    }
+
+    /// The ring of `queue`, if there is one.
+    pub fn get(&self, queue: usize) -> Option<&Ring> {
+        self.rings.get(queue).and_then(Option::as_ref)
+    }
+
+    /// The ring of `queue`, if there is one.
+    pub fn get_mut(&mut self, queue: usize) -> Option<&mut Ring> {
+        self.rings.get_mut(queue).and_then(Option::as_mut)
+    }
+
+    /// Makes the ring of `queue` where there is none; the file descriptor of a new one.
+    pub fn make(&mut self, queue: usize, disk: &Arc<Disk>) -> io::Result<Option<RawFd>> {
+        let Some(slot @ None) = self.rings.get_mut(queue) else {
+            return Ok(None);
+        };
+        if self.refused {
+            return Ok(None);
+        }
+        match Ring::new(Arc::clone(disk), self.entries) {
+            Ok(ring) => Ok(Some(slot.insert(ring).fd())),
+            Err(error) if self.or_sync => {
+                log::info!("disk {:?} does without io_uring: {error}", disk.path());
+                self.refused = true;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes the ring of `queue` away, with nothing under way.
+    pub fn remove(&mut self, queue: usize) {
+        if let Some(slot) = self.rings.get_mut(queue) {
+            *slot = None;
+        }
+    }
 }
 
 impl Ring {
@@ -40,7 +117,8 @@ impl Ring {
         let entries = u32::from(entries);
         let mut builder = IoUring::builder();
         builder.dontfork();
-        // Linux 5.19: completions do not interrupt a thread that is in user space.
+        // Linux 5.19: completions do not interrupt a thread that is in user space. They are not
+        // deferred further (IORING_SETUP_DEFER_TASKRUN), since epoll is not told of such.
         let ring = builder
             .clone()
             .setup_coop_taskrun()
@@ -55,6 +133,7 @@ impl Ring {
             free: Vec::new(),
             finished: Vec::new(),
             bytes: 0,
+            at_once: false,
         })
     }
 
@@ -73,7 +152,13 @@ impl Ring {
         self.bytes
     }
 
-    /// Queues a task for the next [`submit`](Self::submit).
+    /// How many tasks to [`push`](Self::push) before a [`turn`](Self::turn).
+    pub fn batch(&self) -> usize {
+        if self.at_once { BATCH } else { usize::MAX }
+    }
+
+    /// Queues a task for the next [`turn`](Self::turn). One that the kernel does not take is at
+    /// its end.
     pub fn push(&mut self, mut task: Box<Task>) -> io::Result<()> {
         if matches!(task.op, Op::Read | Op::Write { .. })
             && !task.is_aligned(self.disk.memory_align())
@@ -86,31 +171,47 @@ impl Ring {
             self.tasks.push(None);
             self.tasks.len() - 1
         });
-        let entry = entry(&task).user_data(index as u64);
         self.bytes += task.weight;
-        if let Some(slot) = self.tasks.get_mut(index) {
-            *slot = Some(task);
-        }
-        self.push_entry(entry)
+        self.queue(index, task)
     }
 
-    fn push_entry(&mut self, entry: squeue::Entry) -> io::Result<()> {
+    fn queue(&mut self, index: usize, task: Box<Task>) -> io::Result<()> {
+        let entry = entry(&task).user_data(index as u64);
         loop {
-            // SAFETY: what the entry points to belongs to a task in `tasks`, where it stays
-            // unchanged until the kernel says that the entry is complete.
+            // SAFETY: what the entry points to belongs to the task, which is put into `tasks`,
+            // where it stays unchanged until the kernel says that the entry is complete.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                if let Some(slot) = self.tasks.get_mut(index) {
+                    *slot = Some(task);
+                }
                 return Ok(());
             }
-            self.enter(0)?;
+            if let Err(error) = self.enter(0) {
+                self.end(index, task, Status::IoError, error.raw_os_error());
+                return Err(error);
+            }
         }
     }
 
-    /// Gives the kernel what was pushed.
-    pub fn submit(&mut self) -> io::Result<()> {
-        while !self.ring.submission().is_empty() {
-            self.enter(0)?;
+    fn end(&mut self, index: usize, task: Box<Task>, status: Status, code: Option<i32>) {
+        self.free.push(index);
+        self.bytes -= task.weight;
+        self.finished.push((task, status, failure(status, code)));
+    }
+
+    /// Gives the kernel what was pushed and takes what is complete; requests that are not at their
+    /// end go on. One system call, or none where there is nothing to do.
+    pub fn turn(&mut self) -> io::Result<()> {
+        loop {
+            if !self.ring.submission().is_empty() {
+                self.enter(0)?;
+            }
+            self.reap()?;
+            if self.ring.submission().is_empty() {
+                self.at_once = self.in_flight() == 0;
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     fn enter(&mut self, wait: usize) -> io::Result<()> {
@@ -125,7 +226,7 @@ impl Ring {
         }
     }
 
-    /// Takes completions; requests that are not at their end go on.
+    /// Takes completions; requests that are not at their end are queued again.
     fn reap(&mut self) -> io::Result<()> {
         loop {
             let next = self.ring.completion().next();
@@ -143,35 +244,23 @@ impl Ring {
             let result = fall_back(&self.disk, &task, result);
             let code = result.as_ref().err().and_then(io::Error::raw_os_error);
             match task.step(result) {
-                Step::More => {
-                    let entry = self::entry(&task).user_data(index as u64);
-                    if let Some(slot) = self.tasks.get_mut(index) {
-                        *slot = Some(task);
-                    }
-                    self.push_entry(entry)?;
-                }
-                Step::Done(status) => {
-                    self.free.push(index);
-                    self.bytes -= task.weight;
-                    self.finished.push((task, status, failure(status, code)));
-                }
+                Step::More => self.queue(index, task)?,
+                Step::Done(status) => self.end(index, task, status, code),
             }
         }
     }
 
-    /// Tasks that came to their end since the last call; others go on.
-    pub fn finished(&mut self) -> io::Result<Vec<Finished>> {
-        self.reap()?;
-        self.submit()?;
-        Ok(std::mem::take(&mut self.finished))
+    /// Tasks that came to their end, to be taken from there.
+    pub fn finished(&mut self) -> &mut Vec<Finished> {
+        &mut self.finished
     }
 
-    /// Waits until all tasks are at their end, and gives those that are new.
-    pub fn drain(&mut self) -> io::Result<Vec<Finished>> {
+    /// Waits until all tasks are at their end.
+    pub fn drain(&mut self) -> io::Result<()> {
         loop {
             self.reap()?;
             if self.in_flight() == 0 {
-                return Ok(std::mem::take(&mut self.finished));
+                return Ok(());
             }
             self.enter(1)?;
         }

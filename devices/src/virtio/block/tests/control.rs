@@ -119,6 +119,30 @@ fn limits_are_kept_and_can_be_lifted() {
 }
 
 #[test]
+fn a_limit_that_came_later_holds_requests_until_their_time() {
+    for engine in ENGINES {
+        let mut bench = Bench::simple(engine);
+        let ops = BucketConfig {
+            size: 1,
+            refill_time: 50,
+            one_time_burst: 0,
+        };
+        bench.handle.limiter().set(LimiterConfig {
+            bandwidth: None,
+            ops: Some(ops),
+        });
+        let start = Instant::now();
+        for slot in 0..3 {
+            bench.add(slot, VIRTIO_BLK_T_IN, slot, &[(DATA, 512, true)]);
+        }
+        bench.wait(3);
+        // One at once, then one each 50 ms.
+        let took = start.elapsed();
+        assert!(took >= Duration::from_millis(95), "{took:?}");
+    }
+}
+
+#[test]
 fn a_larger_disk_is_told_after_a_restore() {
     let make = |state: &DeviceState, len| {
         let state = match state {

@@ -1,0 +1,96 @@
+//! What a block device is made from, and why it could not be made.
+
+use std::io;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::virtio::limiter::Limiter;
+
+/// Most queues of a block device.
+pub const MAX_QUEUES: u16 = 256;
+
+/// How requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineKind {
+    /// io_uring where the host has it, else system calls that wait.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// System calls that wait.
+    Sync,
+}
+
+/// What a block device is besides its disk.
+#[derive(Clone, Debug)]
+pub struct BlockOptions {
+    /// How requests are carried out.
+    pub engine: EngineKind,
+    /// Number of queues, 1 to [`MAX_QUEUES`]; as many as vCPUs is best.
+    pub queues: u16,
+    /// Size of each queue, a power of two from 2 to 32768.
+    pub queue_size: u16,
+    /// Device ID, of which the guest sees 20 bytes.
+    pub serial: String,
+    /// Limits, shared with all devices that have the same limiter.
+    pub limiter: Option<Arc<Limiter>>,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self {
+            engine: EngineKind::default(),
+            queues: 1,
+            queue_size: 256,
+            serial: String::new(),
+            limiter: None,
+        }
+    }
+}
+
+/// A block device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// A number of queues that cannot be.
+    #[error(
+        "{queues} queues of size {size}: want 1 to 256 queues of a power of two from 2 to 32768"
+    )]
+    Queues {
+        /// Wanted number.
+        queues: u16,
+        /// Wanted size.
+        size: u16,
+    },
+    /// No io_uring on this host, or not allowed.
+    #[error("io_uring is not available; use the engine `sync`, or `auto`")]
+    IoUring(#[source] io::Error),
+    /// The disk, a timer or an eventfd of the host failed.
+    #[error("cannot {what} for a block device")]
+    Host {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is saved of a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// The driver wants the write cache.
+    pub writeback: bool,
+    /// Sectors that the driver was told of; `None` before there was a driver.
+    pub capacity: Option<u64>,
+}
+
+impl Default for BlockState {
+    fn default() -> Self {
+        Self {
+            writeback: true,
+            capacity: None,
+        }
+    }
+}
