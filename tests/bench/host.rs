@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use io_uring::{IoUring, opcode, types};
 
+use super::turns::thread_time;
 use super::{Case, Run};
 
 /// Page-aligned buffers, one per request under way.
@@ -88,7 +89,7 @@ pub fn run(case: &Case, file: &File, count: usize, seed: u64) -> Run {
         unsafe { ring.submission().push(&entry.user_data(slot as u64)) }.unwrap();
         begun as usize
     };
-    let begin = Instant::now();
+    let (begin, cpu) = (Instant::now(), thread_time());
     for slot in 0..depth {
         push(&mut ring, slot, &mut started);
     }
@@ -109,11 +110,14 @@ pub fn run(case: &Case, file: &File, count: usize, seed: u64) -> Run {
         }
     }
     let elapsed = begin.elapsed();
+    let cpu = thread_time() - cpu;
     times.sort_unstable();
     Run {
         rate: count as f64 / elapsed.as_secs_f64(),
         median: times[(count - 1) / 2],
         p99: times[(count - 1) * 99 / 100],
+        cpu: cpu / count as f64,
         kicks: 0.0,
+        interrupts: 0.0,
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! On the command line: `depth=N` requests under way (32), `size=BYTES` each (4096), `count=N` of
 //! them (100000), `write=1`, `sequential=1`, `span=BYTES` of the disk that are used (all),
-//! `seed=N`. Prints one line: `count cycles median p99 kicks`, the last three per request in
+//! `seed=N`, `interrupts=1` to ask for an interrupt whenever there is nothing more to do, though none
+//! is taken, `windows=ADDRESS` of MMIO devices 512 bytes apart, where QEMU has them. Prints one line: `count cycles median p99 kicks`, the last three per request in
 //! cycles, and waits to be ended.
 #![no_std]
 #![no_main]
@@ -10,7 +11,7 @@
 use payloads::random::Random;
 use payloads::virtio::disk::{ID, IN, OUT};
 use payloads::virtio::queue::{Desc, NEXT, Queue, WRITE};
-use payloads::virtio::{Device, EVENT_IDX, devices};
+use payloads::virtio::{Device, EVENT_IDX, devices, windows};
 use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
@@ -36,6 +37,7 @@ struct Bench {
     count: u64,
     kind: u32,
     sequential: bool,
+    interrupts: bool,
     places: u64,
     random: Random,
     begun: u64,
@@ -108,9 +110,9 @@ impl Bench {
         let mut last = begin;
         while done < self.count {
             let before = self.queue.avail;
-            // An index that the device is far beyond, so that it never interrupts.
-            self.queue
-                .set_used_event(self.queue.seen.wrapping_sub(0x4000));
+            // The next one, or an index that the device is far beyond, so that it never interrupts.
+            let far = if self.interrupts { 0 } else { 0x4000 };
+            self.queue.set_used_event(self.queue.seen.wrapping_sub(far));
             while let Some((head, _)) = self.queue.used() {
                 last = tsc::now();
                 let slot = u64::from(head) / 3;
@@ -136,7 +138,12 @@ impl Bench {
 
 fn main(info: &StartInfo) -> u8 {
     let option = |key| info.option(key).and_then(|n| n.parse::<u64>().ok());
-    let Some(device) = devices().find(|device| device.id == ID) else {
+    let is_disk = |device: &Device| device.id == ID;
+    let disk = match option("windows") {
+        Some(start) => windows(start, 0x200).find(is_disk),
+        None => devices().find(is_disk),
+    };
+    let Some(device) = disk else {
         println!("no disk");
         return 2;
     };
@@ -161,6 +168,7 @@ fn main(info: &StartInfo) -> u8 {
         count,
         kind: if option("write").is_some() { OUT } else { IN },
         sequential: option("sequential").is_some(),
+        interrupts: option("interrupts").is_some(),
         places: option("span").unwrap_or(sectors * 512).min(sectors * 512) / size,
         random: Random::new(option("seed").unwrap_or(1)),
         begun: 0,

@@ -70,17 +70,21 @@ pub struct Device {
 
 /// All devices: windows first, then PCI functions in order.
 pub fn devices() -> impl Iterator<Item = Device> {
-    let windows = (0..MAX_WINDOWS).map(|n| WINDOWS + n * WINDOW);
-    let mmio = windows.filter_map(|base| {
+    windows(WINDOWS, WINDOW).chain(pci::functions().map(|function| Device {
+        id: function.virtio_id(),
+        transport: Transport::Pci(function),
+    }))
+}
+
+/// The devices in windows that are `step` bytes apart from `start` on, at most 32 of them.
+pub fn windows(start: u64, step: u64) -> impl Iterator<Item = Device> {
+    let windows = (0..MAX_WINDOWS).map(move |n| start + n * step);
+    windows.filter_map(|base| {
         let (magic, version): (u32, u32) = (io::read(base), io::read(base + 4));
         let id = io::read(base + 8);
         let transport = Transport::Mmio(base);
         ((magic, version) == (MAGIC, 2) && id != 0).then_some(Device { transport, id })
-    });
-    mmio.chain(pci::functions().map(|function| Device {
-        id: function.virtio_id(),
-        transport: Transport::Pci(function),
-    }))
+    })
 }
 
 impl Device {
