@@ -10,7 +10,7 @@
 
 use payloads::polled::{MAX_COUNT, Polled};
 use payloads::virtio::queue::{NEXT, Queue, WRITE};
-use payloads::virtio::{Device, EVENT_IDX, devices, windows};
+use payloads::virtio::{Device, EVENT_IDX, find};
 use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
@@ -168,12 +168,7 @@ impl Work {
 
 fn main(info: &StartInfo) -> u8 {
     let number = |key| info.option(key).and_then(|n| n.parse::<u64>().ok());
-    let wanted = |device: &Device| device.id == ID;
-    let device = match number("windows") {
-        Some(start) => windows(start, 0x200).find(wanted),
-        None => devices().find(wanted),
-    };
-    let Some(device) = device else {
+    let Some(device) = find(ID, number("windows")) else {
         println!("no share");
         return 2;
     };

@@ -9,7 +9,7 @@
 
 use payloads::polled::{MAX_COUNT, Polled};
 use payloads::virtio::queue::{NEXT, Queue, WRITE};
-use payloads::virtio::{Device, EVENT_IDX, devices, windows};
+use payloads::virtio::{Device, EVENT_IDX, find};
 use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
@@ -74,12 +74,7 @@ fn start(device: &Device) -> [Queue; 2] {
 
 fn main(info: &StartInfo) -> u8 {
     let number = |key| info.option(key).and_then(|n| n.parse::<u64>().ok());
-    let wanted = |device: &Device| device.id == ID;
-    let device = match number("windows") {
-        Some(start) => windows(start, 0x200).find(wanted),
-        None => devices().find(wanted),
-    };
-    let Some(device) = device else {
+    let Some(device) = find(ID, number("windows")) else {
         println!("no network device");
         return 2;
     };

@@ -87,6 +87,15 @@ pub fn windows(start: u64, step: u64) -> impl Iterator<Item = Device> {
     })
 }
 
+/// The first device with this number; where QEMU's microvm has its windows, if told where they start.
+pub fn find(id: u32, start: Option<u64>) -> Option<Device> {
+    let wanted = |device: &Device| device.id == id;
+    match start {
+        Some(start) => windows(start, 0x200).find(wanted),
+        None => devices().find(wanted),
+    }
+}
+
 impl Device {
     /// The status register.
     pub fn status(&self) -> u8 {
