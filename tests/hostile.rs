@@ -85,9 +85,7 @@ impl Footprint {
             threads: count("task")?,
         })
     }
-}
 
-impl Footprint {
     /// Threads that bulle made.
     fn own(&self) -> usize {
         self.threads.saturating_sub(self.workers)

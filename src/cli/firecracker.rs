@@ -31,26 +31,35 @@ struct Firecracker {
     version: bool,
 }
 
+/// The arguments of a program under one of Firecracker's names; else the code to exit with, after help or
+/// what is wrong, which is `code` then.
+pub fn parse<T: Parser>(arguments: Vec<OsString>, code: u8) -> Result<T, ExitCode> {
+    T::try_parse_from(arguments).map_err(|error| {
+        if !error.use_stderr() {
+            return printed(error.print());
+        }
+        tell(error.to_string().trim_start_matches("error: ").trim_end());
+        ExitCode::from(code)
+    })
+}
+
+/// The code to exit with after printing.
+pub fn printed(result: io::Result<()>) -> ExitCode {
+    ExitCode::from(if result.is_ok() { 0 } else { CODE_GENERIC })
+}
+
 /// Does what `arguments` say.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
-    let parsed = match Firecracker::try_parse_from(arguments) {
+    let parsed = match parse::<Firecracker>(arguments, CODE_ARGUMENTS) {
         Ok(parsed) => parsed,
-        Err(error) if error.use_stderr() => {
-            tell(error.to_string().trim_start_matches("error: ").trim_end());
-            return ExitCode::from(CODE_ARGUMENTS);
-        }
-        Err(help) => {
-            let printed = help.print();
-            return ExitCode::from(if printed.is_ok() { 0 } else { CODE_GENERIC });
-        }
+        Err(code) => return code,
     };
     if parsed.version {
         let text = format!(
             "Firecracker v{VERSION}\n\nbulle {}, which serves that API\n",
             env!("CARGO_PKG_VERSION")
         );
-        let printed = io::stdout().write_all(text.as_bytes());
-        return ExitCode::from(if printed.is_ok() { 0 } else { CODE_GENERIC });
+        return printed(io::stdout().write_all(text.as_bytes()));
     }
     let has_config = parsed.args.has_config();
     let result = api::run(parsed.args);

@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use nix::time::{ClockId, clock_gettime};
 
-use super::{api, chain, firecracker};
+use super::firecracker::{self, parse, printed};
+use super::{api, chain};
 use crate::sandbox::jail::{CgroupVersion, Jail, Setting};
 use crate::telemetry::tell;
 
@@ -96,21 +97,13 @@ impl std::str::FromStr for ResourceLimit {
 /// Does what `arguments` say.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let begin = micros(ClockId::CLOCK_MONOTONIC);
-    let parsed = match Jailer::try_parse_from(arguments) {
+    let parsed = match parse::<Jailer>(arguments, CODE_GENERIC) {
         Ok(parsed) => parsed,
-        Err(error) if error.use_stderr() => {
-            tell(error.to_string().trim_start_matches("error: ").trim_end());
-            return ExitCode::from(CODE_GENERIC);
-        }
-        Err(help) => {
-            let printed = help.print();
-            return ExitCode::from(if printed.is_ok() { 0 } else { CODE_GENERIC });
-        }
+        Err(code) => return code,
     };
     if parsed.version {
         let text = format!("Jailer v{}\n", firecracker::VERSION);
-        let printed = io::stdout().write_all(text.as_bytes());
-        return ExitCode::from(if printed.is_ok() { 0 } else { CODE_GENERIC });
+        return printed(io::stdout().write_all(text.as_bytes()));
     }
     match enter(parsed, begin) {
         Ok(arguments) => firecracker::main(arguments),

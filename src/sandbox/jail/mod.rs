@@ -147,7 +147,7 @@ impl Jail {
         }
         if self.new_pid_ns {
             unshare(CloneFlags::CLONE_NEWPID).map_err(host("make a PID namespace"))?;
-            self.in_another(|child| self.note_pid(child))?;
+            in_another(|child| self.note_pid(child))?;
         } else {
             self.note_pid(process::id())?;
         }
@@ -161,18 +161,6 @@ impl Jail {
             set(Resource::RLIMIT_FSIZE, fsize).map_err(host("limit the size of files"))?;
         }
         Ok(())
-    }
-
-    /// Goes on in a child; the parent ends after `last`.
-    fn in_another(&self, last: impl FnOnce(u32) -> Result<(), JailError>) -> Result<(), JailError> {
-        // SAFETY: the process has one thread, as this module's head demands.
-        match unsafe { fork() }.map_err(host("start a process"))? {
-            ForkResult::Child => Ok(()),
-            ForkResult::Parent { child } => {
-                last(child.as_raw().unsigned_abs())?;
-                process::exit(0)
-            }
-        }
     }
 
     /// Writes who is in the jail to its root, where orchestrators look.
@@ -226,16 +214,25 @@ fn join(path: &Path) -> Result<(), JailError> {
     })
 }
 
+/// Goes on in a child; the parent ends after `last`, which is told the child's number.
+fn in_another(last: impl FnOnce(u32) -> Result<(), JailError>) -> Result<(), JailError> {
+    // SAFETY: the process has one thread, as this module's head demands.
+    match unsafe { fork() }.map_err(host("start a process"))? {
+        ForkResult::Child => Ok(()),
+        ForkResult::Parent { child } => {
+            last(child.as_raw().unsigned_abs())?;
+            process::exit(0)
+        }
+    }
+}
+
 /// A session of its own. A leader of a process group cannot have one, so another process goes on then.
 fn own_session(null: &File) -> Result<(), JailError> {
     if let Err(error) = setsid() {
         if error != Errno::EPERM {
             return Err(host("start a session")(error));
         }
-        // SAFETY: the process has one thread, as this module's head demands.
-        if let ForkResult::Parent { .. } = unsafe { fork() }.map_err(host("start a process"))? {
-            process::exit(0);
-        }
+        in_another(|_| Ok(()))?;
         setsid().map_err(host("start a session"))?;
     }
     let all = nix::unistd::dup2_stdin(null)
