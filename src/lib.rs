@@ -14,6 +14,8 @@ pub mod config;
 pub mod control;
 pub mod guest;
 pub mod io;
+pub mod registry;
+pub mod remote;
 pub mod sandbox;
 pub mod session;
 pub mod telemetry;

@@ -138,6 +138,7 @@ enum ActionType {
     InstanceStart,
     FlushMetrics,
     SendCtrlAltDel,
+    Shutdown,
 }
 
 fn actions(input: &mut Input<'_>) -> Result<Action, ApiError> {
@@ -145,6 +146,7 @@ fn actions(input: &mut Input<'_>) -> Result<Action, ApiError> {
         ActionType::InstanceStart => Action::InstanceStart,
         ActionType::FlushMetrics => Action::FlushMetrics,
         ActionType::SendCtrlAltDel => Action::SendCtrlAltDel,
+        ActionType::Shutdown => Action::Shutdown,
     })
 }
 

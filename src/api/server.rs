@@ -75,6 +75,20 @@ impl ApiThread {
         };
         let listener = UnixListener::bind(path).map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
+        Self::serve(listener, path, limit, caller)
+    }
+
+    /// As [`start`](Self::start), with a socket that listens already and does not block.
+    pub fn serve(
+        listener: UnixListener,
+        path: &Path,
+        limit: usize,
+        caller: Caller,
+    ) -> Result<Self, ServerError> {
+        let error = |source| ServerError::Bind {
+            path: path.to_owned(),
+            source,
+        };
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(error)?;
         let server = Server {
             listener,

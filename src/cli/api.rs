@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::run::{parse_config, read_text};
+use super::target::RuntimeArgs;
 use crate::api::MAX_BODY;
 use crate::config::{Config, Level, Logger, Metrics};
 use crate::control::DEFAULT_MEMORY_MIB;
@@ -20,6 +21,9 @@ use crate::telemetry;
 /// Longest name of a microVM.
 const MAX_ID: usize = 64;
 
+/// Name of a microVM that got none.
+const DEFAULT_ID: &str = "anonymous-instance";
+
 /// Arguments of `bulle api`, which are those of Firecracker.
 #[derive(Debug, Args)]
 pub struct ApiArgs {
@@ -27,7 +31,7 @@ pub struct ApiArgs {
     #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
     api_sock: PathBuf,
     /// Name of the microVM: 1 to 64 letters, digits and '-'
-    #[arg(long, value_name = "ID", default_value = "anonymous-instance", value_parser = parse_id)]
+    #[arg(long, value_name = "ID", default_value = DEFAULT_ID, value_parser = parse_id)]
     id: String,
     /// Start from this configuration at once, as `bulle run --print-config` prints it
     #[arg(long, value_name = "FILE")]
@@ -71,6 +75,8 @@ pub struct ApiArgs {
     /// Of no effect: bulle installs no filter of system calls yet
     #[arg(long)]
     no_seccomp: bool,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     #[command(flatten)]
     absent: Absent,
 }
@@ -177,6 +183,8 @@ pub fn run(args: ApiArgs) -> Result<u8> {
     args.absent.check()?;
     let startup = args.startup()?;
     let config = args.config_file.as_deref().map(read_config).transpose()?;
+    let name = Some(args.id.clone()).filter(|id| id != DEFAULT_ID);
+    let place = args.runtime.place(name);
     Ok(session::serve(Serve {
         socket: (!args.no_api).then_some(args.api_sock),
         id: args.id,
@@ -194,5 +202,6 @@ pub fn run(args: ApiArgs) -> Result<u8> {
             .metrics_path
             .map(|metrics_path| Metrics { metrics_path }),
         startup,
+        place,
     })?)
 }

@@ -4,11 +4,18 @@ mod api;
 mod caller;
 mod devices;
 mod firecracker;
+mod inspect;
 mod jailer;
 mod kernel;
+mod kill;
 mod memory;
+mod pause;
+mod ps;
 mod run;
 mod share;
+mod stop;
+mod table;
+mod target;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -19,7 +26,7 @@ use clap::{Parser, Subcommand};
 pub use memory::Allocator;
 
 use crate::session::{self, CODE_FAILURE};
-use crate::telemetry::tell;
+use crate::telemetry::{self, tell};
 
 /// A virtual machine monitor on KVM: microVMs from one command.
 #[derive(Debug, Parser)]
@@ -35,6 +42,18 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Serve a REST API that configures, starts and commands one microVM
     Api(Box<api::ApiArgs>),
+    /// List the microVMs that run
+    Ps(ps::PsArgs),
+    /// Print all that is known of a microVM, as JSON
+    Inspect(inspect::InspectArgs),
+    /// Stop the vCPUs of microVMs
+    Pause(pause::PauseArgs),
+    /// Let the vCPUs of paused microVMs go on
+    Resume(pause::PauseArgs),
+    /// Have guests switch themselves off, and kill those that do not
+    Stop(stop::StopArgs),
+    /// End microVMs at once, or send their processes another signal
+    Kill(kill::KillArgs),
 }
 
 /// Parses the process's arguments, runs the command and says with which code to exit. Errors are
@@ -52,14 +71,30 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let result = match cli.command {
-        Command::Run(args) => run::run(*args),
-        Command::Api(args) => api::run(*args),
-    };
+    let result = cli.command.run();
     ExitCode::from(result.unwrap_or_else(|error| {
         tell(chain(&error));
         CODE_FAILURE
     }))
+}
+
+impl Command {
+    fn run(self) -> anyhow::Result<u8> {
+        match &self {
+            Self::Run(_) | Self::Api(_) => {}
+            _ => telemetry::init(log::LevelFilter::Warn),
+        }
+        match self {
+            Self::Run(args) => run::run(*args),
+            Self::Api(args) => api::run(*args),
+            Self::Ps(args) => ps::run(&args),
+            Self::Inspect(args) => inspect::run(&args),
+            Self::Pause(args) => pause::pause(&args),
+            Self::Resume(args) => pause::resume(&args),
+            Self::Stop(args) => stop::run(&args),
+            Self::Kill(args) => kill::run(&args),
+        }
+    }
 }
 
 /// Whether the process was started under that name.

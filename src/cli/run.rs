@@ -8,13 +8,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
+use super::api::parse_id;
 use super::caller;
 use super::devices::DeviceArgs;
 use super::kernel::default_kernel;
+use super::target::RuntimeArgs;
 use crate::config::{
     BootSource, Config, Console, Drive, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
     MemoryBacking, Root, Share, parse_size,
 };
+use crate::registry::Place;
 use crate::session;
 use crate::telemetry;
 
@@ -118,6 +121,11 @@ pub struct RunArgs {
     /// Start from a configuration file, as --print-config prints it; other options override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Name by which other commands find this VM: 1 to 64 letters, digits and '-' [default: eight digits]
+    #[arg(long, alias = "id", value_name = "NAME", value_parser = parse_id)]
+    name: Option<String>,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     /// Command to run in the guest, and its arguments [default: a shell]
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -153,6 +161,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     };
     telemetry::init(level);
     let print = args.print_config;
+    let place = args.place();
     let config = args.into_config()?;
     if print {
         let text = serde_json::to_string_pretty(&config)?;
@@ -163,10 +172,15 @@ pub fn run(args: RunArgs) -> Result<u8> {
     if let Some(logger) = &config.logger {
         telemetry::configure(logger)?;
     }
-    session::launch(config.validate()?).map_err(anyhow::Error::from)
+    session::launch(config.validate()?, place).map_err(anyhow::Error::from)
 }
 
 impl RunArgs {
+    /// Where others find the VM, where there is such a place.
+    fn place(&self) -> Option<Place> {
+        self.runtime.place(self.name.clone())
+    }
+
     fn into_config(self) -> Result<Config> {
         let mut config = match &self.config {
             Some(path) => read_config(path)?,

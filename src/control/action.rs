@@ -78,6 +78,8 @@ pub enum Action {
     InstanceStart,
     /// Presses Ctrl-Alt-Del.
     SendCtrlAltDel,
+    /// Asks the guest to switch itself off.
+    Shutdown,
     /// Stops every vCPU.
     Pause,
     /// Lets every vCPU go on.

@@ -114,6 +114,7 @@ impl Preboot {
             Action::InstanceStart
             | Action::FlushMetrics
             | Action::SendCtrlAltDel
+            | Action::Shutdown
             | Action::Pause
             | Action::Resume
             | Action::PatchDrive(_)

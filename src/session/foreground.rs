@@ -17,6 +17,7 @@ use super::agent::AgentLink;
 use super::console::ConsoleTap;
 use super::escape::{Escapes, HELP, Request};
 use super::hvc::{self, Hvc};
+use super::managed::{Door, Managed};
 use super::outcome::Outcome;
 use super::output::{Output, read_input};
 use super::progress::Progress;
@@ -81,7 +82,12 @@ pub struct Foreground<'a> {
     tap: Arc<ConsoleTap>,
     agent: Option<AgentLink>,
     hvc: Option<Hvc>,
-    runtime: Option<Runtime>,
+    runtime: Runtime,
+    /// After the runtime, for which its thread may be waiting.
+    managed: Option<Managed>,
+    client_watched: bool,
+    /// Somebody asked the guest to switch itself off.
+    stop_asked: bool,
     events: GuestEvents,
     signals: Signals,
     timeout: Option<(TimerFd, Duration)>,
@@ -104,7 +110,7 @@ impl<'a> Foreground<'a> {
         vm: &'a Vm,
         (tap, events): (Arc<ConsoleTap>, GuestEvents),
         (agent, hvc): (Option<AgentLink>, Option<Hvc>),
-        signals: Signals,
+        (signals, runtime): (Signals, Runtime),
         raw: bool,
         progress: Progress,
     ) -> io::Result<Self> {
@@ -114,7 +120,10 @@ impl<'a> Foreground<'a> {
             tap,
             agent,
             hvc,
-            runtime: None,
+            runtime,
+            managed: None,
+            client_watched: false,
+            stop_asked: false,
             events,
             signals,
             timeout: None,
@@ -148,16 +157,16 @@ impl<'a> Foreground<'a> {
         Ok(())
     }
 
-    /// Has `runtime` answer actions of other threads.
-    pub fn answer(&mut self, runtime: Option<Runtime>) {
-        self.runtime = runtime;
-        self.write_figures();
-    }
-
     /// Writes figures, where there is a place for them.
     pub fn write_figures(&mut self) {
-        if let Some(runtime) = &mut self.runtime {
-            runtime.flush(self.vm);
+        self.runtime.flush(self.vm);
+    }
+
+    /// Lets others find the machine at its control socket.
+    pub fn open(&mut self, door: Door) {
+        self.managed = door.open(self.runtime.config());
+        if let Some(managed) = &self.managed {
+            self.runtime.set_name(managed.name());
         }
     }
 
@@ -200,6 +209,7 @@ impl<'a> Foreground<'a> {
             Outcome::PowerOff if self.after_grace.is_some() && self.agent.is_some() => {
                 self.after_grace.take().unwrap_or(Outcome::PowerOff)
             }
+            Outcome::PowerOff if self.stop_asked && self.agent.is_some() => Outcome::Stopped,
             Outcome::PowerOff if self.agent.as_ref().is_some_and(|agent| !agent.is_running()) => {
                 Outcome::AgentLost("the guest switched itself off before the command began".into())
             }
@@ -268,6 +278,16 @@ impl<'a> Foreground<'a> {
             None => self.vm.board().power.press_power_button(),
         }
         self.end_after(SHUTDOWN_GRACE, signal);
+        self.pump_agent();
+    }
+
+    /// The guest may switch itself off, as long as it likes.
+    fn shut_down(&mut self) {
+        self.stop_asked = true;
+        match &mut self.agent {
+            Some(agent) if agent.is_running() => agent.power_off(),
+            _ => self.request(Request::PowerButton),
+        }
         self.pump_agent();
     }
 
@@ -409,6 +429,12 @@ impl<'a> Foreground<'a> {
                 log::error!("cannot watch hvc0: {error:?}");
             }
         }
+        if let Some((fd, wants)) = self.managed.as_ref().map(Managed::socket) {
+            let source = (fd, Token::Client, EventSet::IN);
+            if let Err(error) = watch(ops, source, wants, &mut self.client_watched) {
+                log::error!("cannot watch the control socket: {error:?}");
+            }
+        }
         let watched = &mut self.outputs_watched;
         let outputs = [(&self.stdout, Token::Stdout), (&self.stderr, Token::Stderr)];
         for ((output, token), watched) in outputs.into_iter().zip(watched) {
@@ -470,8 +496,14 @@ impl<'a> Foreground<'a> {
                 self.pump_agent();
             }
             Token::Calls => {
-                if let Some(runtime) = &mut self.runtime {
-                    runtime.serve(self.vm);
+                self.runtime.serve(self.vm);
+                if self.runtime.take_stop() {
+                    self.shut_down();
+                }
+            }
+            Token::Client => {
+                if let Some(managed) = &mut self.managed {
+                    managed.serve();
                 }
             }
         }
@@ -502,9 +534,7 @@ impl MutEventSubscriber for Foreground<'_> {
         if let Some(hvc) = &self.hvc {
             sources.push((hvc.room_event(), Token::ConsoleRoom));
         }
-        if let Some(runtime) = &self.runtime {
-            sources.push((runtime.as_raw_fd(), Token::Calls));
-        }
+        sources.push((self.runtime.as_raw_fd(), Token::Calls));
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN)) {
                 log::error!("cannot watch {token:?}: {error:?}");

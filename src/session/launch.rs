@@ -16,6 +16,7 @@ use super::agent_port::{AgentPort, Channel};
 use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
 use super::foreground::{Foreground, GuestEvents, Rest};
 use super::hvc::Hvc;
+use super::managed::Door;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
 use super::progress::Progress;
@@ -28,6 +29,7 @@ use crate::config::{Console, RateLimiter, Spec};
 use crate::control::{Instance, channel};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
+use crate::registry::{Place, RegistryError};
 use crate::telemetry::{LogFileError, Metrics, tell};
 use crate::vm::build::{Host, Initrd};
 use crate::vm::{BuildError, Vm};
@@ -56,6 +58,9 @@ pub enum LaunchError {
     /// File of figures.
     #[error(transparent)]
     LogFile(#[from] LogFileError),
+    /// The name.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// Console file.
     #[error(transparent)]
     Console(#[from] ConsoleFileError),
@@ -74,28 +79,24 @@ pub enum LaunchError {
 }
 
 /// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
-/// the exit code.
-pub fn launch(spec: Spec) -> Result<u8, LaunchError> {
+/// the exit code. Others find it at `place` meanwhile.
+pub fn launch(spec: Spec, place: Option<Place>) -> Result<u8, LaunchError> {
     let metrics = spec.config().metrics.as_ref();
     let metrics = metrics.map(Metrics::open).transpose()?;
-    let runtime = metrics.map(|metrics| figures_only(&spec, metrics));
-    let runtime = runtime.transpose();
-    let runtime = runtime.map_err(|error| session("the figures", error))?;
-    let prepared = Prepared::new(spec)?;
-    let signals = block_signals()?;
-    Session::build(prepared)?.run(signals, runtime)
-}
-
-/// A runtime that nobody asks for anything, and that writes figures.
-fn figures_only(spec: &Spec, metrics: Metrics) -> io::Result<Runtime> {
-    let (_, requests) = channel()?;
+    let (caller, requests) = channel().map_err(|error| session("the control channel", error))?;
+    let door = place.map(|place| Door::new(place, spec.config(), caller));
+    let door = door.transpose()?;
     let parts = FigureParts {
-        metrics: Some(metrics),
+        metrics,
         api: None,
         startup: Startup::default(),
     };
     let instance = Instance::new(String::new());
-    Runtime::new(requests, instance, spec.config().clone(), parts)
+    let runtime = Runtime::new(requests, instance, spec.config().clone(), parts)
+        .map_err(|error| session("the control channel", error))?;
+    let prepared = Prepared::new(spec)?;
+    let signals = block_signals()?;
+    Session::build(prepared)?.run(signals, runtime, door)
 }
 
 /// Signals that are to be answered, from here on, in threads made after this too.
@@ -200,8 +201,14 @@ impl Session {
         })
     }
 
-    /// Runs the machine to its end, with `runtime` to answer actions; returns the exit code.
-    pub fn run(self, signals: Signals, runtime: Option<Runtime>) -> Result<u8, LaunchError> {
+    /// Runs the machine to its end, with `runtime` to answer actions, also those at `door`; returns the
+    /// exit code.
+    pub fn run(
+        self,
+        signals: Signals,
+        runtime: Runtime,
+        door: Option<Door>,
+    ) -> Result<u8, LaunchError> {
         let Self {
             spec,
             started,
@@ -234,16 +241,25 @@ impl Session {
         let (outcome, rest) = {
             let parts = (tap.clone(), events);
             let ends = (agent, ends.terminal.map(Hvc::new));
-            let mut foreground =
-                Foreground::new(&vm, parts, ends, signals, raw.is_some(), progress)
-                    .map_err(|error| session("timers", error))?;
+            let mut foreground = Foreground::new(
+                &vm,
+                parts,
+                ends,
+                (signals, runtime),
+                raw.is_some(),
+                progress,
+            )
+            .map_err(|error| session("timers", error))?;
             if let Some(limit) = spec.timeout() {
                 foreground
                     .limit(limit, started.elapsed())
                     .map_err(|error| session("the time limit", error))?;
             }
-            foreground.answer(runtime);
+            foreground.write_figures();
             vm.start();
+            if let Some(door) = door {
+                foreground.open(door);
+            }
             run(foreground)?
         };
         tap.close();

@@ -13,6 +13,7 @@ mod escape;
 mod foreground;
 mod hvc;
 mod launch;
+mod managed;
 mod outcome;
 mod output;
 mod progress;

@@ -53,6 +53,8 @@ pub enum Outcome {
     Timeout(Duration),
     /// A signal to bulle ended the VM.
     Signal(i32),
+    /// The guest switched itself off because it was asked to, before its command ended.
+    Stopped,
     /// `Ctrl-A x`.
     Quit,
     /// The agent broke its protocol.
@@ -86,6 +88,7 @@ impl Outcome {
             Self::Watchdog => CODE_WATCHDOG,
             Self::Failed(_) => CODE_VM_FAILURE,
             Self::Timeout(_) => CODE_TIMEOUT,
+            Self::Stopped => SIGNAL_BASE + libc::SIGTERM as u8,
             Self::Signal(signal) => SIGNAL_BASE.saturating_add(u8::try_from(*signal).unwrap_or(0)),
             Self::AgentLost(_) => CODE_FAILURE,
         }
@@ -134,6 +137,7 @@ impl fmt::Display for Outcome {
                 )
             }
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),
+            Self::Stopped => f.write_str("stopped before the command ended"),
             Self::Quit => f.write_str("ended by Ctrl-A x before the command ended"),
             Self::AgentLost(text) => write!(f, "the guest agent was lost: {text}"),
         }
@@ -156,6 +160,7 @@ mod tests {
         assert_eq!(code(Outcome::Watchdog), 120);
         assert_eq!(code(Outcome::Timeout(Duration::from_secs(1))), 124);
         assert_eq!(code(Outcome::Signal(15)), 143);
+        assert_eq!(code(Outcome::Stopped), 143);
         assert_eq!(code(Outcome::DebugExit(7)), 7);
     }
 }

@@ -32,6 +32,8 @@ pub struct Runtime {
     /// Readable when there are requests, or figures are due.
     ready: Epoll,
     latencies: BTreeMap<&'static str, Duration>,
+    /// The guest is to be asked to switch itself off.
+    stop_asked: bool,
 }
 
 /// Where figures come from and go to, beside the machine.
@@ -97,7 +99,23 @@ impl Runtime {
             figures,
             ready,
             latencies: BTreeMap::new(),
+            stop_asked: false,
         })
+    }
+
+    /// The microVM is called so.
+    pub fn set_name(&mut self, name: &str) {
+        name.clone_into(&mut self.instance.id);
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Whether the guest is to be asked to switch itself off, once for each time that somebody asked.
+    pub fn take_stop(&mut self) -> bool {
+        std::mem::take(&mut self.stop_asked)
     }
 
     /// Answers what is asked of `vm`, and writes figures that are due.
@@ -156,6 +174,10 @@ impl Runtime {
                 true => Ok(Reply::Done),
                 false => Err(ActionError::Keyboard),
             },
+            Action::Shutdown => {
+                self.stop_asked = true;
+                Ok(Reply::Done)
+            }
             Action::PatchDrive(update) => commands::drive(devices, config, update),
             Action::PatchNetwork(update) => commands::network(devices, config, update),
             Action::PatchPmem(update) => commands::pmem(config, update),

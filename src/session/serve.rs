@@ -4,7 +4,7 @@
 //! the foreground's loop. A start that fails is answered and forgotten: the next may do better.
 
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -12,12 +12,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::launch::{LaunchError, Prepared, Session, block_signals};
+use super::managed::Door;
 use super::outcome::Outcome;
 use super::runtime::{FigureParts, Runtime, Startup};
 use super::signals::Signals;
 use crate::api::{ApiThread, Counts, ServerError};
 use crate::config::{Config, Logger, Metrics};
 use crate::control::{Action, ActionError, Preboot, Reply, Requests, chain, channel};
+use crate::registry::{About, Claim, Place, RegistryError};
 
 /// Signals that end a microVM which was not started.
 const ENDING: [Signal; 4] = [
@@ -46,6 +48,8 @@ pub struct Serve {
     pub metrics: Option<Metrics>,
     /// How long the start took.
     pub startup: Startup,
+    /// Where others find it.
+    pub place: Option<Place>,
 }
 
 /// A microVM that cannot be served.
@@ -85,16 +89,23 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
         preboot.metrics(metrics)?;
     }
     // Ends after all that answers it, so that it waits for nobody then.
-    let api = match &options.socket {
-        Some(socket) => Some(ApiThread::start(socket, options.max_body, caller)?),
-        None => None,
-    };
+    let (mut api, mut door, mut _linked) = (None, None, None);
+    let place = options.place.as_ref();
+    let entry = || place.and_then(|place| entry(place, preboot.config()));
+    match &options.socket {
+        Some(socket) => {
+            api = Some(ApiThread::start(socket, options.max_body, caller)?);
+            _linked = entry().inspect(|claim| link(claim, socket));
+        }
+        None => door = entry().map(|claim| Door::held(claim, caller)),
+    }
     let serving = Serving {
         preboot,
         requests,
         signals,
         startup: options.startup,
         counts: api.as_ref().map(|api| api.counts().clone()),
+        door,
     };
     match at_once {
         true => serving.start(),
@@ -109,6 +120,31 @@ struct Serving {
     signals: Signals,
     startup: Startup,
     counts: Option<Arc<Counts>>,
+    /// Where it is served, if not at a socket that was asked for.
+    door: Option<Door>,
+}
+
+/// An entry for a microVM. Clients give the same name to several microVMs: the second gets another.
+fn entry(place: &Place, config: &Config) -> Option<Claim> {
+    let about = About::new(Some(config));
+    let any = Place {
+        name: None,
+        ..place.clone()
+    };
+    let claim = match Claim::new(place, &about) {
+        Err(RegistryError::Taken { .. }) => Claim::new(&any, &about),
+        other => other,
+    };
+    claim
+        .map_err(|error| log::debug!("commands do not find this microVM: {}", chain(&error)))
+        .ok()
+}
+
+/// Has an entry lead to the socket that was asked for.
+fn link(claim: &Claim, socket: &Path) {
+    if let Err(error) = claim.link(socket) {
+        log::debug!("commands do not reach this microVM: {error}");
+    }
 }
 
 fn build(preboot: &Preboot) -> Result<Session, ActionError> {
@@ -133,6 +169,7 @@ impl Serving {
             signals,
             startup,
             counts,
+            door,
         } = self;
         let parts = FigureParts {
             metrics: preboot.take_metrics(),
@@ -142,7 +179,7 @@ impl Serving {
         let (instance, config) = (preboot.instance().clone(), preboot.config().clone());
         let runtime = Runtime::new(requests, instance, config, parts).map_err(ServeError::Event)?;
         begun(Reply::Done);
-        Ok(session.run(signals, Some(runtime))?)
+        Ok(session.run(signals, runtime, door)?)
     }
 
     /// Takes the configuration in, until there is a start that works.

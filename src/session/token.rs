@@ -34,11 +34,13 @@ pub enum Token {
     Watchdog,
     /// Somebody asks for an action, or figures are due.
     Calls,
+    /// A first client is at the control socket.
+    Client,
 }
 
 impl Token {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Exit,
         Self::Signal,
         Self::Timeout,
@@ -53,6 +55,7 @@ impl Token {
         Self::Stderr,
         Self::Watchdog,
         Self::Calls,
+        Self::Client,
     ];
 
     /// The one that travels as `data`.

@@ -12,5 +12,6 @@ mod devices;
 mod http;
 mod jailer;
 mod lifecycle;
+mod manage;
 mod served;
 mod telemetry;

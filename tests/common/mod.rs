@@ -185,6 +185,15 @@ impl Running {
     /// Starts `command` with its outputs collected.
     pub fn start(mut command: Command, input: Input, patience: Duration) -> Self {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        if command
+            .get_envs()
+            .all(|(name, _)| name != "BULLE_RUNTIME_DIR")
+        {
+            command.env(
+                "BULLE_RUNTIME_DIR",
+                std::env::temp_dir().join("bulle-tests"),
+            );
+        }
         command.stdin(match input {
             Input::Null => Stdio::null(),
             _ => Stdio::piped(),
