@@ -13,6 +13,7 @@ pub mod cpuid;
 pub mod interrupts;
 pub mod msr;
 pub mod report;
+pub mod state;
 pub mod topology;
 pub mod tsc;
 pub mod vcpu;

@@ -5,7 +5,7 @@
 //! has already is not written: the FPU (FCW 0x37f, MXCSR 0x1f80), the run state (the boot processor
 //! runs, the others wait for INIT and SIPI, with the local APICs in the kernel in both irqchip
 //! modes), and everything but CPUID and MSRs of the other processors, which INIT resets.
-//! arch/tests/kvm.rs holds KVM to that.
+//! arch/tests/kvm holds KVM to that.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuFd};

@@ -7,6 +7,8 @@
     reason = "helpers of tests are not marked as tests"
 )]
 
+mod state;
+
 use arch::capabilities::{self, Capabilities};
 use arch::report::VcpuReport;
 use arch::topology::Topology;
@@ -36,7 +38,7 @@ fn kvm() -> Option<Kvm> {
 struct Machine {
     vcpus: Vec<VcpuFd>,
     template: VcpuTemplate,
-    _vm: VmFd,
+    vm: VmFd,
 }
 
 fn machine(kvm: &Kvm, mode: IrqchipMode, topology: Topology) -> Machine {
@@ -70,7 +72,7 @@ fn machine(kvm: &Kvm, mode: IrqchipMode, topology: Topology) -> Machine {
     Machine {
         vcpus,
         template,
-        _vm: vm,
+        vm,
     }
 }
 
@@ -187,6 +189,7 @@ fn real_mode(kvm: &Kvm, topology: Topology, code: &[u8]) -> RealMode {
     // SAFETY: the region is all of `memory`, which lives as long as the VM.
     unsafe { vm.set_user_memory_region(region) }.unwrap();
     create_irqchip(&vm, IrqchipMode::Kernel, &capabilities).unwrap();
+    create_pit(&vm).unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
     let boot = Boot {
         enter: &|sregs| {
