@@ -15,16 +15,17 @@ use devices::irq::Interrupt;
 use devices::pci::{ConfigPorts, Ecam, IntxLine, PciBus, PciError, PciWindow};
 use devices::virtio::Memory;
 use devices::virtio::console::ConsoleHandle;
-use devices::virtio::core::{NewError, Parts, VirtioCore, VirtioState};
+use devices::virtio::core::{NewError, Parts, VirtioCore};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::notifier::VirtioInterrupt;
 use devices::virtio::registry::{self, DeviceConfig, DeviceHandle};
 use devices::virtio::transport::mmio::{LEN, Mmio, MmioInterrupt};
-use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, PciState, VirtioPci};
+use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, VirtioPci};
 use devices::virtio::worker::{LoopBackend, Worker};
 use event_manager::RemoteEndpoint;
 use kvm_ioctls::VmFd;
 
+use super::VirtioDeviceState;
 use super::doorbell::{Armed, Doorbells};
 use super::plan::Plan;
 use crate::config::Transport;
@@ -115,6 +116,9 @@ pub struct Attached {
     pub core: Arc<VirtioCore>,
     /// What it takes commands by.
     pub handle: DeviceHandle,
+    kind: &'static str,
+    /// Its PCI function, with `--pci`.
+    function: Option<Arc<VirtioPci>>,
 }
 
 /// What devices are connected to.
@@ -141,6 +145,7 @@ pub struct Devices {
     list: Vec<Attached>,
     windows: Vec<MmioDevice>,
     pci: Option<PciHost>,
+    ports: Option<Arc<ConfigPorts>>,
     irqfds: Vec<IrqFd>,
     io: Vec<IoThread>,
 }
@@ -148,17 +153,21 @@ pub struct Devices {
 impl Devices {
     /// Makes the devices of `plans` and puts them on `buses`. All share an I/O thread, but for those
     /// that wait for the host (see [`waits`]), which have one each; without devices there is none.
+    /// They are made from their states, of which there is one of the same id for each or none, and so
+    /// is the address register of the PCI bus.
     pub fn attach(
         plans: Vec<Plan>,
         transport: Transport,
         machine: &Machine<'_>,
         buses: &mut Buses<'_>,
+        (mut states, pci_address): (Vec<VirtioDeviceState>, u32),
     ) -> Result<Self, AttachError> {
         let mut devices = Self::default();
         let mut pci = PciBus::new();
         let mut shared = None;
         // One for all, since a memory device changes it.
         let memory = Memory::new(machine.memory.clone());
+        let mut slots = Vec::with_capacity(plans.len());
         for plan in plans {
             let endpoint = match &shared {
                 Some(endpoint) if !waits(&plan.config) => RemoteEndpoint::clone(endpoint),
@@ -172,14 +181,20 @@ impl Devices {
                     endpoint
                 }
             };
-            let slot = Slot::new(plan, machine, &memory, endpoint)?;
+            let state = states.iter().position(|state| state.id == plan.id);
+            let state = state.map(|at| states.swap_remove(at));
+            slots.push(Slot::new(plan, machine, &memory, (endpoint, state))?);
+        }
+        // All of their memory is there by now, in which the queues of any may be.
+        for slot in slots {
             match transport {
                 Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
                 Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
             }
         }
         if transport == Transport::Pci {
-            devices.pci = Some(place_pci(pci, buses)?);
+            let (host, ports) = place_pci(pci, buses, pci_address)?;
+            (devices.pci, devices.ports) = (Some(host), Some(ports));
         }
         Ok(devices)
     }
@@ -227,12 +242,12 @@ impl Devices {
         machine: &Machine<'_>,
         bus: &mut PciBus,
     ) -> Result<(), AttachError> {
-        let state = PciState::default();
+        let state = slot.state.pci.clone().unwrap_or_default();
         let sink = irq::messages(machine.vm);
         let traits = slot.device.traits();
         let pin = Arc::new(Pin(machine.irqchip.line(self.next_pci_line())));
         let interrupt = Arc::new(PciInterrupt::new(sink, Some(pin), &traits, &state));
-        let (doorbells, attached) = slot.finish(interrupt.clone())?;
+        let (doorbells, mut attached) = slot.finish(interrupt.clone())?;
         // At most 31 functions fit the bus, and their BARs the window.
         let bar = layout::PCI_MEMORY_START + self.list.len() as u64 * BAR_LEN;
         let function = Arc::new(VirtioPci::new(
@@ -246,10 +261,11 @@ impl Devices {
             },
         ));
         doorbells.place(bar, function.kicks());
-        if let Err(source) = bus.add(function) {
+        if let Err(source) = bus.add(function.clone()) {
             let id = attached.id;
             return Err(AttachError::Pci { id, source });
         }
+        attached.function = Some(function);
         self.list.push(attached);
         Ok(())
     }
@@ -265,6 +281,36 @@ impl Devices {
             2 => third,
             _ => fourth,
         }
+    }
+
+    /// Brings every device to rest, its host I/O finished. vCPUs stand still.
+    pub fn pause(&self) {
+        for device in &self.list {
+            device.core.pause();
+        }
+    }
+
+    /// Lets every device go on whose driver had started it, before vCPUs run.
+    pub fn resume(&self) {
+        for device in &self.list {
+            device.core.resume();
+        }
+    }
+
+    /// The states of all devices. One that is not paused goes on at once.
+    pub fn save(&self) -> Vec<VirtioDeviceState> {
+        let states = self.list.iter().map(|device| VirtioDeviceState {
+            id: device.id.clone(),
+            kind: device.kind.to_owned(),
+            virtio: device.core.save(),
+            pci: device.function.as_ref().map(|function| function.save()),
+        });
+        states.collect()
+    }
+
+    /// The address register of the PCI configuration ports, where there are such.
+    pub fn pci_address(&self) -> Option<u32> {
+        self.ports.as_ref().map(|ports| ports.save())
     }
 
     /// The devices, in the order of the configuration.
@@ -344,9 +390,7 @@ impl Devices {
     /// Brings every device to rest, its host I/O finished, and ends the I/O threads. No vCPU runs
     /// any more.
     pub fn stop(&mut self) {
-        for device in &self.list {
-            device.core.pause();
-        }
+        self.pause();
         self.io.clear();
     }
 }
@@ -372,11 +416,13 @@ fn waits(config: &DeviceConfig) -> bool {
 /// A device on its way to a transport.
 struct Slot {
     id: String,
+    kind: &'static str,
     device: Box<dyn VirtioDevice>,
     handle: DeviceHandle,
     doorbells: Arc<Doorbells>,
     endpoint: RemoteEndpoint<Worker>,
     memory: Memory,
+    state: VirtioDeviceState,
 }
 
 impl Slot {
@@ -384,19 +430,22 @@ impl Slot {
         plan: Plan,
         machine: &Machine<'_>,
         memory: &Memory,
-        endpoint: RemoteEndpoint<Worker>,
+        (endpoint, state): (RemoteEndpoint<Worker>, Option<VirtioDeviceState>),
     ) -> Result<Self, AttachError> {
-        let Plan { id, config } = plan;
-        let state = VirtioState::default();
-        let (device, handle) = match registry::build(config, &state.device) {
+        let Plan { id, mut config } = plan;
+        if let DeviceConfig::Mem(options) = &mut config {
+            options.memory = Some(memory.clone());
+        }
+        let state = state.unwrap_or_else(|| VirtioDeviceState::reset(&id, config.kind()));
+        let kind = config.kind();
+        let (device, handle) = match registry::build(config, &state.virtio.device) {
             Ok(made) => made,
             Err(source) => return Err(AttachError::Build { id, source }),
         };
-        if let DeviceHandle::Mem(handle) = &handle {
-            handle.attach(memory.clone());
-        }
         Ok(Self {
             id,
+            kind,
+            state,
             device,
             handle,
             doorbells: Arc::new(Doorbells::new(machine.vm.clone())),
@@ -412,11 +461,13 @@ impl Slot {
     ) -> Result<(Arc<Doorbells>, Attached), AttachError> {
         let Self {
             id,
+            kind,
             device,
             handle,
             doorbells,
             endpoint,
             memory,
+            state,
         } = self;
         let parts = Parts {
             traits: device.traits(),
@@ -428,18 +479,28 @@ impl Slot {
             interrupt,
             memory,
         };
-        match VirtioCore::new(parts, VirtioState::default()) {
+        match VirtioCore::new(parts, state.virtio) {
             Ok(core) => {
-                let core = Arc::new(core);
-                Ok((doorbells, Attached { id, core, handle }))
+                let attached = Attached {
+                    id,
+                    core: Arc::new(core),
+                    handle,
+                    kind,
+                    function: None,
+                };
+                Ok((doorbells, attached))
             }
             Err(source) => Err(AttachError::Core { id, source }),
         }
     }
 }
 
-/// Puts a filled PCI bus where ACPI says it is.
-fn place_pci(bus: PciBus, buses: &mut Buses<'_>) -> Result<PciHost, AttachError> {
+/// Puts a filled PCI bus where ACPI says it is, with the address register of its ports as given.
+fn place_pci(
+    bus: PciBus,
+    buses: &mut Buses<'_>,
+    address: u32,
+) -> Result<(PciHost, Arc<ConfigPorts>), AttachError> {
     let bus = Arc::new(bus);
     let host = PciHost {
         ecam: Window {
@@ -464,7 +525,7 @@ fn place_pci(bus: PciBus, buses: &mut Buses<'_>) -> Result<PciHost, AttachError>
     let window = Arc::new(PciWindow::new(bus.clone(), base));
     place(buses.mmio.insert(base, size, window))?;
     let (port, ports) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE);
-    let config = Arc::new(ConfigPorts::new(bus, 0));
-    place(buses.pio.insert(port.into(), ports.into(), config))?;
-    Ok(host)
+    let config = Arc::new(ConfigPorts::new(bus, address));
+    place(buses.pio.insert(port.into(), ports.into(), config.clone()))?;
+    Ok((host, config))
 }

@@ -7,6 +7,7 @@ pub mod attach;
 mod cmdline;
 mod doorbell;
 pub mod plan;
+mod state;
 mod watchdog;
 
 use std::io::Write;
@@ -17,11 +18,12 @@ use arch::layout;
 use arch::topology::Topology;
 use arch::vm::IrqchipMode;
 use devices::bus::{Bus, BusDevice, BusError};
+use devices::ioapic::IoApic;
 use devices::legacy::debug_exit::DebugExit;
-use devices::legacy::i8042::{I8042, I8042State};
-use devices::legacy::power::{Power, PowerState};
+use devices::legacy::i8042::I8042;
+use devices::legacy::power::Power;
 use devices::legacy::pvpanic::PvPanic;
-use devices::legacy::rtc::{Cmos, CmosState, host_clock};
+use devices::legacy::rtc::{Cmos, host_clock};
 use devices::legacy::serial::{Serial, SerialError, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,6 +33,7 @@ use crate::config::{self, Transport};
 use attach::{AttachError, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
 use plan::Plan;
+pub use state::{BoardState, PartsState, StateError, VirtioDeviceState};
 pub use watchdog::BoardWatchdog;
 
 /// The board could not be put together.
@@ -45,6 +48,9 @@ pub enum BoardError {
         #[source]
         source: BusError,
     },
+    /// A state of another machine.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// A virtio device.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -90,6 +96,8 @@ pub struct Board {
     pub keyboard: Arc<I8042>,
     /// Power registers, for the power button.
     pub power: Arc<Power>,
+    clock: Arc<Cmos>,
+    ioapic: Option<Arc<IoApic>>,
     /// Watchdog.
     pub watchdog: Option<BoardWatchdog>,
     /// Virtio devices.
@@ -103,24 +111,27 @@ impl Board {
         log::debug!("{ports} port and {addresses} memory accesses met no device");
     }
 
-    /// Puts the devices at reset state on two buses.
+    /// Makes the devices from their state and puts them on two buses. The I/O APIC has its already,
+    /// and virtio devices that ran do not before [`Devices::resume`].
+    ///
+    /// # Errors
+    /// A state of another machine, before any device is made; a device that cannot be made, or not
+    /// from this state.
     pub fn new(
         machine: &Machine<'_>,
         transport: Transport,
-        wiring: Wiring,
+        mut wiring: Wiring,
+        state: BoardState,
     ) -> Result<Self, BoardError> {
         let irqchip = machine.irqchip;
-        let console = serial(irqchip, layout::COM1_IRQ, wiring.console)?;
-        let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent)?;
-        let keyboard = Arc::new(I8042::new(
-            irqchip.line(layout::I8042_IRQ),
-            I8042State::default(),
-        ));
-        let power = Arc::new(Power::new(
-            irqchip.line(layout::GED_IRQ),
-            PowerState::default(),
-        ));
-        let clock = Arc::new(Cmos::new(host_clock(), CmosState::default()));
+        state.arrange(&mut wiring, transport, irqchip.mode())?;
+        let console = serial(irqchip, layout::COM1_IRQ, wiring.console, state.console)?;
+        let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent, state.agent)?;
+        let line = |irq| irqchip.line(irq);
+        let keyboard = Arc::new(I8042::new(line(layout::I8042_IRQ), state.keyboard));
+        let power = Arc::new(Power::new(line(layout::GED_IRQ), state.power));
+        let clock = Arc::new(Cmos::new(host_clock(), state.clock));
+        let parts = state.parts.unwrap_or_default();
 
         let mut pio = Bus::new();
         let mut place = |device: &'static str, port: u16, len: u16, at: Arc<dyn BusDevice>| {
@@ -140,7 +151,7 @@ impl Board {
             "the real-time clock",
             layout::RTC_PORT,
             layout::RTC_PORT_SIZE,
-            clock,
+            clock.clone(),
         )?;
         place(
             "debug exit",
@@ -156,21 +167,20 @@ impl Board {
             power.clone(),
         )?;
 
-        let messages = || irq::messages(machine.vm);
-        let watchdog = wiring.watchdog.as_ref();
-        let watchdog = watchdog.map(|dog| BoardWatchdog::place(dog, messages(), &mut pio));
+        let watchdog = wiring.watchdog.as_ref().map(|settings| {
+            let messages = irq::messages(machine.vm);
+            let state = parts.watchdog.unwrap_or_default();
+            BoardWatchdog::place(settings, messages, &mut pio, state)
+        });
 
         let mut mmio = Bus::new();
         place_ioapic(irqchip, &mut mmio)?;
-        let devices = Devices::attach(
-            wiring.devices,
-            transport,
-            machine,
-            &mut Buses {
-                pio: &mut pio,
-                mmio: &mut mmio,
-            },
-        )?;
+        let mut buses = Buses {
+            pio: &mut pio,
+            mmio: &mut mmio,
+        };
+        let states = (parts.virtio, parts.pci_address.unwrap_or(0));
+        let devices = Devices::attach(wiring.devices, transport, machine, &mut buses, states)?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
@@ -178,9 +188,30 @@ impl Board {
             agent,
             keyboard,
             power,
+            clock,
+            ioapic: irqchip.ioapic().cloned(),
             watchdog: watchdog.transpose()?,
             devices,
         })
+    }
+
+    /// The state of all devices, of which [`new`](Self::new) makes the same. vCPUs stand still, and
+    /// virtio devices are paused, or each goes on at once.
+    pub fn save(&self) -> BoardState {
+        BoardState {
+            console: self.console.save(),
+            agent: self.agent.save(),
+            keyboard: self.keyboard.save(),
+            power: self.power.save(),
+            clock: self.clock.save(),
+            parts: Some(PartsState {
+                watchdog: self.watchdog.as_ref().map(BoardWatchdog::save),
+                virtio: self.devices.save(),
+                // Last, with the interrupts of all others.
+                ioapic: self.ioapic.as_ref().map(|ioapic| ioapic.save()),
+                pci_address: self.devices.pci_address(),
+            }),
+        }
     }
 
     /// What the ACPI tables say of this board.
@@ -228,12 +259,17 @@ fn place_ioapic(irqchip: &Irqchip, mmio: &mut Bus) -> Result<(), BoardError> {
     })
 }
 
-fn serial(irqchip: &Irqchip, irq: u32, end: SerialEnd) -> Result<Arc<Serial>, SerialError> {
+fn serial(
+    irqchip: &Irqchip,
+    irq: u32,
+    end: SerialEnd,
+    state: SerialState,
+) -> Result<Arc<Serial>, SerialError> {
     let drained = move || {
         if let Err(error) = end.drained.write(1) {
             log::error!("a serial port's room was not announced: {error}");
         }
     };
     let line = irqchip.line(irq);
-    Serial::new(line, end.out, Box::new(drained), SerialState::default()).map(Arc::new)
+    Serial::new(line, end.out, Box::new(drained), state).map(Arc::new)
 }

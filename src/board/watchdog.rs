@@ -35,31 +35,35 @@ pub struct BoardWatchdog {
 }
 
 impl BoardWatchdog {
-    /// Makes it at reset and puts its registers on the bus.
+    /// Makes it from its state and puts its registers on the bus. Its time stands still.
     pub fn place(
         settings: &config::Watchdog,
         messages: Arc<dyn MsiSink>,
         pio: &mut Bus,
+        state: WatchdogState,
     ) -> Result<Self, BoardError> {
         let alarm = HostAlarm::new().map_err(BoardError::Timer)?;
         let bounds = periods(settings.min)..=periods(settings.timeout);
-        let device = Arc::new(Watchdog::new(
-            alarm,
-            bounds.clone(),
-            WatchdogState::default(),
-        ));
+        let device = Arc::new(Watchdog::new(alarm, bounds.clone(), state));
         let (port, size) = (layout::WATCHDOG_PORT, layout::WATCHDOG_PORT_SIZE);
         pio.insert(port.into(), size.into(), device.clone())
             .map_err(|source| BoardError::Place {
                 device: "the watchdog",
                 source,
             })?;
-        Ok(Self {
+        let watchdog = Self {
             device,
             bounds,
             action: settings.action,
             messages,
-        })
+        };
+        watchdog.pause();
+        Ok(watchdog)
+    }
+
+    /// Its registers, with the time that is left.
+    pub fn save(&self) -> WatchdogState {
+        self.device.save()
     }
 
     /// What ACPI says of it.
@@ -202,7 +206,8 @@ mod tests {
             fn send(&self, _: u64, _: u32) {}
         }
         let settings = config::Watchdog::default();
-        let watchdog = BoardWatchdog::place(&settings, Arc::new(Nobody), &mut pio).unwrap();
+        let state = WatchdogState::default();
+        let watchdog = BoardWatchdog::place(&settings, Arc::new(Nobody), &mut pio, state).unwrap();
         let alarm = watchdog.device.alarm();
         watchdog.resume();
         watchdog.pause();

@@ -30,7 +30,7 @@ use super::memory::{self, MemoryError};
 use super::slots::{DeviceSlots, Seen};
 use super::{ExitLatch, Vm, kernel_cache};
 use crate::board::attach::Machine;
-use crate::board::{self, Board, BoardError, Wiring};
+use crate::board::{self, Board, BoardError, BoardState, Wiring};
 use crate::config::{self, MachineConfig, Spec};
 use crate::sandbox::thread::ThreadError;
 use crate::vcpu::{Vcpu, VcpuHandle};
@@ -252,7 +252,8 @@ impl Vm {
             arch::vm::create_pit(&vm)?;
         }
         log::debug!("memory and interrupt controller in place");
-        let irqchip = Irqchip::new(machine.irqchip, &vm);
+        let state = BoardState::default();
+        let irqchip = Irqchip::new(machine.irqchip, &vm, state.ioapic());
         let board = Board::new(
             &Machine {
                 vm: &vm,
@@ -261,6 +262,7 @@ impl Vm {
             },
             machine.virtio_transport,
             wiring,
+            state,
         )?;
         let facts = board.acpi_facts(&host.topology, mode);
         let entry = load(spec, &facts, kernel, initrd, &memory)?;

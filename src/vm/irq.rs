@@ -26,13 +26,13 @@ pub enum Irqchip {
 }
 
 impl Irqchip {
-    /// The controller for `mode` on `vm`, at reset.
-    pub fn new(mode: config::Irqchip, vm: &Arc<VmFd>) -> Self {
+    /// The controller for `mode` on `vm`. A state of KVM's own is not set here.
+    pub fn new(mode: config::Irqchip, vm: &Arc<VmFd>, state: IoApicState) -> Self {
         match mode {
             config::Irqchip::Kernel => Self::Kernel(vm.clone()),
             config::Irqchip::Split => {
                 let sink = Arc::new(KvmMsi(vm.clone()));
-                Self::Split(Arc::new(IoApic::new(sink, IoApicState::default())))
+                Self::Split(Arc::new(IoApic::new(sink, state)))
             }
         }
     }
@@ -59,6 +59,14 @@ impl Irqchip {
             }
             // A message is a single system call already.
             Self::Split(_) => Ok((self.line(pin), None)),
+        }
+    }
+
+    /// Which of the two it is.
+    pub fn mode(&self) -> config::Irqchip {
+        match self {
+            Self::Kernel(_) => config::Irqchip::Kernel,
+            Self::Split(_) => config::Irqchip::Split,
         }
     }
 

@@ -11,7 +11,7 @@
 use std::convert::Infallible;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
@@ -112,13 +112,17 @@ impl From<SerialState> for vm_superio::SerialState {
     }
 }
 
-struct Line(Arc<dyn Interrupt>);
+/// The interrupt, which is not there while a saved UART is made: it was raised before.
+#[derive(Clone, Default)]
+struct Line(Arc<OnceLock<Arc<dyn Interrupt>>>);
 
 impl vm_superio::Trigger for Line {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
-        self.0.signal();
+        if let Some(interrupt) = self.0.get() {
+            interrupt.signal();
+        }
         Ok(())
     }
 }
@@ -193,9 +197,10 @@ impl Serial {
     ) -> Result<Self, SerialError> {
         let lost = Lost::default();
         let len = state.input.len();
-        let uart =
-            vm_superio::Serial::from_state(&state.into(), Line(interrupt), lost.clone(), out)
-                .map_err(|_| SerialError::InputTooLong { len })?;
+        let line = Line::default();
+        let uart = vm_superio::Serial::from_state(&state.into(), line.clone(), lost.clone(), out)
+            .map_err(|_| SerialError::InputTooLong { len })?;
+        line.0.get_or_init(|| interrupt);
         let inner = Inner {
             uart,
             waiting: false,

@@ -140,11 +140,19 @@ fn save_and_new_is_identity() {
             let json = serde_json::to_string(&state).unwrap();
             let loaded: VirtioState = serde_json::from_str(&json).unwrap();
             assert_eq!(loaded, state);
+            let pci = rig.transport_state();
+            let json = serde_json::to_string(&pci).unwrap();
+            let loaded = (loaded, serde_json::from_str(&json).unwrap());
             rig.core.pause();
             let device = make(&state.device);
-            let again = Rig::with(transport, device, rig.ram.clone(), loaded);
+            let again = Rig::restored(transport, device, rig.ram.clone(), loaded);
             assert_eq!(again.core.save(), state, "{name} {transport:?}");
+            assert_eq!(again.transport_state(), pci, "{name}");
+            // An interrupt for each queue, since any may have been on its way.
+            assert_eq!(again.irq.take(), 0, "{name} {transport:?}");
             again.core.resume();
+            let ready = state.queues.iter().filter(|queue| queue.ready).count();
+            assert!(again.irq.take() >= ready, "{name} {transport:?}");
             again.core.pause();
             let queues = again.core.save().queues;
             assert_eq!(queues, state.queues, "{name} {transport:?}");

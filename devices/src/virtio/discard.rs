@@ -1,8 +1,8 @@
 //! Guest RAM given back to the host: ranges of guest addresses, merged and cut to whole host pages.
 //!
 //! Owned by the device that discards. Nothing outside of RAM, and no host page of which only a
-//! part is in a range, is ever dropped. What was dropped reads as zeros and is had again from the
-//! host when it is touched.
+//! part is in a range, is ever dropped. What was dropped reads as zeros, or as the file behind a
+//! private mapping, and is had again from the host when it is touched.
 
 use std::io;
 use std::ops::Range;
@@ -113,9 +113,12 @@ fn whole_pages(region: &GuestRegionMmap, range: Range<u64>, page: u64, done: &Di
     }
 }
 
-/// Drops whole host pages of `region`: for all who share them if a file is behind it.
+/// Drops whole host pages of `region`: for all who share them if a file is behind it. Of a private
+/// mapping of a file, such as that of a snapshot, the guest's copies go; what the file has is there
+/// again.
 fn drop_pages(region: &GuestRegionMmap, offset: u64, len: u64) -> io::Result<()> {
-    let result = match region.file_offset() {
+    let shared = region.flags() & libc::MAP_SHARED != 0;
+    let result = match region.file_offset().filter(|_| shared) {
         Some(file) => {
             let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let start = (file.start() + offset) as libc::off_t;

@@ -267,6 +267,7 @@ pub struct Rig {
     pub port: Box<dyn Port>,
     /// Counts interrupts of all vectors.
     pub irq: Arc<Counter>,
+    function: Option<Arc<VirtioPci>>,
     host: Arc<Mutex<IoLoop>>,
 }
 
@@ -276,13 +277,24 @@ impl Rig {
         Self::with(transport, device, ram(), VirtioState::default())
     }
 
-    /// A device in a machine with `ram`, from a saved state.
+    /// A device in a machine with `ram`, from a saved state, at a transport that was reset.
     pub fn with(
         transport: Transport,
         device: Box<dyn VirtioDevice>,
         ram: GuestRam,
         state: VirtioState,
     ) -> Self {
+        Self::restored(transport, device, ram, (state, PciState::default()))
+    }
+
+    /// A device in a machine with `ram`, from a saved state, and its transport too.
+    pub fn restored(
+        transport: Transport,
+        device: Box<dyn VirtioDevice>,
+        ram: GuestRam,
+        (state, pci): (VirtioState, PciState),
+    ) -> Self {
+        let mut function = None;
         let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
         let irq = Arc::new(Counter::default());
         let traits = device.traits();
@@ -300,13 +312,13 @@ impl Rig {
             }
             Transport::Pci => {
                 let sink = Arc::new(Sink(Arc::clone(&irq)));
-                let reset = PciState::default();
-                let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &reset));
+                let interrupt = Arc::new(PciInterrupt::new(sink, None, &traits, &pci));
                 parts.interrupt = Arc::clone(&interrupt) as _;
                 let core = Arc::new(VirtioCore::new(parts, state).unwrap());
                 let device =
-                    VirtioPci::new(Arc::clone(&core), interrupt, BAR, &reset, Box::new(|_| {}));
-                (core, Box::new(PciPort::new(Arc::new(device))))
+                    VirtioPci::new(Arc::clone(&core), interrupt, BAR, &pci, Box::new(|_| {}));
+                let device = function.insert(Arc::new(device));
+                (core, Box::new(PciPort::new(Arc::clone(device))))
             }
         };
         Self {
@@ -314,8 +326,15 @@ impl Rig {
             core,
             port,
             irq,
+            function,
             host,
         }
+    }
+
+    /// The state of the transport; that of MMIO is the core's.
+    pub fn transport_state(&self) -> PciState {
+        let function = self.function.as_ref();
+        function.map_or_else(PciState::default, |function| function.save())
     }
 
     /// Lets the device run until it has nothing to do for `ms` milliseconds.

@@ -10,7 +10,7 @@ use super::entropy::{Entropy, EntropyState};
 use super::fs::{Fs, FsError, FsOptions, FsState};
 use super::mem::{Mem, MemError, MemHandle, MemOptions, MemState};
 use super::net::{Net, NetError, NetHandle, NetOptions};
-use super::pmem::{Pmem, PmemOptions};
+use super::pmem::{Pmem, PmemError, PmemOptions};
 use super::rtc::{Rtc, RtcHandle, RtcOptions};
 use super::vsock::{Vsock, VsockEnd, VsockError};
 
@@ -37,6 +37,24 @@ pub enum DeviceConfig {
     Mem(MemOptions),
     /// Network device.
     Net(NetOptions),
+}
+
+impl DeviceConfig {
+    /// The type of device in a word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Entropy => "entropy",
+            Self::Block(..) => "block",
+            Self::Console(_) => "console",
+            Self::Vsock(_) => "vsock",
+            Self::Fs(_) => "fs",
+            Self::Rtc(_) => "clock",
+            Self::Balloon(_) => "balloon",
+            Self::Pmem(_) => "pmem",
+            Self::Mem(_) => "mem",
+            Self::Net(_) => "net",
+        }
+    }
 }
 
 /// What the VMM keeps of a device to command it, one arm per device type.
@@ -88,6 +106,9 @@ pub enum BuildError {
     /// A memory balloon.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// A memory device.
     #[error(transparent)]
     Mem(#[from] MemError),
@@ -171,7 +192,7 @@ pub fn build(
                 DeviceState::Pmem(state) => *state,
                 _ => return Err(BuildError::State { device: "pmem" }),
             };
-            let pmem = Pmem::new(options, state);
+            let pmem = Pmem::new(options, state)?;
             Ok((Box::new(pmem), DeviceHandle::Pmem))
         }
         DeviceConfig::Mem(options) => {

@@ -40,6 +40,7 @@ pub(super) fn plan(
             region: Arc::new(region),
             block: memory.block_size_mib << 20,
             requested: memory.requested_size_mib << 20,
+            memory: None,
         }),
     })
 }

@@ -148,6 +148,7 @@ impl Block {
         let host = |what| move |source| BlockError::Host { what, source };
         let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let sectors = disk.sectors().map_err(host("find the size of the disk"))?;
+        state.check(disk.path(), sectors, disk.read_only())?;
         let disk = Arc::new(disk);
         let engine = match engine {
             EngineKind::Sync => Engine::Sync,
@@ -526,6 +527,7 @@ impl VirtioDevice for Block {
         DeviceState::Block(BlockState {
             writeback: self.space.writeback.load(Ordering::SeqCst),
             capacity: Some(self.space.capacity()),
+            read_only: Some(self.disk.read_only()),
         })
     }
 }

@@ -1,6 +1,7 @@
 //! What a block device is made from, and why it could not be made.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -66,6 +67,29 @@ pub enum BlockError {
     /// No io_uring on this host, or not allowed.
     #[error("io_uring is not available; use the engine `sync`, or `auto`")]
     IoUring(#[source] io::Error),
+    /// Less of a disk than the saved driver knows.
+    #[error(
+        "disk {path:?} has {sectors} sectors of 512 bytes, and had {saved} when the machine was saved"
+    )]
+    Shrunk {
+        /// The disk.
+        path: PathBuf,
+        /// What it has.
+        sectors: u64,
+        /// What the driver was told.
+        saved: u64,
+    },
+    /// Another access than the saved driver knows.
+    #[error(
+        "disk {path:?} can{} be written, unlike when the machine was saved",
+        if *.read_only { "not" } else { "" }
+    )]
+    Access {
+        /// The disk.
+        path: PathBuf,
+        /// Whether it can be read only.
+        read_only: bool,
+    },
     /// The disk, a timer or an eventfd of the host failed.
     #[error("cannot {what} for a block device")]
     Host {
@@ -84,6 +108,8 @@ pub struct BlockState {
     pub writeback: bool,
     /// Sectors that the driver was told of; `None` before there was a driver.
     pub capacity: Option<u64>,
+    /// The driver cannot write; `None` before there was a driver.
+    pub read_only: Option<bool>,
 }
 
 impl Default for BlockState {
@@ -91,6 +117,31 @@ impl Default for BlockState {
         Self {
             writeback: true,
             capacity: None,
+            read_only: None,
         }
+    }
+}
+
+impl BlockState {
+    /// Whether a disk is one that the saved driver can go on with.
+    pub(super) fn check(
+        &self,
+        path: &Path,
+        sectors: u64,
+        read_only: bool,
+    ) -> Result<(), BlockError> {
+        let path = || path.to_path_buf();
+        if let Some(saved) = self.capacity.filter(|saved| *saved > sectors) {
+            return Err(BlockError::Shrunk {
+                path: path(),
+                sectors,
+                saved,
+            });
+        }
+        if self.read_only.is_some_and(|saved| saved != read_only) {
+            let path = path();
+            return Err(BlockError::Access { path, read_only });
+        }
+        Ok(())
     }
 }

@@ -93,6 +93,16 @@ pub enum ConsoleError {
         /// The name.
         name: String,
     },
+    /// Not the ports that the saved driver knows.
+    #[error(
+        "the console device has the ports {now:?}, and had {saved:?} when the machine was saved"
+    )]
+    Saved {
+        /// In the saved state.
+        saved: Vec<String>,
+        /// As configured.
+        now: Vec<String>,
+    },
     /// There is no such port.
     #[error("the console device has no port {port}")]
     NoPort {
@@ -115,8 +125,8 @@ pub enum ConsoleError {
 pub struct ConsoleState {
     /// The driver asked for the ports.
     pub ready: bool,
-    /// The ports.
-    pub ports: Vec<PortState>,
+    /// The ports with their names; none for reset.
+    pub ports: Vec<(String, PortState)>,
 }
 
 /// What the VMM wants of a port.
@@ -225,6 +235,19 @@ fn host_error(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
     move |source| DeviceError::Host { what, source }
 }
 
+/// Whether the ports are those of a saved device, if there is one.
+fn check_saved(ports: &[PortOptions], saved: &[(String, PortState)]) -> Result<(), ConsoleError> {
+    let now = ports.iter().map(|port| &port.name);
+    if saved.is_empty() || now.clone().eq(saved.iter().map(|(name, _)| name)) {
+        return Ok(());
+    }
+    let saved = saved.iter().take(MAX_PORTS);
+    Err(ConsoleError::Saved {
+        saved: saved.map(|(name, _)| name.clone()).collect(),
+        now: now.cloned().collect(),
+    })
+}
+
 fn check(ports: &[PortOptions]) -> Result<(), ConsoleError> {
     if !(1..=MAX_PORTS).contains(&ports.len()) {
         let ports = ports.len();
@@ -250,13 +273,14 @@ impl Console {
         state: ConsoleState,
     ) -> Result<(Self, ConsoleHandle), ConsoleError> {
         check(&options.ports)?;
+        check_saved(&options.ports, &state.ports)?;
         let (cols, rows) = options.size;
         let count = options.ports.len();
         let shared = Arc::new(Shared {
             ports: count as u32,
             size: AtomicU32::new(u32::from(cols) | u32::from(rows) << 16),
             // A saved driver may know another size.
-            resized: AtomicBool::new(state.ports.iter().any(|p| p.ready)),
+            resized: AtomicBool::new(state.ports.iter().any(|(_, p)| p.ready)),
             generation: AtomicU32::new(0),
             changes: Mutex::new((0..count).map(|_| None).collect()),
             lost: (0..count).map(|_| Arc::default()).collect(),
@@ -271,7 +295,7 @@ impl Console {
         let mut states = state.ports.into_iter();
         let mut ports = Vec::new();
         for (index, (options, lost)) in options.ports.into_iter().zip(&shared.lost).enumerate() {
-            let state = states.next().unwrap_or_default();
+            let (_, state) = states.next().unwrap_or_default();
             let mut port = Port::new(options, Arc::clone(lost), state);
             connect(&poller, index, &port.end).map_err(&wait)?;
             port.tell_open();
@@ -530,7 +554,11 @@ impl VirtioDevice for Console {
     fn save(&self) -> DeviceState {
         DeviceState::Console(ConsoleState {
             ready: self.ready,
-            ports: self.ports.iter().map(|p| p.state).collect(),
+            ports: self
+                .ports
+                .iter()
+                .map(|p| (p.name.clone(), p.state))
+                .collect(),
         })
     }
 }

@@ -31,7 +31,7 @@ pub use self::state::{
 };
 use super::Memory;
 use super::device::{ConfigSpace, Traits};
-use super::notifier::{Notifier, VirtioInterrupt};
+use super::notifier::{ISR_CONFIG, Notifier, VirtioInterrupt};
 use super::worker::{Backend, Start};
 use crate::lock;
 
@@ -246,6 +246,9 @@ impl VirtioCore {
             if queue.ready {
                 self.notifier.used(index as u16);
             }
+        }
+        if self.notifier.isr() & ISR_CONFIG != 0 {
+            self.notifier.config_changed();
         }
     }
 

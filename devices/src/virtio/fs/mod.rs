@@ -212,6 +212,14 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
+    /// Not the share that the saved guest knows.
+    #[error("share {tag:?} was {saved:?} when the machine was saved")]
+    Saved {
+        /// In the saved state.
+        saved: String,
+        /// As configured.
+        tag: String,
+    },
     /// The saved state is broken.
     #[error("the saved state of share {tag:?} cannot be used: {why}")]
     State {
@@ -225,6 +233,12 @@ pub enum FsError {
 /// What is saved of a share: what the guest knows of its files, not the files.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FsState {
+    /// The tag that the guest knows; empty before there was a guest.
+    #[serde(default)]
+    tag: String,
+    /// The mount that the directory was on.
+    #[serde(default)]
+    mount: u64,
     session: Option<Session>,
     nodes: Vec<NodeState>,
     handles: Vec<HandleState>,
@@ -243,6 +257,7 @@ impl ConfigSpace for Space {
 /// The virtio-fs device.
 #[derive(Debug)]
 pub struct Fs {
+    tag: String,
     server: Server,
     space: Arc<Space>,
     queues: u16,
@@ -254,6 +269,12 @@ impl Fs {
     /// the user and limits that it will have.
     pub fn new(options: FsOptions, state: &FsState) -> Result<Self, FsError> {
         options.check()?;
+        if !state.tag.is_empty() && state.tag != options.tag {
+            return Err(FsError::Saved {
+                saved: state.tag.clone(),
+                tag: options.tag,
+            });
+        }
         let (root, max_fds) = (options.open()?, options.fds());
         let FsOptions {
             tag,
@@ -283,7 +304,7 @@ impl Fs {
         let limits = (max_fds as usize, max_nodes as usize);
         let mut server = Server::new(policy, owners, proc, (Arc::new(root), &stat), limits);
         server.session = state.session;
-        let loaded = server.nodes.load(&state.nodes);
+        let loaded = server.nodes.load(&state.nodes, state.mount);
         let loaded = loaded.and_then(|()| server.load_handles(&state.handles));
         if let Err(why) = loaded {
             return Err(FsError::State { tag, why });
@@ -297,6 +318,7 @@ impl Fs {
             *to = from;
         }
         Ok(Self {
+            tag,
             server,
             space: Arc::new(Space(space)),
             queues,
@@ -371,6 +393,8 @@ impl VirtioDevice for Fs {
 
     fn save(&self) -> DeviceState {
         DeviceState::Fs(FsState {
+            tag: self.tag.clone(),
+            mount: self.server.nodes.mount(),
             session: self.server.session,
             nodes: self.server.nodes.save(),
             handles: self.server.save_handles(),

@@ -42,7 +42,7 @@ impl Key {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct NodeState {
     id: u64,
-    key: Key,
+    pub(super) key: Key,
     parent: u64,
     name: Vec<u8>,
     lookups: u64,
@@ -137,8 +137,20 @@ impl Nodes {
         nodes
     }
 
-    /// Takes saved nodes over; says what is wrong with them otherwise.
-    pub fn load(&mut self, saved: &[NodeState]) -> std::result::Result<(), &'static str> {
+    /// The mount of the shared directory, which has another number in each mount namespace.
+    pub fn mount(&self) -> u64 {
+        let root = self.nodes.get(&FUSE_ROOT_ID);
+        root.map_or(0, |root| root.key.mount)
+    }
+
+    /// Takes saved nodes over, of a share whose directory was on the mount `before`; says what is wrong
+    /// with them otherwise.
+    pub fn load(
+        &mut self,
+        saved: &[NodeState],
+        before: u64,
+    ) -> std::result::Result<(), &'static str> {
+        let mount = self.mount();
         if saved.len() >= self.max_nodes {
             return Err("it has more files than allowed");
         }
@@ -149,9 +161,13 @@ impl Nodes {
             if state.id == 0 || state.id == u64::MAX || !seen.insert(state.id) {
                 return Err("a node number is not possible");
             }
+            let mut key = state.key;
+            if key.mount == before {
+                key.mount = mount;
+            }
             let node = Node {
                 fd: None,
-                key: state.key,
+                key,
                 kind: FileType::Unknown,
                 sealed: false,
                 parent: state.parent,
@@ -160,7 +176,7 @@ impl Nodes {
                 recent: false,
             };
             self.next = self.next.max(state.id + 1);
-            self.by_key.entry(state.key).or_insert(state.id);
+            self.by_key.entry(key).or_insert(state.id);
             self.nodes.insert(state.id, node);
         }
         Ok(())

@@ -16,7 +16,7 @@ use std::collections::btree_map::Entry;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -73,6 +73,8 @@ pub struct MemOptions {
     pub block: u64,
     /// Bytes that the driver is to plug at first.
     pub requested: u64,
+    /// Guest RAM, into which blocks are plugged for the other devices; `None` where there are none.
+    pub memory: Option<Memory>,
 }
 
 /// A memory device could not be made, or does not take a command.
@@ -104,6 +106,14 @@ pub enum MemError {
     /// A saved state of another device.
     #[error("the saved state has blocks plugged that the memory device does not have")]
     State,
+    /// Not where or as large as the saved driver knows it.
+    #[error("the memory device is {now}, and was {saved} when the machine was saved")]
+    Moved {
+        /// In the saved state.
+        saved: MemLayout,
+        /// As it is.
+        now: MemLayout,
+    },
     /// The host failed.
     #[error("cannot {what} for a memory device")]
     Host {
@@ -126,6 +136,30 @@ pub struct MemState {
     pub requested: Option<u64>,
     /// Plugged blocks: first and number, in order.
     pub plugged: Vec<(u64, u64)>,
+    /// What the driver knows; `None` before there was a driver.
+    pub layout: Option<MemLayout>,
+}
+
+/// Where a memory device's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemLayout {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Bytes of a block.
+    pub block: u64,
+}
+
+impl std::fmt::Display for MemLayout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            address,
+            len,
+            block,
+        } = self;
+        write!(f, "{len} bytes at {address:#x} in blocks of {block}")
+    }
 }
 
 /// How much is plugged, in bytes.
@@ -146,7 +180,7 @@ pub struct MemStatus {
 pub struct Mem {
     region: Arc<Region>,
     space: Arc<Space>,
-    memory: Arc<OnceLock<Memory>>,
+    memory: Option<Memory>,
     blocks: Blocks,
     /// What the devices' view has of it, by guest address.
     views: BTreeMap<u64, Arc<GuestRegionMmap>>,
@@ -158,19 +192,10 @@ pub struct Mem {
 #[derive(Clone, Debug)]
 pub struct MemHandle {
     space: Arc<Space>,
-    memory: Arc<OnceLock<Memory>>,
     wake: Arc<EventFd>,
 }
 
 impl MemHandle {
-    /// Says which guest RAM to plug into, once and before the driver starts. Blocks that were plugged
-    /// when the device was saved are in it from the first request on.
-    pub fn attach(&self, memory: Memory) {
-        if self.memory.set(memory).is_err() {
-            log::error!("a memory device is attached already");
-        }
-    }
-
     /// Wants the driver to have `bytes` plugged, a multiple of the block. It gets there when it can,
     /// which for less than now may be never.
     pub fn set_requested(&self, bytes: u64) -> Result<(), MemError> {
@@ -203,13 +228,14 @@ fn check_requested(requested: u64, block: u64, len: u64) -> Result<(), MemError>
 }
 
 impl Mem {
-    /// Makes the device and its handle.
+    /// Makes the device and its handle. Blocks that were plugged when it was saved are plugged.
     pub fn new(options: MemOptions, state: &MemState) -> Result<(Self, MemHandle), MemError> {
         let MemOptions {
             region,
             address,
             block,
             requested,
+            memory,
         } = options;
         let len = region.len();
         let aligned = block >= 2 << 20
@@ -223,6 +249,14 @@ impl Mem {
                 address,
                 block,
             });
+        }
+        let now = MemLayout {
+            address,
+            len,
+            block,
+        };
+        if let Some(saved) = state.layout.filter(|saved| *saved != now) {
+            return Err(MemError::Moved { saved, now });
         }
         let requested = state.requested.unwrap_or(requested);
         check_requested(requested, block, len)?;
@@ -242,18 +276,18 @@ impl Mem {
         let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let handle = MemHandle {
             space: Arc::clone(&space),
-            memory: Arc::default(),
             wake: Arc::new(wake),
         };
-        let mem = Self {
+        let mut mem = Self {
             region,
             space,
-            memory: Arc::clone(&handle.memory),
+            memory,
             blocks,
             views: BTreeMap::new(),
             wake: Arc::clone(&handle.wake),
             failures: 0,
         };
+        mem.show().map_err(host("show saved blocks to devices"))?;
         Ok((mem, handle))
     }
 
@@ -337,7 +371,7 @@ impl Mem {
 
     /// Makes the devices' view of guest RAM have what is plugged, and nothing else of the region.
     fn show(&mut self) -> io::Result<()> {
-        let Some(memory) = self.memory.get() else {
+        let Some(memory) = &self.memory else {
             return Ok(());
         };
         let guard = memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -456,6 +490,11 @@ impl VirtioDevice for Mem {
         DeviceState::Mem(MemState {
             requested: Some(self.space.get().requested),
             plugged: runs.map(|run| (run.start, run.end - run.start)).collect(),
+            layout: Some(MemLayout {
+                address: self.space.address,
+                len: self.space.len,
+                block: self.space.block,
+            }),
         })
     }
 }

@@ -18,6 +18,7 @@ pub fn options() -> MemOptions {
         address: BASE,
         block: BLOCK,
         requested: 4 * BLOCK,
+        memory: None,
     }
 }
 
@@ -33,12 +34,14 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let options = options();
-        let region = Arc::clone(&options.region);
-        let (mem, handle) = Mem::new(options, &MemState::default()).unwrap();
         let ram = ram();
         let memory = Memory::new(ram.clone());
-        handle.attach(memory.clone());
+        let options = MemOptions {
+            memory: Some(memory.clone()),
+            ..options()
+        };
+        let region = Arc::clone(&options.region);
+        let (mem, handle) = Mem::new(options, &MemState::default()).unwrap();
         let rig = Rig::with(Transport::Mmio, Box::new(mem), ram, VirtioState::default());
         let vq = rig.start(None).remove(0);
         Self {
@@ -255,6 +258,7 @@ fn a_reset_leaves_what_is_plugged_and_so_does_a_restore() {
     ] {
         let state = MemState {
             requested: None,
+            layout: None,
             plugged,
         };
         assert!(matches!(Mem::new(options(), &state), Err(MemError::State)));
@@ -290,14 +294,15 @@ fn a_guest_cannot_use_up_the_mappings_of_the_process() {
     let options = MemOptions {
         region: Arc::new(Region::new(pieces * BLOCK, PAGE).unwrap()),
         requested: pieces * BLOCK,
+        memory: Some(Memory::new(ram())),
         ..options()
     };
     let state = MemState {
         requested: None,
+        layout: None,
         plugged: (0..MAX_RUNS as u64).map(|piece| (2 * piece, 1)).collect(),
     };
     let (mut mem, handle) = Mem::new(options, &state).unwrap();
-    handle.attach(Memory::new(ram()));
     let next = 2 * MAX_RUNS as u64;
     assert_eq!(mem.plug(next..next + 1), BUSY);
     let plugged = handle.status().plugged;

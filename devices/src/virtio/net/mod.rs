@@ -78,6 +78,17 @@ pub enum NetError {
         /// As wanted, or as saved.
         pairs: u16,
     },
+    /// Not the address that the saved driver has.
+    #[error(
+        "a network device has the address {}, and had {} when the machine was saved",
+        text(.now), text(.saved)
+    )]
+    Mac {
+        /// In the saved state.
+        saved: Mac,
+        /// As configured.
+        now: Mac,
+    },
     /// The host failed.
     #[error("cannot {what} for a network device")]
     Host {
@@ -89,6 +100,10 @@ pub enum NetError {
     },
 }
 
+fn text(mac: &Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 /// What is saved of a network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
@@ -98,6 +113,9 @@ pub struct NetState {
     /// negotiated.
     #[serde(default)]
     pub offloads: Option<u64>,
+    /// The address that the driver has; absent before there was a driver.
+    #[serde(default)]
+    pub mac: Option<Mac>,
 }
 
 impl Default for NetState {
@@ -105,6 +123,7 @@ impl Default for NetState {
         Self {
             pairs: 1,
             offloads: None,
+            mac: None,
         }
     }
 }
@@ -191,6 +210,9 @@ impl Net {
         }
         if !(1..=pairs).contains(&state.pairs) {
             return Err(NetError::Pairs { pairs: state.pairs });
+        }
+        if let Some(saved) = state.mac.filter(|saved| *saved != mac) {
+            return Err(NetError::Mac { saved, now: mac });
         }
         let host = |what| move |source| NetError::Host { what, source };
         let timer = TimerFd::new().map_err(io::Error::from);
@@ -504,6 +526,7 @@ impl VirtioDevice for Net {
         DeviceState::Net(NetState {
             pairs: self.active,
             offloads: self.offloads,
+            mac: Some(self.space.mac),
         })
     }
 }

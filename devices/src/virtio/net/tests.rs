@@ -182,7 +182,7 @@ fn a_saved_state_fits_the_queues() {
             options,
             NetState {
                 pairs,
-                offloads: None,
+                ..NetState::default()
             },
         )
         .unwrap_err();

@@ -143,6 +143,11 @@ impl Mapping {
         self.len
     }
 
+    /// The file, as given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Whether the guest may only read it.
     pub fn read_only(&self) -> bool {
         self.read_only

@@ -65,6 +65,19 @@ pub enum PmemError {
         /// Who has it.
         holder: Holder,
     },
+    /// Not where or as large as the saved driver knows it.
+    #[error(
+        "persistent memory {path:?} is {} bytes at {:#x}, and was {} bytes at {:#x} when the machine \
+         was saved", .now.len, .now.address, .saved.len, .saved.address
+    )]
+    Place {
+        /// As given.
+        path: PathBuf,
+        /// In the saved state.
+        saved: PmemPlace,
+        /// As it is.
+        now: PmemPlace,
+    },
     /// The host failed.
     #[error("cannot {what} persistent memory {path:?}")]
     Host {
@@ -94,11 +107,30 @@ impl PmemOptions {
         let address = 0;
         Ok(Self { mapping, address })
     }
+
+    fn place(&self) -> PmemPlace {
+        PmemPlace {
+            address: self.address,
+            len: self.mapping.len(),
+        }
+    }
 }
 
-/// What is saved of a persistent memory: nothing, its content is in the file.
+/// What is saved of a persistent memory: where it is. Its content is in the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PmemState {}
+pub struct PmemState {
+    /// Where the driver has it; `None` before there was a driver.
+    pub place: Option<PmemPlace>,
+}
+
+/// A range of the guest's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PmemPlace {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+}
 
 /// Persistent memory.
 #[derive(Debug)]
@@ -109,10 +141,18 @@ pub struct Pmem {
 
 impl Pmem {
     /// Makes the device.
-    pub fn new(options: PmemOptions, _: PmemState) -> Self {
+    ///
+    /// # Errors
+    /// A saved state of another size or place.
+    pub fn new(options: PmemOptions, state: PmemState) -> Result<Self, PmemError> {
+        let now = options.place();
+        if let Some(saved) = state.place.filter(|saved| *saved != now) {
+            let path = options.mapping.path().to_path_buf();
+            return Err(PmemError::Place { path, saved, now });
+        }
         options.mapping.warn_of_tail();
         let failures = 0;
-        Self { options, failures }
+        Ok(Self { options, failures })
     }
 
     fn flush(&mut self) -> u32 {
@@ -149,8 +189,8 @@ impl VirtioDevice for Pmem {
     }
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
-        let PmemOptions { mapping, address } = &self.options;
-        Arc::new(Place([*address, mapping.len()]))
+        let PmemPlace { address, len } = self.options.place();
+        Arc::new(Place([address, len]))
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -177,7 +217,9 @@ impl VirtioDevice for Pmem {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Pmem(PmemState {})
+        DeviceState::Pmem(PmemState {
+            place: Some(self.options.place()),
+        })
     }
 }
 

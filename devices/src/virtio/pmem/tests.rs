@@ -61,7 +61,10 @@ fn the_file_is_the_memory() {
     assert_eq!(read(&mapping, 3 << 20), 0);
     write(&mapping, (4 << 20) - 1, 1);
     write(&mapping, 5, 9);
-    let rig = Rig::new(Transport::Mmio, Box::new(Pmem::new(options, PmemState {})));
+    let rig = Rig::new(
+        Transport::Mmio,
+        Box::new(Pmem::new(options, PmemState::default()).unwrap()),
+    );
     let mut vqs = rig.start(None);
     assert_eq!(request(&rig, &mut vqs[0], FLUSH), OK);
     assert_eq!(request(&rig, &mut vqs[0], 1), FAILED);
@@ -72,7 +75,7 @@ fn the_file_is_the_memory() {
 #[test]
 fn the_guest_finds_it() {
     for transport in TRANSPORTS {
-        let pmem = Pmem::new(options(1, true), PmemState {});
+        let pmem = Pmem::new(options(1, true), PmemState::default()).unwrap();
         let rig = Rig::new(transport, Box::new(pmem));
         let mut data = [0; 16];
         rig.port.read_config(0, &mut data);
@@ -88,7 +91,7 @@ fn requests_without_room_for_an_answer_stop_the_device() {
         vec![(DATA, 4, false), (DATA + 8, 3, true)],
         vec![(DATA, 4, false)],
     ] {
-        let pmem = Pmem::new(options(1, false), PmemState {});
+        let pmem = Pmem::new(options(1, false), PmemState::default()).unwrap();
         let rig = Rig::new(Transport::Mmio, Box::new(pmem));
         let mut vqs = rig.start(None);
         vqs[0].add(&buffers);
@@ -116,7 +119,10 @@ fn a_file_that_becomes_shorter_reads_zeros_from_there() {
     assert_eq!((read(&mapping, 5000), read(&mapping, 1 << 20)), (0, 0));
     write(&mapping, 1 << 20, 3);
     // What was written is not all kept, and the guest is told so.
-    let rig = Rig::new(Transport::Mmio, Box::new(Pmem::new(options, PmemState {})));
+    let rig = Rig::new(
+        Transport::Mmio,
+        Box::new(Pmem::new(options, PmemState::default()).unwrap()),
+    );
     let mut vqs = rig.start(None);
     assert_eq!(request(&rig, &mut vqs[0], FLUSH), FAILED);
     assert_eq!(fs::metadata(&path).unwrap().len(), 5000);
@@ -128,7 +134,10 @@ fn a_flush_of_a_shorter_file_fails_before_anyone_meets_its_end() {
     let path = dir.path().join("pmem");
     fs::write(&path, vec![7; 2 << 20]).unwrap();
     let options = PmemOptions::open(&path, false).unwrap();
-    let rig = Rig::new(Transport::Mmio, Box::new(Pmem::new(options, PmemState {})));
+    let rig = Rig::new(
+        Transport::Mmio,
+        Box::new(Pmem::new(options, PmemState::default()).unwrap()),
+    );
     let mut vqs = rig.start(None);
     assert_eq!(request(&rig, &mut vqs[0], FLUSH), OK);
     let file = File::options().write(true).open(&path).unwrap();

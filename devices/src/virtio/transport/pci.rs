@@ -237,7 +237,13 @@ impl VirtioPci {
             moved,
             bar,
         };
-        device.follow(&lock(&device.config));
+        device.follow_messages(&lock(&device.config));
+        // Its edge came before it was saved; the device repeats it when it goes on.
+        let disabled = lock(&device.config).space.intx_disabled();
+        device
+            .interrupt
+            .line_disabled
+            .store(disabled, Ordering::SeqCst);
         device
     }
 
@@ -273,6 +279,13 @@ impl VirtioPci {
 
     /// Takes over what the configuration space says.
     fn follow(&self, config: &Config) {
+        self.follow_messages(config);
+        let isr = self.core.notifier().isr();
+        self.interrupt.follow(config.space.intx_disabled(), isr);
+    }
+
+    /// As far as it is about the BAR and messages.
+    fn follow_messages(&self, config: &Config) {
         let base = config.space.bar(0).map_or(u64::MAX, |(base, _)| base);
         let before = self.base.swap(base, Ordering::SeqCst);
         // Nowhere is where sizing puts it for a moment: nobody else is at its place then.
@@ -282,8 +295,6 @@ impl VirtioPci {
         let mut control = [0; 2];
         config.space.read(config.msix + 2, &mut control);
         self.interrupt.msix.set_control(u16::from_le_bytes(control));
-        let isr = self.core.notifier().isr();
-        self.interrupt.follow(config.space.intx_disabled(), isr);
     }
 
     /// The access that the configuration access capability is set up for.

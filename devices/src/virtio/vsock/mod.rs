@@ -225,7 +225,11 @@ impl Vsock {
                     ram,
                     chain: &chain,
                 };
-                self.mux.take(packet, seqpacket)?;
+                // What was on its way as the device was saved belongs to what the driver has to forget.
+                match self.reset_due {
+                    true => self.mux.refuse(&packet.header),
+                    false => self.mux.take(packet, seqpacket)?,
+                }
             }
             io.complete(chain, 0)?;
         }

@@ -545,10 +545,23 @@ fn restored_guests_are_told() {
         );
         guest.vqs = guest.rig.start(None);
     }
+}
+
+#[test]
+fn the_event_goes_before_what_was_on_its_way() {
+    let state = VsockState {
+        cid: CID,
+        connected: true,
+    };
     // With a buffer for the event already there.
-    let guest = Guest::new(options());
+    let mut guest = Guest::new(options());
     let mut saved = guest.rig.core.save();
     saved.device = DeviceState::Vsock(state);
+    // And with a packet on its way, of one of the connections that are gone.
+    let ram = &guest.rig.ram;
+    let request = Guest::header(op::REQUEST, (9, 8)).bytes();
+    ram.write_slice(&request, GuestAddress(TX_BASE)).unwrap();
+    guest.vqs[TX].add(&[(TX_BASE, HEADER as u32, false)]);
     guest.rig.core.pause();
     let mut event = Vq::new(guest.rig.ram.clone(), 2, 16);
     event.add(&[(EVENTS, 8, true)]);
@@ -559,6 +572,15 @@ fn restored_guests_are_told() {
     rig.core.resume();
     assert_eq!(event.used().into_values().collect::<Vec<_>>(), [4]);
     assert_eq!(ram.read_obj::<u64>(GuestAddress(EVENTS)).unwrap(), 0);
+    let used: Vec<_> = guest.vqs[RX].used().into_keys().collect();
+    let [head] = used[..] else {
+        panic!("{used:?}");
+    };
+    let mut answer = [0; HEADER as usize];
+    let at = GuestAddress(guest.slots[&head]);
+    ram.read_slice(&mut answer, at).unwrap();
+    let answer = Header::parse(answer);
+    assert_eq!((answer.op, answer.dst_port), (op::RST, 8));
     let DeviceState::Vsock(after) = rig.core.save().device else {
         panic!("another device");
     };

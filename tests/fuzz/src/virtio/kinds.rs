@@ -236,6 +236,7 @@ pub fn mem(data: &[u8]) {
             address: 1 << 32,
             block: BLOCK,
             requested: 4 * BLOCK,
+            memory: None,
         };
         made(DeviceConfig::Mem(options), state)
     };

@@ -49,6 +49,14 @@ fn files_are_found_and_opened_again() {
     guest.release(dir, true).unwrap();
     guest.call(op::FUSE_GETATTR, file, &[&[0; 16]]).unwrap();
     assert_eq!(guest.look_up(b, "file").unwrap().nodeid, file);
+    // In another mount namespace, where the mount has another number, it is the same file too.
+    let mut elsewhere = saved.clone();
+    elsewhere.mount = 77;
+    for node in &mut elsewhere.nodes {
+        node.key.mount = 77;
+    }
+    let mut guest = Guest::silent(guest.dir, |options| options.read_only = false, &elsewhere);
+    assert_eq!(guest.look_up(b, "file").unwrap().nodeid, file);
     // New numbers are new.
     put(guest.dir.path(), "new", "");
     assert!(guest.look_up(ROOT, "new").unwrap().nodeid > gone);
@@ -74,7 +82,12 @@ fn reset_forgets_the_guest() {
     let file = guest.look_up(ROOT, "file").unwrap().nodeid;
     let fh = guest.open(file, 0).unwrap();
     guest.fs.reset();
-    assert_eq!(state(&guest.fs), FsState::default());
+    let nothing = FsState {
+        tag: "share".to_owned(),
+        mount: guest.fs.server.nodes.mount(),
+        ..FsState::default()
+    };
+    assert_eq!(state(&guest.fs), nothing);
     guest.init();
     assert_eq!(guest.read(fh, 0, 9), Err(libc::EBADF));
     assert_eq!(guest.open(file, 0), Err(libc::ESTALE));

@@ -139,7 +139,8 @@ fn a_tap_has_offloads_and_several_queues() {
         rig.core.save().device,
         DeviceState::Net(NetState {
             pairs: 3,
-            offloads: None
+            offloads: None,
+            mac: Some(MAC),
         })
     );
     // A driver that leaves MQ alone has its control queue behind the first pair.
@@ -153,7 +154,10 @@ fn a_tap_has_offloads_and_several_queues() {
     assert_eq!(vqs[2].used().len(), 1);
     assert_eq!(
         rig.core.save().device,
-        DeviceState::Net(NetState::default())
+        DeviceState::Net(NetState {
+            mac: Some(MAC),
+            ..NetState::default()
+        })
     );
     // Gone under its driver: the link goes down, and nothing spins.
     let status = Command::new("ip").args(["link", "del", &name]).status();
@@ -215,7 +219,13 @@ fn a_driver_switches_what_it_takes() {
     let csum = 1 << VIRTIO_NET_F_GUEST_CSUM;
     assert_eq!(switch(csum, 8), 0);
     assert!(!gives_segments(&name));
-    let saved = |offloads| DeviceState::Net(NetState { pairs: 1, offloads });
+    let saved = |offloads| {
+        DeviceState::Net(NetState {
+            pairs: 1,
+            offloads,
+            mac: Some(MAC),
+        })
+    };
     assert_eq!(rig.core.save().device, saved(Some(csum)));
     // Cut short, too long, not negotiated, and no work on received frames.
     assert_eq!(switch(0, 7), 1);
