@@ -4,12 +4,14 @@
 //! costs no more than one request and one answer.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::http::{self, CONTINUE, MAX_HEADERS, MAX_LINE, Parsed, Request, Response};
+use crate::control::Stream;
 
 /// Bytes read at once.
 const CHUNK: usize = 16 << 10;
@@ -25,6 +27,15 @@ pub struct Connection {
     closing: bool,
     /// Most bytes of a body.
     limit: usize,
+    /// What the client is connected to instead of being answered.
+    relay: Option<Relay>,
+}
+
+/// The other end of a stream.
+struct Relay {
+    stream: Stream,
+    /// The client sends no more.
+    client_ended: bool,
 }
 
 impl Connection {
@@ -38,15 +49,80 @@ impl Connection {
             told: false,
             closing: false,
             limit,
+            relay: None,
         })
     }
 
-    /// What it waits for.
-    pub fn waits_for(&self) -> PollFlags {
-        match self.is_writing() {
-            false => PollFlags::POLLIN,
-            true => PollFlags::POLLOUT,
+    /// What it waits for: of its client, and of the stream that it relays.
+    pub fn poll_fds(&self) -> [PollFd<'_>; 2] {
+        let if_so = |so: bool, flags| if so { flags } else { PollFlags::empty() };
+        let (reads, writes) = (self.output.is_empty(), !self.output.is_empty());
+        let Some(relay) = &self.relay else {
+            let client = if_so(reads, PollFlags::POLLIN) | if_so(writes, PollFlags::POLLOUT);
+            let nothing = PollFd::new(self.as_fd(), PollFlags::empty());
+            return [PollFd::new(self.as_fd(), client), nothing];
+        };
+        let takes = self.input.is_empty() && !relay.client_ended;
+        let client = if_so(takes, PollFlags::POLLIN) | if_so(writes, PollFlags::POLLOUT);
+        let stream =
+            if_so(reads, PollFlags::POLLIN) | if_so(!self.input.is_empty(), PollFlags::POLLOUT);
+        [
+            PollFd::new(self.as_fd(), client),
+            PollFd::new(relay.stream.end.as_fd(), stream),
+        ]
+    }
+
+    /// Connects the client with `stream` from here on, after the answer.
+    pub fn relay(&mut self, stream: Stream) {
+        self.closing = false;
+        self.relay = Some(Relay {
+            stream,
+            client_ended: false,
+        });
+        self.pass(PollFlags::empty());
+    }
+
+    /// Whether it relays a stream.
+    pub fn is_relaying(&self) -> bool {
+        self.relay.is_some()
+    }
+
+    /// Passes on what there is, both ways, as far as it is taken; never more than a piece of it is held.
+    pub fn pass(&mut self, ready: PollFlags) {
+        self.write();
+        let Some(relay) = &mut self.relay else { return };
+        if ready.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) && gone(&self.stream) {
+            self.output.clear();
+            self.closing = true;
+            return;
         }
+        let mut chunk = [0; CHUNK];
+        if self.output.is_empty() && !self.closing {
+            match (&*relay.stream.end).read(&mut chunk) {
+                Ok(0) => self.closing = true,
+                Ok(len) => self.output.extend(chunk.iter().take(len)),
+                Err(error) => self.closing |= !is_passing(&error),
+            }
+        }
+        if self.input.is_empty() && !relay.client_ended {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => {
+                    relay.client_ended = true;
+                    // The other side may be gone, which is found out when it is read.
+                    let _ = relay.stream.end.shutdown(Shutdown::Write);
+                }
+                Ok(len) => self.input.extend(chunk.iter().take(len)),
+                Err(error) => self.closing |= !is_passing(&error),
+            }
+        }
+        if !self.input.is_empty() {
+            match (&*relay.stream.end).write(&self.input) {
+                Ok(len) => drop(self.input.drain(..len)),
+                Err(error) if is_passing(&error) => {}
+                Err(_) => self.input.clear(),
+            }
+        }
+        self.write();
     }
 
     /// Whether an answer waits to be taken.
@@ -73,7 +149,7 @@ impl Connection {
 
     /// The next request, when the answer to the last is out. Bytes that are none are answered here.
     pub fn next(&mut self) -> Option<Request> {
-        if self.closing || !self.output.is_empty() {
+        if self.closing || !self.output.is_empty() || self.is_relaying() {
             return None;
         }
         match http::parse(&self.input, self.limit) {
@@ -129,6 +205,17 @@ impl Connection {
     pub fn is_over(&self) -> bool {
         self.closing && self.output.is_empty()
     }
+}
+
+/// Whether it is only that nothing can be done now.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+/// Whether the other side has closed its end for good.
+fn gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
 }
 
 impl AsFd for Connection {

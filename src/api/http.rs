@@ -14,6 +14,9 @@ pub const MAX_HEADERS: usize = 64;
 /// Bytes of a body, if nothing else is asked for.
 pub const MAX_BODY: usize = 51_200;
 
+/// Content type of most bodies.
+const JSON: &str = "application/json";
+
 /// What is said before a body that the client holds back (`Expect: 100-continue`).
 pub const CONTINUE: &[u8] =
     b"HTTP/1.1 100 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
@@ -255,8 +258,12 @@ fn path_of(target: &str) -> Option<String> {
 pub struct Response {
     /// Status code.
     pub status: u16,
-    /// JSON; absent for an answer without content.
+    /// Absent for an answer without content.
     pub body: Option<String>,
+    /// What the body is.
+    pub content_type: &'static str,
+    /// The body comes later, and ends with the connection.
+    pub streaming: bool,
     /// The client used something that will go.
     pub deprecated: bool,
 }
@@ -266,8 +273,27 @@ impl Response {
     pub fn json(status: u16, body: String) -> Self {
         Self {
             status,
+            ..Self::text(JSON, body)
+        }
+    }
+
+    /// A body of another type.
+    pub fn text(content_type: &'static str, body: String) -> Self {
+        Self {
+            status: 200,
             body: Some(body),
+            content_type,
+            streaming: false,
             deprecated: false,
+        }
+    }
+
+    /// A body that comes later.
+    pub fn stream(content_type: &'static str) -> Self {
+        Self {
+            body: None,
+            streaming: true,
+            ..Self::text(content_type, String::new())
         }
     }
 
@@ -276,6 +302,8 @@ impl Response {
         Self {
             status: 204,
             body: None,
+            content_type: JSON,
+            streaming: false,
             deprecated: false,
         }
     }
@@ -288,7 +316,11 @@ impl Response {
 
     /// As it goes over the wire. `close` tells the client that nothing more comes.
     pub fn bytes(&self, close: bool) -> Vec<u8> {
-        let connection = if close { "close" } else { "keep-alive" };
+        let connection = if close || self.streaming {
+            "close"
+        } else {
+            "keep-alive"
+        };
         let mut head = format!(
             "HTTP/1.1 {} \r\nServer: Firecracker API\r\nConnection: {connection}\r\n",
             self.status
@@ -300,9 +332,13 @@ impl Response {
             // Writing to a string cannot fail.
             let _ = write!(
                 head,
-                "Content-Type: application/json\r\nContent-Length: {}\r\n",
+                "Content-Type: {}\r\nContent-Length: {}\r\n",
+                self.content_type,
                 body.len()
             );
+        }
+        if self.streaming {
+            let _ = write!(head, "Content-Type: {}\r\n", self.content_type);
         }
         head.push_str("\r\n");
         head.push_str(self.body.as_deref().unwrap_or_default());

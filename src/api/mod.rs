@@ -8,6 +8,7 @@ mod connection;
 mod counts;
 mod error;
 mod http;
+mod prometheus;
 mod router;
 mod routes;
 mod server;

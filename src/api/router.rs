@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::error::ApiError;
 use super::http::{Method, Request, Response};
-use super::routes::{ROUTES, Route};
+use super::routes::{METRICS, ROUTES, Route};
 use crate::config::MachineUpdate;
 use crate::control::{Action, Reply};
 
@@ -56,6 +56,12 @@ pub fn read(route: usize, request: &Request) -> Result<Routed, ApiError> {
     };
     let deprecated = input.deprecated;
     Ok(Routed { action, deprecated })
+}
+
+/// Whether the endpoint with index `route` is the one of Prometheus.
+pub fn is_metrics(route: usize) -> bool {
+    let route = ROUTES.get(route);
+    route.is_some_and(|route| route.method == Method::Get && route.path == METRICS)
 }
 
 fn segments(path: &str) -> impl Iterator<Item = &str> {
@@ -154,6 +160,8 @@ pub fn respond(reply: &Reply) -> Result<Response, ApiError> {
         Reply::Statistics(statistics) => serde_json::to_string(statistics)?,
         Reply::Hinting(status) => serde_json::to_string(status)?,
         Reply::MemoryHotplug(status) => serde_json::to_string(status)?,
+        Reply::Stream(stream) => return Ok(Response::stream(stream.content_type)),
+        Reply::Vm(statistics) => serde_json::to_string(statistics)?,
     };
     Ok(Response::json(200, body))
 }

@@ -30,11 +30,17 @@ const fn route(
     }
 }
 
+/// Where Prometheus asks.
+pub const METRICS: &str = "/metrics";
+
 /// All endpoints.
 pub const ROUTES: &[Route] = &[
     route(Get, "/", |_| Ok(Action::DescribeInstance)),
     route(Get, "/version", |_| Ok(Action::Version)),
     route(Get, "/vm/config", |_| Ok(Action::GetConfig)),
+    route(Get, "/vm/statistics", |_| Ok(Action::GetStatistics)),
+    route(Get, "/events", |_| Ok(Action::Listen)),
+    route(Get, METRICS, |_| Ok(Action::GetStatistics)),
     route(Patch, "/vm", vm),
     route(Put, "/actions", actions),
     route(Put, "/boot-source", |input| {

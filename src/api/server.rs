@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,12 +19,15 @@ use super::connection::Connection;
 use super::counts::Counts;
 use super::error::ApiError;
 use super::http::{FULL, Request, Response};
-use super::router;
-use crate::control::Caller;
+use super::{prometheus, router};
+use crate::control::{Caller, Reply, Stream};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 
 /// Clients at a time; one more is turned away.
 pub const MAX_CONNECTIONS: usize = 10;
+
+/// How long streams may take to be taken to their ends, once the microVM has ended.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The API cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -140,44 +144,62 @@ struct Server {
 
 impl Server {
     fn run(mut self) {
-        while let Some(ready) = self.wait() {
-            let [new, old @ ..] = ready.as_slice() else {
+        let mut end = None;
+        while let Some(ready) = self.wait(end) {
+            let [stop, new, old @ ..] = ready.as_slice() else {
                 return;
             };
-            for (index, ready) in old.iter().enumerate() {
-                self.serve(index, *ready);
+            for (index, ready) in old.chunks_exact(2).enumerate() {
+                let all = ready
+                    .iter()
+                    .fold(PollFlags::empty(), |all, ready| all | *ready);
+                self.serve(index, all);
             }
             self.connections.retain(|connection| !connection.is_over());
-            if !new.is_empty() {
+            if end.is_none() && !new.is_empty() {
                 self.accept();
+            }
+            if end.is_none() && !stop.is_empty() {
+                end = Some(Instant::now() + LAST_WORDS);
+            }
+            // Of the others nobody waits for an answer any more.
+            let over = end.is_some_and(|end| Instant::now() >= end);
+            if over || end.is_some() && !self.connections.iter().any(Connection::is_relaying) {
+                return;
             }
         }
     }
 
-    /// What the listener and each connection are ready for; `None` at the end.
-    fn wait(&self) -> Option<Vec<PollFlags>> {
+    /// What the stop event and the listener are ready for, and each connection twice: its client, and the
+    /// stream that it relays. Waits until `end` at most; `None` where waiting fails.
+    fn wait(&self, end: Option<Instant>) -> Option<Vec<PollFlags>> {
         // SAFETY: the eventfd is open as long as `self` is, which outlives the borrow.
         let stop = unsafe {
             std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.stop))
         };
+        // Once the end has come, neither is looked at.
+        let wanted = match end {
+            None => PollFlags::POLLIN,
+            Some(_) => PollFlags::empty(),
+        };
         let mut fds = vec![
-            PollFd::new(stop, PollFlags::POLLIN),
-            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stop, wanted),
+            PollFd::new(self.listener.as_fd(), wanted),
         ];
-        let connections = self.connections.iter();
-        fds.extend(connections.map(|c| PollFd::new(c.as_fd(), c.waits_for())));
-        match poll(&mut fds, PollTimeout::NONE) {
+        fds.extend(self.connections.iter().flat_map(Connection::poll_fds));
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left = left.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
+        match poll(&mut fds, left.unwrap_or(PollTimeout::ZERO)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
                 log::error!("the API is served no more: {error}");
                 return None;
             }
         }
-        let mut ready = fds
+        let ready = fds
             .iter()
             .map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
-        let stopped = ready.next().is_some_and(|ready| !ready.is_empty());
-        (!stopped).then(|| ready.collect())
+        Some(ready.collect())
     }
 
     fn accept(&mut self) {
@@ -185,7 +207,12 @@ impl Server {
             // Gone again, or no descriptor left: the next poll says.
             return;
         };
-        if self.connections.len() >= MAX_CONNECTIONS {
+        // Streams have a limit of their own, where they begin.
+        let waiting = self
+            .connections
+            .iter()
+            .filter(|connection| !connection.is_relaying());
+        if waiting.count() >= MAX_CONNECTIONS {
             // Into an empty socket buffer, which has room.
             let _ = io::Write::write_all(&mut stream, FULL);
             return;
@@ -203,6 +230,10 @@ impl Server {
         if ready.is_empty() {
             return;
         }
+        if connection.is_relaying() {
+            connection.pass(ready);
+            return;
+        }
         let mut goes_on = true;
         if connection.is_writing() {
             // Also where the client is gone, which the write finds out.
@@ -211,8 +242,11 @@ impl Server {
             goes_on = connection.read();
         }
         while let Some(request) = connection.next() {
-            let response = answer(&self.caller, &self.counts, &request);
+            let (response, stream) = answer(&self.caller, &self.counts, &request);
             connection.answer(&response, !request.keep_alive);
+            if let Some(stream) = stream {
+                connection.relay(stream);
+            }
         }
         if !goes_on {
             connection.close();
@@ -220,23 +254,35 @@ impl Server {
     }
 }
 
-fn answer(caller: &Caller, counts: &Counts, request: &Request) -> Response {
+/// The answer to a request, and the stream that follows it, if one does.
+fn answer(caller: &Caller, counts: &Counts, request: &Request) -> (Response, Option<Stream>) {
+    let begin = Instant::now();
     let route = match router::find(request) {
         Ok(route) => route,
-        Err(error) => return error.response(),
+        Err(error) => return (error.response(), None),
     };
+    let mut stream = None;
     let (result, deprecated) = match router::read(route, request) {
         Ok(routed) => {
             let reply = caller.ask(routed.action).map_err(ApiError::from);
-            let response = reply.and_then(|reply| router::respond(&reply));
+            let response = reply.and_then(|reply| match reply {
+                Reply::Vm(vm) if router::is_metrics(route) => Ok(prometheus::response(*vm, counts)),
+                reply => {
+                    let response = router::respond(&reply);
+                    if let Reply::Stream(begun) = reply {
+                        stream = Some(begun);
+                    }
+                    response
+                }
+            });
             (response, routed.deprecated)
         }
         Err(error) => (Err(error), false),
     };
-    counts.add(route, result.is_err(), deprecated);
+    counts.add(route, result.is_err(), deprecated, begin.elapsed());
     let mut response = result.unwrap_or_else(|error| error.response());
     response.deprecated = deprecated;
-    response
+    (response, stream)
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ pub fn run(args: &InspectArgs) -> Result<u8> {
         "process": entry.about,
         "instance": vm.get("/")?,
         "config": vm.get("/vm/config")?,
+        "statistics": vm.get("/vm/statistics")?,
     });
     let text = serde_json::to_string_pretty(&all)?;
     writeln!(io::stdout(), "{text}").context("Cannot print to stdout")?;

@@ -18,6 +18,10 @@ pub enum Action {
     Version,
     /// The whole configuration.
     GetConfig,
+    /// What it has done so far.
+    GetStatistics,
+    /// Listens to what happens to it from now on.
+    Listen,
     /// Processors and memory.
     GetMachine,
     /// Sets processors and memory.

@@ -95,6 +95,14 @@ pub enum ActionError {
         /// Why.
         why: &'static str,
     },
+    /// More at a time than there may be.
+    #[error("there are {most} {what} already, which is the most: end one of them first")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many there may be.
+        most: usize,
+    },
     /// What bulle cannot do yet.
     #[error("{what} cannot be had yet: bulle {why}")]
     NotYet {
@@ -149,6 +157,7 @@ impl ActionError {
             | Self::BalloonSize { .. }
             | Self::StatisticsSwitch
             | Self::Limits { .. } => "bad-update",
+            Self::TooMany { .. } => "too-many",
             Self::NotYet { .. } => "not-yet",
             Self::SnapshotRunning => "not-paused",
             Self::Start { .. } => "start-failed",

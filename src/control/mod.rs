@@ -7,8 +7,10 @@
 mod action;
 mod call;
 mod error;
+mod event;
 mod preboot;
 mod reply;
+mod statistics;
 
 use std::time::Duration;
 
@@ -19,8 +21,10 @@ pub use action::{
 };
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};
+pub use event::{Event, Stream};
 pub use preboot::{DEFAULT_MEMORY_MIB, Preboot, no_balloon};
 pub use reply::{BalloonStatistics, HintingStatus, Instance, MemoryHotplugStatus, Reply, State};
+pub use statistics::{DeviceStatistics, ProcessStatistics, VcpuStatistics, VmStatistics};
 
 /// How long a pause may take.
 pub const PAUSE_PATIENCE: Duration = Duration::from_secs(30);

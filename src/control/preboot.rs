@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{Action, ActionError, Instance, Reply, SnapshotLoad};
+use super::{Action, ActionError, Instance, Reply, SnapshotLoad, VmStatistics};
 use crate::config::{
     self, BootSource, Config, Drive, Logger, MachineConfig, NetworkInterface, Spec, Transport,
 };
@@ -67,6 +67,7 @@ impl Preboot {
             Action::Version => Ok(Reply::Version(self.instance.vmm_version)),
             Action::GetConfig => Ok(Reply::Config(Box::new(self.config.clone()))),
             Action::GetMachine => Ok(Reply::Machine(self.config.machine_config.clone())),
+            Action::GetStatistics => Ok(Reply::Vm(Box::new(VmStatistics::not_started()))),
             Action::PutMachine(update) => {
                 let base = MachineConfig {
                     virtio_transport: self.config.machine_config.virtio_transport,
@@ -113,6 +114,7 @@ impl Preboot {
             Action::LoadSnapshot(load) => self.load(&load),
             Action::InstanceStart
             | Action::FlushMetrics
+            | Action::Listen
             | Action::SendCtrlAltDel
             | Action::Shutdown
             | Action::Pause

@@ -1,8 +1,9 @@
 //! What an action comes to.
 
 use devices::virtio::balloon::Statistics;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::{Stream, VmStatistics};
 use crate::config::{Balloon, Config, MachineConfig};
 
 /// What an action comes to.
@@ -26,6 +27,10 @@ pub enum Reply {
     Hinting(HintingStatus),
     /// How much memory is plugged.
     MemoryHotplug(MemoryHotplugStatus),
+    /// What the microVM has done so far.
+    Vm(Box<VmStatistics>),
+    /// An answer that goes on.
+    Stream(Stream),
 }
 
 /// Who and in which state a microVM is.
@@ -54,7 +59,7 @@ impl Instance {
 }
 
 /// What a microVM does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// It is being configured.
     #[serde(rename = "Not started")]

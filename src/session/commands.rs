@@ -1,7 +1,6 @@
 //! Commands to devices of a machine that runs, each kept in the configuration that it changes.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use devices::virtio::balloon::{BalloonHandle, PAGE};
@@ -18,8 +17,6 @@ use crate::control::{
     MemoryHotplugStatus, MemoryHotplugUpdate, NetworkUpdate, PmemUpdate, Reply, StatisticsUpdate,
     chain, no_balloon,
 };
-use crate::telemetry::Figures;
-use crate::vm::Vm;
 
 /// 4 KiB pages of a MiB.
 const PAGES: u32 = (1 << 20) / PAGE as u32;
@@ -264,36 +261,6 @@ pub fn plug(
         settings.requested_size_mib = mib;
     }
     Ok(Reply::Done)
-}
-
-/// Figures of the machine.
-pub fn figures(vm: &Vm) -> Figures {
-    let mut figures = Figures::default();
-    for counts in vm.exit_counts() {
-        for (name, counter) in [
-            ("exit_io_in", &counts.io_in),
-            ("exit_io_out", &counts.io_out),
-            ("exit_mmio_read", &counts.mmio_read),
-            ("exit_mmio_write", &counts.mmio_write),
-        ] {
-            figures.total("vcpu", name, counter.load(Ordering::Relaxed));
-        }
-    }
-    for device in vm.board().devices.list() {
-        let DeviceHandle::Net(net) = &device.handle else {
-            continue;
-        };
-        let own = format!("net_{}", device.id);
-        let [rx, tx] = net.traffic();
-        for group in ["net", &own] {
-            for (direction, traffic) in [("rx", &rx), ("tx", &tx)] {
-                let count = |what: &str| format!("{direction}_{what}_count");
-                figures.total(group, &count("bytes"), traffic.bytes);
-                figures.total(group, &count("packets"), traffic.frames);
-            }
-        }
-    }
-    figures
 }
 
 fn balloon(devices: &Devices) -> Result<&BalloonHandle, ActionError> {

@@ -162,6 +162,11 @@ impl<'a> Foreground<'a> {
         self.runtime.flush(self.vm);
     }
 
+    /// The machine runs.
+    pub fn begun(&mut self) {
+        self.runtime.begun(self.vm);
+    }
+
     /// Lets others find the machine at its control socket.
     pub fn open(&mut self, door: Door) {
         self.managed = door.open(self.runtime.config());
@@ -187,7 +192,10 @@ impl<'a> Foreground<'a> {
 
     fn end(&mut self, outcome: Outcome) {
         self.progress.clear();
-        self.outcome.get_or_insert(outcome);
+        if self.outcome.is_none() {
+            self.runtime.ended(&outcome);
+            self.outcome = Some(outcome);
+        }
     }
 
     fn end_after(&mut self, grace: Duration, outcome: Outcome) {
@@ -328,6 +336,7 @@ impl<'a> Foreground<'a> {
         if !self.tap.panicked() {
             return;
         }
+        self.runtime.panicked();
         if self.agent.as_ref().is_some_and(AgentLink::has_pvpanic) {
             self.end_after(PVPANIC_GRACE, Outcome::Panicked);
         } else if self.tap.panic_complete() {

@@ -14,13 +14,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::agent::AgentLink;
 use super::agent_port::{AgentPort, Channel};
 use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
+use super::events::Events;
 use super::foreground::{Foreground, GuestEvents, Rest};
 use super::hvc::Hvc;
 use super::managed::Door;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
 use super::progress::Progress;
-use super::runtime::{FigureParts, Runtime, Startup};
+use super::runtime::{FigureParts, Runtime, Startup, has_command};
 use super::signals::Signals;
 use super::terminal::{RawTerminal, window_size};
 use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
@@ -90,6 +91,7 @@ pub fn launch(spec: Spec, place: Option<Place>) -> Result<u8, LaunchError> {
         metrics,
         api: None,
         startup: Startup::default(),
+        events: Events::default(),
     };
     let instance = Instance::new(String::new());
     let runtime = Runtime::new(requests, instance, spec.config().clone(), parts)
@@ -237,7 +239,7 @@ impl Session {
         if raw.is_some() {
             tell("Ctrl-A x ends the virtual machine, Ctrl-A h lists more");
         }
-        let command = spec.guest().is_some_and(|guest| !guest.command.is_empty());
+        let command = has_command(spec.config());
         let (outcome, rest) = {
             let parts = (tap.clone(), events);
             let ends = (agent, ends.terminal.map(Hvc::new));
@@ -257,6 +259,7 @@ impl Session {
             }
             foreground.write_figures();
             vm.start();
+            foreground.begun();
             if let Some(door) = door {
                 foreground.open(door);
             }

@@ -10,6 +10,7 @@ mod agent_port;
 mod commands;
 mod console;
 mod escape;
+mod events;
 mod foreground;
 mod hvc;
 mod launch;
@@ -20,6 +21,7 @@ mod progress;
 mod runtime;
 mod serve;
 mod signals;
+mod statistics;
 mod terminal;
 mod token;
 

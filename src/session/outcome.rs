@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use devices::bus::ExitReason;
 
+use crate::control::Event;
 use crate::vcpu::Failure;
 use crate::vm::VmExit;
 
@@ -91,6 +92,35 @@ impl Outcome {
             Self::Stopped => SIGNAL_BASE + libc::SIGTERM as u8,
             Self::Signal(signal) => SIGNAL_BASE.saturating_add(u8::try_from(*signal).unwrap_or(0)),
             Self::AgentLost(_) => CODE_FAILURE,
+        }
+    }
+
+    /// As an event. `command` as in [`exit_code`](Self::exit_code).
+    pub fn event(&self, command: bool) -> Event {
+        Event::Exited {
+            reason: self.reason(),
+            exit_code: self.exit_code(command),
+            text: self.to_string(),
+        }
+    }
+
+    /// A word for programs.
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Exited(_) => "exited",
+            Self::Killed(_) => "killed",
+            Self::NotStarted { .. } => "not-started",
+            Self::PowerOff => "power-off",
+            Self::Reset => "reset",
+            Self::Panicked => "panicked",
+            Self::DebugExit(_) => "debug-exit",
+            Self::Watchdog => "watchdog",
+            Self::Failed(_) => "failed",
+            Self::Timeout(_) => "timeout",
+            Self::Signal(_) => "signal",
+            Self::Stopped => "stopped",
+            Self::Quit => "quit",
+            Self::AgentLost(_) => "agent-lost",
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,15 +10,18 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::commands;
+use super::events::Events;
+use super::outcome::Outcome;
+use super::{commands, statistics};
 use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
-    Action, ActionError, Instance, PAUSE_PATIENCE, Reply, Requests, SnapshotCreate, State, chain,
-    no_balloon,
+    Action, ActionError, Event, Instance, PAUSE_PATIENCE, Reply, Requests, SnapshotCreate, State,
+    chain, no_balloon,
 };
 use crate::telemetry::Metrics;
 use crate::vm::Vm;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Time between two lines of figures.
 const FLUSH_EVERY: Duration = Duration::from_secs(60);
@@ -34,6 +37,17 @@ pub struct Runtime {
     latencies: BTreeMap<&'static str, Duration>,
     /// The guest is to be asked to switch itself off.
     stop_asked: bool,
+    started: Instant,
+    events: Events,
+    /// Tells of devices that fail, once somebody listens.
+    alarm: Option<Alarm>,
+    panicked: bool,
+}
+
+/// Who announces devices that fail, and how often each did.
+struct Alarm {
+    event: EventFd,
+    failures: Vec<u32>,
 }
 
 /// Where figures come from and go to, beside the machine.
@@ -61,6 +75,8 @@ pub struct FigureParts {
     pub api: Option<Arc<Counts>>,
     /// How long the start took.
     pub startup: Startup,
+    /// Who listens already.
+    pub events: Events,
 }
 
 impl Runtime {
@@ -100,6 +116,10 @@ impl Runtime {
             ready,
             latencies: BTreeMap::new(),
             stop_asked: false,
+            started: Instant::now(),
+            events: parts.events,
+            alarm: None,
+            panicked: false,
         })
     }
 
@@ -118,12 +138,81 @@ impl Runtime {
         std::mem::take(&mut self.stop_asked)
     }
 
+    /// The machine runs.
+    pub fn begun(&mut self, vm: &Vm) {
+        self.started = Instant::now();
+        if !self.events.is_empty() {
+            self.watch_devices(vm);
+            self.events.emit(&Event::Started);
+        }
+    }
+
+    /// The guest kernel panicked, as far as is known.
+    pub fn panicked(&mut self) {
+        if !std::mem::replace(&mut self.panicked, true) {
+            self.events.emit(&Event::Panicked);
+        }
+    }
+
+    /// The machine has ended so.
+    pub fn ended(&mut self, outcome: &Outcome) {
+        if matches!(outcome, Outcome::Panicked) {
+            self.panicked();
+        }
+        self.events.emit(&outcome.event(has_command(&self.config)));
+    }
+
+    /// Listens to devices that fail from now on.
+    fn watch_devices(&mut self, vm: &Vm) {
+        if self.alarm.is_some() {
+            return;
+        }
+        let devices = vm.board().devices.list();
+        let arm = || -> io::Result<EventFd> {
+            let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            for device in devices {
+                device.core.notifier().set_alarm(event.try_clone()?);
+            }
+            // SAFETY: the descriptor is open as long as `event`.
+            let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+            self.ready
+                .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 2))?;
+            Ok(event)
+        };
+        match arm() {
+            Ok(event) => {
+                let failures = devices
+                    .iter()
+                    .map(|d| d.core.notifier().failures())
+                    .collect();
+                self.alarm = Some(Alarm { event, failures });
+            }
+            Err(error) => log::warn!("nobody is told of devices that fail: {error}"),
+        }
+    }
+
+    /// Tells of devices that failed.
+    fn look_at_devices(&mut self, vm: &Vm) {
+        let Some(alarm) = &mut self.alarm else { return };
+        if alarm.event.read().is_err() {
+            return;
+        }
+        for (device, known) in vm.board().devices.list().iter().zip(&mut alarm.failures) {
+            let failures = device.core.notifier().failures();
+            if std::mem::replace(known, failures) != failures {
+                let device = device.id.clone();
+                self.events.emit(&Event::DeviceError { device, failures });
+            }
+        }
+    }
+
     /// Answers what is asked of `vm`, and writes figures that are due.
     pub fn serve(&mut self, vm: &Vm) {
         let due = |writer: &FigureWriter| nix::unistd::read(&writer.timer, &mut [0; 8]).is_ok();
         if self.figures.as_ref().is_some_and(due) {
             self.flush(vm);
         }
+        self.look_at_devices(vm);
         while let Some(call) = self.requests.next() {
             let result = self.act(&call.action, vm);
             call.answer(result);
@@ -135,7 +224,7 @@ impl Runtime {
         let Some(writer) = &mut self.figures else {
             return;
         };
-        let mut figures = commands::figures(vm);
+        let mut figures = statistics::figures(vm);
         let Startup { wall_us, cpu_us } = writer.startup;
         figures.value("api_server", "process_startup_time_us", wall_us);
         figures.value("api_server", "process_startup_time_cpu_us", cpu_us);
@@ -159,6 +248,16 @@ impl Runtime {
             Action::DescribeInstance => Ok(Reply::Instance(self.instance.clone())),
             Action::Version => Ok(Reply::Version(self.instance.vmm_version)),
             Action::GetConfig => Ok(Reply::Config(Box::new(config.clone()))),
+            Action::GetStatistics => {
+                let uptime = self.started.elapsed();
+                let statistics = statistics::statistics(vm, self.instance.state, uptime);
+                Ok(Reply::Vm(Box::new(statistics)))
+            }
+            Action::Listen => {
+                self.watch_devices(vm);
+                let state = self.instance.state;
+                Ok(Reply::Stream(self.events.listen(&Event::State { state })?))
+            }
             Action::GetMachine => Ok(Reply::Machine(config.machine_config.clone())),
             Action::Pause => self.pause(vm),
             Action::Resume => {
@@ -167,6 +266,7 @@ impl Runtime {
                     vm.start();
                     self.latencies.insert("resume_vm", begin.elapsed());
                     self.instance.state = State::Running;
+                    self.events.emit(&Event::Resumed);
                 }
                 Ok(Reply::Done)
             }
@@ -233,6 +333,7 @@ impl Runtime {
             }
             self.latencies.insert("pause_vm", begin.elapsed());
             self.instance.state = State::Paused;
+            self.events.emit(&Event::Paused);
         }
         Ok(Reply::Done)
     }
@@ -246,6 +347,12 @@ impl Runtime {
             why: "does not save microVMs; this one stays paused",
         })
     }
+}
+
+/// Whether the user named a command, whose status can be lost.
+pub fn has_command(config: &Config) -> bool {
+    let guest = config.guest.as_ref();
+    guest.is_some_and(|guest| !guest.command.is_empty())
 }
 
 impl AsRawFd for Runtime {

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
+use super::events::Events;
 use super::launch::{LaunchError, Prepared, Session, block_signals};
 use super::managed::Door;
 use super::outcome::Outcome;
@@ -18,7 +19,7 @@ use super::runtime::{FigureParts, Runtime, Startup};
 use super::signals::Signals;
 use crate::api::{ApiThread, Counts, ServerError};
 use crate::config::{Config, Logger, Metrics};
-use crate::control::{Action, ActionError, Preboot, Reply, Requests, chain, channel};
+use crate::control::{Action, ActionError, Event, Preboot, Reply, Requests, chain, channel};
 use crate::registry::{About, Claim, Place, RegistryError};
 
 /// Signals that end a microVM which was not started.
@@ -106,6 +107,7 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
         startup: options.startup,
         counts: api.as_ref().map(|api| api.counts().clone()),
         door,
+        events: Events::default(),
     };
     match at_once {
         true => serving.start(),
@@ -122,6 +124,7 @@ struct Serving {
     counts: Option<Arc<Counts>>,
     /// Where it is served, if not at a socket that was asked for.
     door: Option<Door>,
+    events: Events,
 }
 
 /// An entry for a microVM. Clients give the same name to several microVMs: the second gets another.
@@ -170,11 +173,13 @@ impl Serving {
             startup,
             counts,
             door,
+            events,
         } = self;
         let parts = FigureParts {
             metrics: preboot.take_metrics(),
             api: counts,
             startup,
+            events,
         };
         let (instance, config) = (preboot.instance().clone(), preboot.config().clone());
         let runtime = Runtime::new(requests, instance, config, parts).map_err(ServeError::Event)?;
@@ -190,16 +195,27 @@ impl Serving {
                 && let Some(signal) = self.signals.next()
                 && ENDING.contains(&signal)
             {
-                return Ok(Outcome::Signal(signal as i32).exit_code(false));
+                let outcome = Outcome::Signal(signal as i32);
+                self.events.emit(&outcome.event(false));
+                return Ok(outcome.exit_code(false));
             }
             if !called {
                 continue;
             }
             while let Some(call) = self.requests.next() {
-                if call.action != Action::InstanceStart {
-                    let result = self.preboot.act(call.action.clone());
-                    call.answer(result);
-                    continue;
+                match &call.action {
+                    Action::InstanceStart => {}
+                    Action::Listen => {
+                        let state = self.preboot.instance().state;
+                        let stream = self.events.listen(&Event::State { state });
+                        call.answer(stream.map(Reply::Stream));
+                        continue;
+                    }
+                    action => {
+                        let result = self.preboot.act(action.clone());
+                        call.answer(result);
+                        continue;
+                    }
                 }
                 match build(&self.preboot) {
                     Ok(session) => return self.run(session, |reply| call.answer(Ok(reply))),

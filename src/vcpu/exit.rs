@@ -32,6 +32,10 @@ pub struct ExitCounts {
     pub mmio_read: AtomicU64,
     /// Writes to it.
     pub mmio_write: AtomicU64,
+    /// Ends of interrupts that bulle's I/O APIC is told.
+    pub ioapic_eoi: AtomicU64,
+    /// Returns without anything to answer: kicks, signals, windows for interrupts.
+    pub interrupted: AtomicU64,
 }
 
 /// Counts one.
@@ -85,6 +89,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
             return write_all(mmio, address, data, data.len(), "write to address");
         }
         Ok(VcpuExit::IoapicEoi(vector)) => {
+            count(&vcpu.counts.ioapic_eoi);
             if let Some(ioapic) = &vcpu.ioapic {
                 ioapic.end_of_interrupt(vector);
             }
@@ -139,6 +144,7 @@ pub fn complete(vcpu: &mut Vcpu) -> Option<VmExit> {
 
 /// A kick: KVM must not return at once the next time.
 fn after_interruption(vcpu: &mut Vcpu) -> Handled {
+    count(&vcpu.counts.interrupted);
     vcpu.fd.set_kvm_immediate_exit(0);
     Handled::Interrupted
 }

@@ -1,5 +1,6 @@
 //! What the rest of bulle holds of a vCPU.
 
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{
@@ -12,6 +13,7 @@ use arch::memory::GuestMemory;
 use devices::bus::Bus;
 use devices::ioapic::IoApic;
 use kvm_ioctls::VcpuFd;
+use nix::time::{ClockId, clock_gettime};
 
 use super::exit::ExitCounts;
 use super::{kick, thread};
@@ -48,6 +50,16 @@ pub struct Vcpu {
     pub exit: Arc<ExitLatch>,
     /// Its exits so far.
     pub counts: Arc<ExitCounts>,
+}
+
+/// Processor time of a thread that is not joined.
+fn thread_cpu_time(thread: libc::pthread_t) -> Duration {
+    let mut clock = 0;
+    // SAFETY: the thread is not joined, so its id is valid; the clock's id is written to a local.
+    let result = unsafe { libc::pthread_getcpuclockid(thread, &mut clock) };
+    let time = (result == 0).then(|| clock_gettime(ClockId::from_raw(clock)));
+    time.and_then(Result::ok)
+        .map_or(Duration::ZERO, Duration::from)
 }
 
 /// What a vCPU thread is told.
@@ -136,6 +148,13 @@ impl VcpuHandle {
     /// Its exits so far.
     pub fn counts(&self) -> &ExitCounts {
         &self.counts
+    }
+
+    /// Processor time of its thread, guest and host; none where it has ended.
+    pub fn cpu_time(&self) -> Duration {
+        let thread = self.thread.as_ref().filter(|thread| !thread.is_finished());
+        let thread = thread.map(JoinHandleExt::as_pthread_t);
+        thread.map_or(Duration::ZERO, thread_cpu_time)
     }
 
     /// Lets the vCPU run.

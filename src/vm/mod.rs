@@ -24,7 +24,7 @@ pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;
 
 use crate::board::Board;
-use crate::vcpu::{ExitCounts, VcpuHandle};
+use crate::vcpu::VcpuHandle;
 
 /// A vCPU that does not leave the guest.
 #[derive(Debug, thiserror::Error)]
@@ -53,9 +53,9 @@ impl Vm {
         &self.board
     }
 
-    /// The exits of each vCPU so far.
-    pub fn exit_counts(&self) -> impl Iterator<Item = &ExitCounts> {
-        self.vcpus.iter().map(VcpuHandle::counts)
+    /// Its vCPUs; none once it is stopped.
+    pub fn vcpus(&self) -> &[VcpuHandle] {
+        &self.vcpus
     }
 
     /// Where the end of the VM is announced.

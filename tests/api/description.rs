@@ -139,6 +139,10 @@ fn described_methods_are_answered_and_others_are_not() {
     let mut vm = Served::new();
     for (path, item) in description.paths() {
         for method in METHODS {
+            if item[method]["x-stream"].as_bool() == Some(true) {
+                // The connection is the stream's from then on.
+                continue;
+            }
             let described = !item[method].is_badvalue();
             let body = if method == "get" { "" } else { "{" };
             let text = fault(&mut vm, &method.to_uppercase(), path, body);
@@ -243,9 +247,12 @@ fn answers_have_the_described_fields() {
         .done();
     let mut vm = vm.start().wait_for("ready");
     for operation in description.operations().filter(|o| o.method == "GET") {
-        let schema = description
-            .schema(&operation.yaml["responses"]["200"])
-            .unwrap();
+        let answer = description.resolve(&operation.yaml["responses"]["200"]);
+        let Some(schema) = description.schema(answer) else {
+            let types = answer["content"].as_hash().unwrap();
+            assert_eq!(types.len(), 1, "{}", operation.path);
+            continue;
+        };
         let value = vm.get(operation.path).value();
         compare(&description, schema, &value, operation.path);
     }

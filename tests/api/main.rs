@@ -9,6 +9,7 @@ mod common;
 mod configure;
 mod description;
 mod devices;
+mod events;
 mod http;
 mod jailer;
 mod lifecycle;

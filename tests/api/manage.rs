@@ -144,6 +144,7 @@ fn inspect_says_all() {
     assert_eq!(value["instance"]["state"], "Running");
     assert_eq!(value["config"]["machine-config"]["mem_size_mib"], 64);
     assert_eq!(value["process"]["arguments"][1], "run");
+    assert_eq!(value["statistics"]["vcpus"].as_array().unwrap().len(), 1);
 }
 
 #[test]

@@ -4,8 +4,10 @@
 //! call waits.
 
 use std::error::Error;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use vmm_sys_util::eventfd::EventFd;
 
 /// What an interrupt is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,6 +38,8 @@ pub struct Notifier {
     isr: AtomicU32,
     needs_reset: AtomicBool,
     failures: AtomicU32,
+    /// Written at each failure, where somebody wants to know.
+    alarm: OnceLock<EventFd>,
 }
 
 impl Notifier {
@@ -45,7 +49,13 @@ impl Notifier {
             isr: AtomicU32::new(isr),
             needs_reset: AtomicBool::new(needs_reset),
             failures: AtomicU32::new(0),
+            alarm: OnceLock::new(),
         }
+    }
+
+    /// Has failures announced by `alarm`; a second one is left aside.
+    pub fn set_alarm(&self, alarm: EventFd) {
+        let _ = self.alarm.set(alarm);
     }
 
     /// Buffers of `queue` were used.
@@ -71,6 +81,10 @@ impl Notifier {
             );
         }
         self.config_changed();
+        if let Some(alarm) = self.alarm.get() {
+            // Full: it was announced often enough.
+            let _ = alarm.write(1);
+        }
     }
 
     /// How often the device failed since it was made.
@@ -83,7 +97,8 @@ impl Notifier {
         self.isr.load(Ordering::SeqCst)
     }
 
-    pub(super) fn needs_reset(&self) -> bool {
+    /// Whether the device waits for its driver to reset it (section 2.1.2).
+    pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::SeqCst)
     }
 

@@ -1,0 +1,108 @@
+//! What a microVM has done so far, for people and programs that watch it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use super::State;
+
+/// What a microVM has done since its start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatistics {
+    /// What it does.
+    pub state: State,
+    /// Microseconds since its start; 0 before.
+    pub uptime_us: u64,
+    /// Each vCPU.
+    pub vcpus: Vec<VcpuStatistics>,
+    /// Each virtio device.
+    pub devices: Vec<DeviceStatistics>,
+    /// bulle's process.
+    pub process: ProcessStatistics,
+}
+
+/// What a vCPU has done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuStatistics {
+    /// Processor time of its thread, in microseconds: guest and host.
+    pub cpu_time_us: u64,
+    /// Exits to bulle, by reason.
+    pub exits: BTreeMap<String, u64>,
+}
+
+/// What a device has done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatistics {
+    /// Its name.
+    pub id: String,
+    /// What it is.
+    pub kind: String,
+    /// It waits for its driver to reset it.
+    pub needs_reset: bool,
+    /// Totals since the start, by name.
+    pub totals: BTreeMap<String, u64>,
+    /// Values of this moment, by name.
+    pub values: BTreeMap<String, u64>,
+}
+
+/// What bulle's process takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessStatistics {
+    /// Processor time in microseconds, of all threads.
+    pub cpu_time_us: u64,
+    /// Memory that it has, guest's included, in bytes; absent without /proc.
+    pub rss_bytes: Option<u64>,
+    /// Threads; absent without /proc.
+    pub threads: Option<u64>,
+    /// Open files; absent without /proc.
+    pub open_files: Option<u64>,
+}
+
+impl VmStatistics {
+    /// Before the start.
+    pub fn not_started() -> Self {
+        Self {
+            state: State::NotStarted,
+            uptime_us: 0,
+            vcpus: Vec::new(),
+            devices: Vec::new(),
+            process: ProcessStatistics::now(),
+        }
+    }
+}
+
+impl ProcessStatistics {
+    /// Of this process, now.
+    pub fn now() -> Self {
+        let time = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let field = |name: &str| -> Option<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_ascii_whitespace().next()?.parse().ok()
+        };
+        // The one that lists them is among them.
+        let files = std::fs::read_dir("/proc/self/fd").map(|files| files.count() as u64 - 1);
+        Self {
+            cpu_time_us: time.map_or(0, |time| time.as_micros() as u64),
+            rss_bytes: field("VmRSS:").map(|kib| kib << 10),
+            threads: field("Threads:"),
+            open_files: files.ok(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_knows_itself() {
+        let _file = std::fs::File::open("/dev/null").unwrap();
+        let process = ProcessStatistics::now();
+        assert!(process.rss_bytes.unwrap() > 1 << 20);
+        assert!(process.threads.unwrap() >= 2);
+        assert!(process.open_files.unwrap() >= 4);
+    }
+}

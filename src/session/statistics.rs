@@ -1,0 +1,118 @@
+//! What a machine has done so far, gathered on the vmm thread.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use devices::virtio::registry::DeviceHandle;
+
+use crate::board::attach::Attached;
+use crate::control::{DeviceStatistics, ProcessStatistics, State, VcpuStatistics, VmStatistics};
+use crate::telemetry::Figures;
+use crate::vcpu::ExitCounts;
+use crate::vcpu::handle::VcpuHandle;
+use crate::vm::Vm;
+
+/// Bytes of a page of the balloon.
+const PAGE: u64 = devices::virtio::balloon::PAGE;
+
+/// Statistics of `vm`, which is in this state and was started so long ago.
+pub fn statistics(vm: &Vm, state: State, uptime: Duration) -> VmStatistics {
+    VmStatistics {
+        state,
+        uptime_us: u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX),
+        vcpus: vm.vcpus().iter().map(vcpu).collect(),
+        devices: vm.board().devices.list().iter().map(device).collect(),
+        process: ProcessStatistics::now(),
+    }
+}
+
+fn vcpu(vcpu: &VcpuHandle) -> VcpuStatistics {
+    let exits = reasons(vcpu.counts()).map(|(name, count)| (name.to_owned(), count));
+    VcpuStatistics {
+        cpu_time_us: u64::try_from(vcpu.cpu_time().as_micros()).unwrap_or(u64::MAX),
+        exits: exits.into(),
+    }
+}
+
+/// Exits by reason.
+fn reasons(counts: &ExitCounts) -> [(&'static str, u64); 6] {
+    [
+        ("io_in", &counts.io_in),
+        ("io_out", &counts.io_out),
+        ("mmio_read", &counts.mmio_read),
+        ("mmio_write", &counts.mmio_write),
+        ("ioapic_eoi", &counts.ioapic_eoi),
+        ("interrupted", &counts.interrupted),
+    ]
+    .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+}
+
+fn device(device: &Attached) -> DeviceStatistics {
+    let mut totals = BTreeMap::new();
+    let mut values = BTreeMap::new();
+    let failures = device.core.notifier().failures();
+    totals.insert("failures".to_owned(), failures.into());
+    let mut value = |name: &str, value: u64| values.insert(name.to_owned(), value);
+    let kind = match &device.handle {
+        DeviceHandle::Entropy => "entropy",
+        DeviceHandle::Block(_) => "block",
+        DeviceHandle::Console(_) => "console",
+        DeviceHandle::Vsock => "vsock",
+        DeviceHandle::Fs => "fs",
+        DeviceHandle::Rtc(_) => "rtc",
+        DeviceHandle::Pmem => "pmem",
+        DeviceHandle::Balloon(balloon) => {
+            let status = balloon.status();
+            value("target_bytes", u64::from(status.target_pages) * PAGE);
+            value("actual_bytes", u64::from(status.actual_pages) * PAGE);
+            "balloon"
+        }
+        DeviceHandle::Mem(mem) => {
+            let status = mem.status();
+            value("requested_bytes", status.requested);
+            value("plugged_bytes", status.plugged);
+            "mem"
+        }
+        DeviceHandle::Net(net) => {
+            let [rx, tx] = net.traffic();
+            for (direction, traffic) in [("rx", rx), ("tx", tx)] {
+                totals.insert(format!("{direction}_bytes"), traffic.bytes);
+                totals.insert(format!("{direction}_packets"), traffic.frames);
+            }
+            "net"
+        }
+    };
+    DeviceStatistics {
+        id: device.id.clone(),
+        kind: kind.to_owned(),
+        needs_reset: device.core.notifier().needs_reset(),
+        totals,
+        values,
+    }
+}
+
+/// The same in the shape of Firecracker's figures, as far as those have them.
+pub fn figures(vm: &Vm) -> Figures {
+    let mut figures = Figures::default();
+    for vcpu in vm.vcpus() {
+        for (name, count) in reasons(vcpu.counts()).into_iter().take(4) {
+            figures.total("vcpu", &format!("exit_{name}"), count);
+        }
+    }
+    for device in vm.board().devices.list() {
+        let DeviceHandle::Net(net) = &device.handle else {
+            continue;
+        };
+        let own = format!("net_{}", device.id);
+        let [rx, tx] = net.traffic();
+        for group in ["net", &own] {
+            for (direction, traffic) in [("rx", &rx), ("tx", &tx)] {
+                let count = |what: &str| format!("{direction}_{what}_count");
+                figures.total(group, &count("bytes"), traffic.bytes);
+                figures.total(group, &count("packets"), traffic.frames);
+            }
+        }
+    }
+    figures
+}
