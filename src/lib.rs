@@ -18,6 +18,7 @@ pub mod registry;
 pub mod remote;
 pub mod sandbox;
 pub mod session;
+pub mod snapshot;
 pub mod telemetry;
 pub mod vcpu;
 pub mod vm;

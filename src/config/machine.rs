@@ -26,7 +26,7 @@ pub struct MachineConfig {
     pub irqchip: Irqchip,
     /// How the guest reaches its virtio devices.
     pub virtio_transport: Transport,
-    /// Firecracker's clients ask for it before snapshots. Of no effect: bulle has none yet.
+    /// After a snapshot the guest runs on its memory file, so that snapshots of what changes follow.
     pub track_dirty_pages: bool,
 }
 
@@ -68,7 +68,7 @@ pub struct MachineUpdate {
     pub irqchip: Option<Irqchip>,
     /// How the guest reaches its virtio devices.
     pub virtio_transport: Option<Transport>,
-    /// Of no effect: bulle has no snapshots yet.
+    /// Prepares for snapshots of what changes.
     pub track_dirty_pages: Option<bool>,
     /// Taken from Firecracker's clients; only `None` can be had.
     #[serde(skip_serializing)]

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::config::{
     Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics,
-    NetworkInterface, Pmem, RateLimiter, Serial, Vsock,
+    NetworkInterface, Pmem, Publish, RateLimiter, Serial, Vsock,
 };
 
 /// One thing asked of a microVM.
@@ -220,6 +220,15 @@ pub struct SnapshotLoad {
     pub network_overrides: Vec<NetworkOverride>,
     /// Another path than its sockets had.
     pub vsock_override: Option<VsockOverride>,
+    /// Other images than its drives had. bulle's own.
+    #[serde(default)]
+    pub drive_overrides: Vec<DriveOverride>,
+    /// Other files than its persistent memory had. bulle's own.
+    #[serde(default)]
+    pub pmem_overrides: Vec<PmemOverride>,
+    /// Other directories than it shared. bulle's own.
+    #[serde(default)]
+    pub share_overrides: Vec<ShareOverride>,
     /// The guest's clock is set to the host's.
     #[serde(default)]
     pub clock_realtime: bool,
@@ -266,7 +275,41 @@ pub struct NetworkOverride {
     /// The device.
     pub iface_id: String,
     /// The interface.
-    pub host_dev_name: String,
+    pub host_dev_name: Option<String>,
+    /// An inherited file descriptor of one. bulle's own.
+    pub fd: Option<u32>,
+    /// Ports of the host, with user-mode networking. bulle's own.
+    pub publish: Option<Vec<Publish>>,
+}
+
+/// Another image.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// The drive.
+    pub drive_id: String,
+    /// The image.
+    pub path_on_host: PathBuf,
+}
+
+/// Another file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemOverride {
+    /// The device.
+    pub id: String,
+    /// The file.
+    pub path_on_host: PathBuf,
+}
+
+/// Another directory.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareOverride {
+    /// The share.
+    pub tag: String,
+    /// The directory.
+    pub path_on_host: PathBuf,
 }
 
 /// Another path of the sockets.

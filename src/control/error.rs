@@ -122,6 +122,18 @@ pub enum ActionError {
     /// Memory of a snapshot that is in two places, or in none.
     #[error("Cannot load a snapshot: give exactly one of mem_backend and mem_file_path")]
     LoadMemory,
+    /// No machine can be made of a snapshot. The text has the causes.
+    #[error("Load snapshot error: {text}")]
+    Load {
+        /// Causes, joined.
+        text: String,
+    },
+    /// The machine cannot be saved. The text has the causes.
+    #[error("Create snapshot error: {text}")]
+    Save {
+        /// Causes, joined.
+        text: String,
+    },
     /// The machine cannot be built. The text has the causes.
     #[error("Start microvm error: {text}")]
     Start {
@@ -161,6 +173,8 @@ impl ActionError {
             Self::NotYet { .. } => "not-yet",
             Self::SnapshotRunning => "not-paused",
             Self::Start { .. } => "start-failed",
+            Self::Load { .. } => "load-failed",
+            Self::Save { .. } => "save-failed",
             Self::Balloon(_) | Self::Memory(_) | Self::Failed { .. } | Self::Keyboard => {
                 "machine-failed"
             }

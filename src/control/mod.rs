@@ -15,14 +15,15 @@ mod statistics;
 use std::time::Duration;
 
 pub use action::{
-    Action, BalloonUpdate, DriveUpdate, HintingStart, LoadPages, MemoryBackend, MemoryBackendType,
-    MemoryHotplugUpdate, NetworkOverride, NetworkUpdate, PmemUpdate, SnapshotCreate, SnapshotLoad,
-    SnapshotType, StatisticsUpdate, VsockOverride,
+    Action, BalloonUpdate, DriveOverride, DriveUpdate, HintingStart, LoadPages, MemoryBackend,
+    MemoryBackendType, MemoryHotplugUpdate, NetworkOverride, NetworkUpdate, PmemOverride,
+    PmemUpdate, ShareOverride, SnapshotCreate, SnapshotLoad, SnapshotType, StatisticsUpdate,
+    VsockOverride,
 };
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};
 pub use event::{Event, Stream};
-pub use preboot::{DEFAULT_MEMORY_MIB, Preboot, no_balloon};
+pub use preboot::{DEFAULT_MEMORY_MIB, Preboot, no_balloon, startable};
 pub use reply::{BalloonStatistics, HintingStatus, Instance, MemoryHotplugStatus, Reply, State};
 pub use statistics::{DeviceStatistics, ProcessStatistics, VcpuStatistics, VmStatistics};
 

@@ -58,7 +58,7 @@ impl Preboot {
     }
 
     /// Does what can be done without a machine; [`Action::InstanceStart`] is the caller's, who
-    /// takes [`spec`](Self::spec).
+    /// takes [`spec`](Self::spec), and so is [`Action::LoadSnapshot`], after [`may_load`](Self::may_load).
     ///
     /// Table: an arm for each action.
     pub fn act(&mut self, action: Action) -> Result<Reply, ActionError> {
@@ -111,8 +111,8 @@ impl Preboot {
             Action::PutSerial(serial) => self.change(|config| config.serial = Some(serial)),
             Action::PutLogger(logger) => self.logger(&logger),
             Action::PutMetrics(metrics) => self.metrics(metrics),
-            Action::LoadSnapshot(load) => self.load(&load),
             Action::InstanceStart
+            | Action::LoadSnapshot(_)
             | Action::FlushMetrics
             | Action::Listen
             | Action::SendCtrlAltDel
@@ -135,18 +135,18 @@ impl Preboot {
         }
     }
 
-    /// What is to be started. Network interfaces have limiters that limit nothing where none were asked
-    /// for, so that limits can come later.
+    /// What is to be started.
     pub fn spec(&self) -> Result<Spec, ActionError> {
-        if !self.has_kernel {
-            return Err(ActionError::NoKernel);
+        match self.has_kernel {
+            true => startable(&self.config),
+            false => Err(ActionError::NoKernel),
         }
-        let mut config = self.config.clone();
-        for net in &mut config.network_interfaces {
-            net.rx_rate_limiter.get_or_insert_default();
-            net.tx_rate_limiter.get_or_insert_default();
-        }
-        Ok(config.validate()?)
+    }
+
+    /// Has the configuration of a machine that was loaded.
+    pub fn adopt(&mut self, config: Config) {
+        self.config = config;
+        (self.has_kernel, self.touched) = (true, true);
     }
 
     /// Changes the log.
@@ -182,17 +182,18 @@ impl Preboot {
         Ok(Reply::Done)
     }
 
-    fn load(&self, load: &SnapshotLoad) -> Result<Reply, ActionError> {
+    /// Whether a snapshot may be loaded now, as asked; loading is the caller's.
+    ///
+    /// # Errors
+    /// Where something of the machine was configured, or its memory is in two places or none.
+    pub fn may_load(&self, load: &SnapshotLoad) -> Result<(), ActionError> {
         if self.touched {
             return Err(ActionError::LoadAfterConfig);
         }
-        if load.mem_backend.is_some() == load.mem_file_path.is_some() {
-            return Err(ActionError::LoadMemory);
+        match load.mem_backend.is_some() == load.mem_file_path.is_some() {
+            true => Err(ActionError::LoadMemory),
+            false => Ok(()),
         }
-        Err(ActionError::NotYet {
-            what: "snapshots",
-            why: "does not load saved microVMs; configure and start one",
-        })
     }
 
     /// A change of what only a machine that is not loaded can have.
@@ -210,6 +211,17 @@ impl Preboot {
         self.config = config;
         Ok(Reply::Done)
     }
+}
+
+/// What is started of a configuration that came over the API. Network interfaces have limiters that
+/// limit nothing where none were asked for, so that limits can come later.
+pub fn startable(config: &Config) -> Result<Spec, ActionError> {
+    let mut config = config.clone();
+    for net in &mut config.network_interfaces {
+        net.rx_rate_limiter.get_or_insert_default();
+        net.tx_rate_limiter.get_or_insert_default();
+    }
+    Ok(config.validate()?)
 }
 
 /// The balloon that is not there.

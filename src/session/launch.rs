@@ -23,11 +23,12 @@ use super::output::{Output, finish};
 use super::progress::Progress;
 use super::runtime::{FigureParts, Runtime, Startup, has_command};
 use super::signals::Signals;
+use super::snapshots::{Saved, Saver};
 use super::terminal::{RawTerminal, window_size};
 use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Console, RateLimiter, Spec};
-use crate::control::{Instance, channel};
+use crate::control::{Instance, State, channel};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::registry::{Place, RegistryError};
@@ -94,11 +95,14 @@ pub fn launch(spec: Spec, place: Option<Place>) -> Result<u8, LaunchError> {
         events: Events::default(),
     };
     let instance = Instance::new(String::new());
-    let runtime = Runtime::new(requests, instance, spec.config().clone(), parts)
-        .map_err(|error| session("the control channel", error))?;
+    let config = spec.config().clone();
     let prepared = Prepared::new(spec)?;
     let signals = block_signals()?;
-    Session::build(prepared)?.run(signals, runtime, door)
+    let mut session = Session::build(prepared)?;
+    let machine = (config, session.take_saver());
+    let runtime = Runtime::new(requests, (instance, State::Running), machine, parts)
+        .map_err(|error| self::session("the control channel", error))?;
+    session.run(signals, runtime, door)
 }
 
 /// Signals that are to be answered, from here on, in threads made after this too.
@@ -114,8 +118,15 @@ pub struct Prepared {
     devices: Vec<Plan>,
     ends: ConsoleEnds,
     host: Host,
-    kernel: KernelImage,
-    initrd: Initrd,
+    source: Source,
+}
+
+/// Where a machine's memory and state come from.
+enum Source {
+    /// A kernel that is booted.
+    Kernel(Box<KernelImage>, Initrd),
+    /// A snapshot.
+    Saved(Box<Saved>),
 }
 
 impl Prepared {
@@ -140,8 +151,24 @@ impl Prepared {
             devices,
             ends,
             host,
-            kernel,
-            initrd,
+            source: Source::Kernel(Box::new(kernel), initrd),
+        })
+    }
+
+    /// Opens all that `spec`, the machine of `saved`, names.
+    pub fn load(spec: Spec, saved: Saved) -> Result<Self, LaunchError> {
+        let started = Instant::now();
+        let (mut devices, ends) = plan(&spec)?;
+        let host = Host::open(spec.machine(), open_files(&devices))?;
+        fit(&mut devices, window_size(), &saved.snapshot.guest.release);
+        Ok(Self {
+            spec,
+            started,
+            progress: Progress::new(),
+            devices,
+            ends,
+            host,
+            source: Source::Saved(Box::new(saved)),
         })
     }
 }
@@ -156,6 +183,9 @@ pub struct Session {
     tap: Arc<ConsoleTap>,
     port: Arc<AgentPort>,
     events: GuestEvents,
+    saver: Saver,
+    /// Whether it runs at once.
+    runs: bool,
 }
 
 impl Session {
@@ -168,8 +198,7 @@ impl Session {
             devices,
             ends,
             host,
-            kernel,
-            initrd,
+            source,
         } = prepared;
         let events = guest_events()?;
         let tap = ConsoleTap::new(clone(&events.panic)?);
@@ -190,7 +219,17 @@ impl Session {
             watchdog: spec.config().watchdog,
             devices,
         };
-        let vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
+        let (vm, saver, runs) = match source {
+            Source::Kernel(kernel, initrd) => {
+                let vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
+                (vm, Saver::booted(&spec, &kernel), true)
+            }
+            Source::Saved(saved) => {
+                let (snapshot, machine) = (&saved.snapshot, spec.machine());
+                let (vm, origin) = Vm::restore(machine, host, snapshot, saved.policy, wiring)?;
+                (vm, Saver::loaded(snapshot, origin), saved.resume)
+            }
+        };
         Ok(Self {
             spec,
             started,
@@ -200,7 +239,19 @@ impl Session {
             tap,
             port,
             events,
+            saver,
+            runs,
         })
+    }
+
+    /// Whether it runs at once, or waits to be told.
+    pub fn runs(&self) -> bool {
+        self.runs
+    }
+
+    /// What saves the machine, for its runtime.
+    pub fn take_saver(&mut self) -> Saver {
+        std::mem::take(&mut self.saver)
     }
 
     /// Runs the machine to its end, with `runtime` to answer actions, also those at `door`; returns the
@@ -220,6 +271,8 @@ impl Session {
             tap,
             port,
             events,
+            saver: _,
+            runs,
         } = self;
         let tty = wants_tty(&spec);
         let agent = spec
@@ -258,7 +311,9 @@ impl Session {
                     .map_err(|error| session("the time limit", error))?;
             }
             foreground.write_figures();
-            vm.start();
+            if runs {
+                vm.start();
+            }
             foreground.begun();
             if let Some(door) = door {
                 foreground.open(door);

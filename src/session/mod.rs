@@ -21,6 +21,7 @@ mod progress;
 mod runtime;
 mod serve;
 mod signals;
+mod snapshots;
 mod statistics;
 mod terminal;
 mod token;

@@ -12,12 +12,13 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 
 use super::events::Events;
 use super::outcome::Outcome;
+use super::snapshots::Saver;
 use super::{commands, statistics};
 use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
-    Action, ActionError, Event, Instance, PAUSE_PATIENCE, Reply, Requests, SnapshotCreate, State,
-    chain, no_balloon,
+    Action, ActionError, Event, Instance, PAUSE_PATIENCE, Reply, Requests, SnapshotCreate,
+    SnapshotType, State, chain, no_balloon,
 };
 use crate::telemetry::Metrics;
 use crate::vm::Vm;
@@ -31,6 +32,7 @@ pub struct Runtime {
     requests: Requests,
     instance: Instance,
     config: Config,
+    saver: Saver,
     figures: Option<FigureWriter>,
     /// Readable when there are requests, or figures are due.
     ready: Epoll,
@@ -80,11 +82,12 @@ pub struct FigureParts {
 }
 
 impl Runtime {
-    /// For the microVM `instance`, made of `config`.
+    /// For the microVM `instance`, which `state` says is running or paused, made of `config` and
+    /// saved by `saver`.
     pub fn new(
         requests: Requests,
-        instance: Instance,
-        config: Config,
+        (instance, state): (Instance, State),
+        (config, saver): (Config, Saver),
         parts: FigureParts,
     ) -> io::Result<Self> {
         let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -107,11 +110,9 @@ impl Runtime {
         };
         Ok(Self {
             requests,
-            instance: Instance {
-                state: State::Running,
-                ..instance
-            },
+            instance: Instance { state, ..instance },
             config,
+            saver,
             figures,
             ready,
             latencies: BTreeMap::new(),
@@ -303,7 +304,7 @@ impl Runtime {
                 self.flush(vm);
                 Ok(Reply::Done)
             }
-            Action::CreateSnapshot(create) => self.save(create),
+            Action::CreateSnapshot(create) => self.save(create, vm),
             Action::PutMachine(_)
             | Action::PatchMachine(_)
             | Action::PutBootSource(_)
@@ -338,14 +339,18 @@ impl Runtime {
         Ok(Reply::Done)
     }
 
-    fn save(&self, _: &SnapshotCreate) -> Result<Reply, ActionError> {
+    fn save(&mut self, create: &SnapshotCreate, vm: &Vm) -> Result<Reply, ActionError> {
         if self.instance.state == State::Running {
             return Err(ActionError::SnapshotRunning);
         }
-        Err(ActionError::NotYet {
-            what: "snapshots",
-            why: "does not save microVMs; this one stays paused",
-        })
+        let begin = Instant::now();
+        self.saver.create(vm, &self.config, create)?;
+        let name = match create.snapshot_type {
+            SnapshotType::Full => "full_create_snapshot",
+            SnapshotType::Diff => "diff_create_snapshot",
+        };
+        self.latencies.insert(name, begin.elapsed());
+        Ok(Reply::Done)
     }
 }
 

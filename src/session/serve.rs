@@ -17,9 +17,13 @@ use super::managed::Door;
 use super::outcome::Outcome;
 use super::runtime::{FigureParts, Runtime, Startup};
 use super::signals::Signals;
+use super::snapshots::Saved;
 use crate::api::{ApiThread, Counts, ServerError};
 use crate::config::{Config, Logger, Metrics};
-use crate::control::{Action, ActionError, Event, Preboot, Reply, Requests, chain, channel};
+use crate::control::{
+    Action, ActionError, Event, Preboot, Reply, Requests, SnapshotLoad, State, chain, channel,
+    startable,
+};
 use crate::registry::{About, Claim, Place, RegistryError};
 
 /// Signals that end a microVM which was not started.
@@ -158,6 +162,22 @@ fn build(preboot: &Preboot) -> Result<Session, ActionError> {
     Session::build(prepared).map_err(start)
 }
 
+/// The machine of a snapshot, whose configuration becomes that of `preboot`.
+fn load(preboot: &mut Preboot, load: &SnapshotLoad) -> Result<Session, ActionError> {
+    preboot.may_load(load)?;
+    let failed = |error: LaunchError| ActionError::Load {
+        text: chain(&error),
+    };
+    let (saved, config) = Saved::open(load, preboot.config())?;
+    let spec = startable(&config).map_err(|error| ActionError::Load {
+        text: chain(&error),
+    })?;
+    let prepared = Prepared::load(spec, saved).map_err(failed)?;
+    let session = Session::build(prepared).map_err(failed)?;
+    preboot.adopt(config);
+    Ok(session)
+}
+
 impl Serving {
     fn start(self) -> Result<u8, ServeError> {
         let session = build(&self.preboot)?;
@@ -165,7 +185,7 @@ impl Serving {
     }
 
     /// Runs a machine that is built to its end. `begun` is called when nothing keeps it from running.
-    fn run(self, session: Session, begun: impl FnOnce(Reply)) -> Result<u8, ServeError> {
+    fn run(self, mut session: Session, begun: impl FnOnce(Reply)) -> Result<u8, ServeError> {
         let Self {
             mut preboot,
             requests,
@@ -181,8 +201,14 @@ impl Serving {
             startup,
             events,
         };
-        let (instance, config) = (preboot.instance().clone(), preboot.config().clone());
-        let runtime = Runtime::new(requests, instance, config, parts).map_err(ServeError::Event)?;
+        let state = match session.runs() {
+            true => State::Running,
+            false => State::Paused,
+        };
+        let instance = (preboot.instance().clone(), state);
+        let machine = (preboot.config().clone(), session.take_saver());
+        let runtime =
+            Runtime::new(requests, instance, machine, parts).map_err(ServeError::Event)?;
         begun(Reply::Done);
         Ok(session.run(signals, runtime, door)?)
     }
@@ -203,8 +229,9 @@ impl Serving {
                 continue;
             }
             while let Some(call) = self.requests.next() {
-                match &call.action {
-                    Action::InstanceStart => {}
+                let built = match &call.action {
+                    Action::InstanceStart => build(&self.preboot),
+                    Action::LoadSnapshot(asked) => load(&mut self.preboot, asked),
                     Action::Listen => {
                         let state = self.preboot.instance().state;
                         let stream = self.events.listen(&Event::State { state });
@@ -216,8 +243,8 @@ impl Serving {
                         call.answer(result);
                         continue;
                     }
-                }
-                match build(&self.preboot) {
+                };
+                match built {
                     Ok(session) => return self.run(session, |reply| call.answer(Ok(reply))),
                     Err(error) => call.answer(Err(error)),
                 }

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
+use arch::state::{Context, StateError, VcpuState};
 use devices::bus::Bus;
 use devices::ioapic::IoApic;
 use kvm_ioctls::VcpuFd;
@@ -69,6 +70,8 @@ pub enum Command {
     Run,
     /// Say when parked.
     Pause(SyncSender<()>),
+    /// Say how the vCPU is.
+    Save(Arc<Context>, SyncSender<Result<VcpuState, StateError>>),
     /// End the thread.
     Stop,
 }
@@ -176,6 +179,13 @@ impl VcpuHandle {
         self.send(Command::Pause(reply));
         self.kick();
         Pausing { vcpu: self, parked }
+    }
+
+    /// The state of the vCPU, which is parked; `None`: it has ended.
+    pub fn save(&self, context: &Arc<Context>) -> Option<Result<VcpuState, StateError>> {
+        let (reply, state) = sync_channel(1);
+        self.send(Command::Save(context.clone(), reply));
+        state.recv().ok()
     }
 
     /// Asks the thread to end and gets it out of KVM_RUN; does not wait.

@@ -2,6 +2,8 @@
 
 use std::sync::mpsc::Receiver;
 
+use arch::state::VcpuState;
+
 use super::exit::{Handled, complete, handle};
 use super::handle::{Command, Flags, Vcpu};
 use super::kick::Registration;
@@ -28,6 +30,10 @@ pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
                 flags.paused();
                 // Nobody waits any more where the answer came too late.
                 let _ = reply.send(());
+            }
+            Command::Save(context, reply) => {
+                let state = VcpuState::save(&vcpu.fd, vcpu.index, &context);
+                let _ = reply.send(state);
             }
             Command::Stop => return,
         }

@@ -17,6 +17,7 @@ use arch::capabilities::{Capabilities, HostError};
 use arch::cmdline::{self, CmdlineError};
 use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions, LoadedKernel};
 use arch::memory::GuestMemory;
+use arch::state::{ClockPolicy, Context, HostCpuid, StateError};
 use arch::topology::{Topology, TopologyError};
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
 use arch::vm::{IrqchipMode, VmError};
@@ -33,6 +34,8 @@ use crate::board::attach::Machine;
 use crate::board::{self, Board, BoardError, BoardState, Wiring};
 use crate::config::{self, MachineConfig, Spec};
 use crate::sandbox::thread::ThreadError;
+use crate::snapshot::Snapshot;
+use crate::snapshot::ram::{self, MapError};
 use crate::vcpu::{Vcpu, VcpuHandle};
 
 /// A virtual machine could not be built.
@@ -119,6 +122,21 @@ pub enum BuildError {
     /// vCPU set-up.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A saved state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Memory of a snapshot.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// Devices of a saved state.
+    #[error(transparent)]
+    BoardState(#[from] board::StateError),
+    /// A saved state with too few vCPUs.
+    #[error("The saved state has no vCPU {index}")]
+    MissingVcpu {
+        /// Its index.
+        index: u16,
+    },
     /// Threads.
     #[error(transparent)]
     Thread(#[from] ThreadError),
@@ -188,8 +206,8 @@ impl Initrd {
 
 /// KVM as opened and checked.
 pub struct Host {
-    kvm: Kvm,
-    capabilities: Capabilities,
+    pub(super) kvm: Kvm,
+    pub(super) capabilities: Capabilities,
     topology: Topology,
 }
 
@@ -228,6 +246,108 @@ fn mode(irqchip: config::Irqchip) -> IrqchipMode {
     }
 }
 
+/// A virtual machine before it has devices and vCPUs.
+struct Frame {
+    host: Host,
+    mode: IrqchipMode,
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    slots: DeviceSlots,
+    irqchip: Irqchip,
+}
+
+impl Frame {
+    /// Makes it around `memory`, with an I/O APIC in the state of `board`.
+    fn new(
+        machine: &MachineConfig,
+        host: Host,
+        memory: GuestMemory,
+        wiring: &Wiring,
+        board: &BoardState,
+    ) -> Result<Self, BuildError> {
+        let mode = mode(machine.irqchip);
+        let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
+        log::debug!("virtual machine created");
+        arch::vm::before_memory(&vm)?;
+        memory::register(&vm, &memory)?;
+        let slots = DeviceSlots::of(&wiring.devices);
+        slots.register(&vm, memory.num_regions() as u32)?;
+        arch::vm::create_irqchip(&vm, mode, &host.capabilities)?;
+        if mode == IrqchipMode::Kernel {
+            arch::vm::create_pit(&vm)?;
+        }
+        log::debug!("memory and interrupt controller in place");
+        let irqchip = Irqchip::new(machine.irqchip, &vm, board.ioapic());
+        Ok(Self {
+            host,
+            mode,
+            vm,
+            memory,
+            slots,
+            irqchip,
+        })
+    }
+
+    fn board(
+        &self,
+        machine: &MachineConfig,
+        wiring: Wiring,
+        state: &BoardState,
+    ) -> Result<Board, BuildError> {
+        let parts = Machine {
+            vm: &self.vm,
+            irqchip: &self.irqchip,
+            memory: &self.memory,
+        };
+        let state = state.clone();
+        Ok(Board::new(&parts, machine.virtio_transport, wiring, state)?)
+    }
+
+    /// The machine, with vCPUs that `give` gives their state.
+    fn finish(
+        self,
+        board: Board,
+        vcpus: u16,
+        mut give: impl FnMut(&Self, &VcpuFd, u16) -> Result<(), BuildError>,
+    ) -> Result<Vm, BuildError> {
+        let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
+        let mut handles = Vec::with_capacity(vcpus.into());
+        for index in 0..vcpus {
+            let fd = create_vcpu(&self.vm, index, &self.host.topology)?;
+            give(&self, &fd, index)?;
+            if index == 0
+                && let Some(offset) = arch::tsc::offset(&fd)
+            {
+                board.devices.set_counter_offset(offset);
+            }
+            handles.push(VcpuHandle::spawn(Vcpu {
+                index,
+                fd,
+                pio: board.pio.clone(),
+                mmio: board.mmio.clone(),
+                ioapic: self.irqchip.ioapic().cloned(),
+                memory: self.memory.clone(),
+                slots: self.slots.clone(),
+                seen: Seen::default(),
+                exit: exit.clone(),
+                counts: Arc::default(),
+            })?);
+        }
+        board.devices.connect(&self.vm).map_err(BuildError::Irqfd)?;
+        log::debug!("{} vCPUs ready", handles.len());
+        Ok(Vm {
+            vcpus: handles,
+            board,
+            exit,
+            host: self.host,
+            mode: self.mode,
+            fd: self.vm,
+            memory: self.memory,
+            slots: self.slots,
+        })
+    }
+}
+
 impl Vm {
     /// Builds the machine that `spec` describes, with `kernel` and `initrd` in its memory and its
     /// vCPUs parked.
@@ -239,77 +359,72 @@ impl Vm {
         wiring: Wiring,
     ) -> Result<Self, BuildError> {
         let machine = spec.machine();
-        let mode = mode(machine.irqchip);
-        let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
-        log::debug!("virtual machine created");
-        arch::vm::before_memory(&vm)?;
+        let reset = BoardState::default();
         let memory = memory::map(machine)?;
-        memory::register(&vm, &memory)?;
-        let slots = DeviceSlots::of(&wiring.devices);
-        slots.register(&vm, memory.num_regions() as u32)?;
-        arch::vm::create_irqchip(&vm, mode, &host.capabilities)?;
-        if mode == IrqchipMode::Kernel {
-            arch::vm::create_pit(&vm)?;
-        }
-        log::debug!("memory and interrupt controller in place");
-        let state = BoardState::default();
-        let irqchip = Irqchip::new(machine.irqchip, &vm, state.ioapic());
-        let board = Board::new(
-            &Machine {
-                vm: &vm,
-                irqchip: &irqchip,
-                memory: &memory,
-            },
-            machine.virtio_transport,
-            wiring,
-            state,
-        )?;
-        let facts = board.acpi_facts(&host.topology, mode);
-        let entry = load(spec, &facts, kernel, initrd, &memory)?;
+        let frame = Frame::new(machine, host, memory, &wiring, &reset)?;
+        let board = frame.board(machine, wiring, &reset)?;
+        let facts = board.acpi_facts(&frame.host.topology, frame.mode);
+        let entry = load(spec, &facts, kernel, initrd, &frame.memory)?;
         log::debug!("devices in place, guest memory filled");
-        let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let mut template = VcpuTemplate::new(&host.kvm, &host.topology, &host.capabilities, None)?;
+        let Host {
+            kvm,
+            capabilities,
+            topology,
+        } = &frame.host;
+        let mut template = VcpuTemplate::new(kvm, topology, capabilities, None)?;
         log::debug!("processor features known");
         let enter = |sregs: &mut _| boot::apply(&entry, sregs);
-        let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
-        for index in 0..machine.vcpu_count {
-            let fd = create_vcpu(&vm, index, &host.topology)?;
-            if index == 0 && host.capabilities.get_tsc_khz {
+        let give = |frame: &Frame, fd: &VcpuFd, index: u16| {
+            if index == 0 && frame.host.capabilities.get_tsc_khz {
                 let khz = fd.get_tsc_khz().map_err(BuildError::TscFrequency)?;
                 template.cpuid.set_tsc_khz(khz);
             }
             let boot = Boot {
                 enter: &enter,
-                irqchip: mode,
+                irqchip: frame.mode,
             };
-            arch::vcpu::configure(&fd, index, &template, (index == 0).then_some(&boot))?;
-            if index == 0
-                && let Some(offset) = arch::tsc::offset(&fd)
-            {
-                board.devices.set_counter_offset(offset);
-            }
-            vcpus.push(VcpuHandle::spawn(Vcpu {
-                index,
+            Ok(arch::vcpu::configure(
                 fd,
-                pio: board.pio.clone(),
-                mmio: board.mmio.clone(),
-                ioapic: irqchip.ioapic().cloned(),
-                memory: memory.clone(),
-                slots: slots.clone(),
-                seen: Seen::default(),
-                exit: exit.clone(),
-                counts: Arc::default(),
-            })?);
+                index,
+                &template,
+                (index == 0).then_some(&boot),
+            )?)
+        };
+        frame.finish(board, machine.vcpu_count, give)
+    }
+
+    /// Makes the machine of `snapshot` with its vCPUs parked; also says where its RAM comes from. Its
+    /// clocks do as `policy` says about the time since.
+    pub fn restore(
+        machine: &MachineConfig,
+        host: Host,
+        snapshot: &Snapshot,
+        policy: ClockPolicy,
+        mut wiring: Wiring,
+    ) -> Result<(Self, ram::Origin), BuildError> {
+        let saved = &snapshot.machine;
+        let state = &saved.board;
+        // All that can be refused is, before anything of the host is touched.
+        state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
+        let context = Context::new(&host.kvm, &host.capabilities)?;
+        if let Some(vcpu) = saved.vcpus.first() {
+            vcpu.check(&HostCpuid::new(&host.kvm)?)?;
         }
-        board.devices.connect(&vm).map_err(BuildError::Irqfd)?;
-        log::debug!("{} vCPUs ready", vcpus.len());
-        Ok(Self {
-            vcpus,
-            board,
-            exit,
-            _memory: memory,
-            _slots: slots,
-        })
+        let (memory, origin) = ram::map(snapshot, machine)?;
+        let frame = Frame::new(machine, host, memory, &wiring, state)?;
+        for plugged in frame.slots.plugged() {
+            ram::fill_plugged(snapshot, &plugged)?;
+        }
+        let board = frame.board(machine, wiring, state)?;
+        let shift = saved.vm.shift(policy);
+        let give = |_: &Frame, fd: &VcpuFd, index: u16| {
+            let vcpu = saved.vcpus.get(usize::from(index));
+            let vcpu = vcpu.ok_or(BuildError::MissingVcpu { index })?;
+            Ok(vcpu.restore(fd, &context, &shift)?)
+        };
+        let vm = frame.finish(board, machine.vcpu_count, give)?;
+        saved.vm.restore(&vm.fd, &shift)?;
+        Ok((vm, origin))
     }
 }
 
@@ -380,7 +495,7 @@ fn load_kernel(
 }
 
 /// Random bytes from the host, at most 256.
-fn random<const N: usize>() -> io::Result<[u8; N]> {
+pub fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     // SAFETY: the pointer and the length describe `bytes`. Requests of up to 256 bytes are never
     // cut short.

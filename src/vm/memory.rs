@@ -146,9 +146,7 @@ fn map_region(
         },
         None => MemoryError::Map { mib, source },
     })?;
-    if config.huge_pages == HugePages::Transparent {
-        advise_huge(&region);
-    }
+    advise(&region, config.huge_pages);
     GuestRegionMmap::new(region, base).ok_or(MemoryError::Regions(
         vm_memory::GuestRegionCollectionError::MemoryRegionOverlap,
     ))
@@ -162,8 +160,11 @@ fn huge_flag(pages: HugePages) -> i32 {
     }
 }
 
-/// Asks for transparent huge pages. A host without them just uses small ones.
-fn advise_huge(region: &MmapRegion) {
+/// Asks for transparent huge pages where they are wanted. A host without them just uses small ones.
+pub fn advise(region: &MmapRegion, pages: HugePages) {
+    if pages != HugePages::Transparent {
+        return;
+    }
     // SAFETY: the range is a mapping that `region` owns, and MADV_HUGEPAGE changes no content.
     let result =
         unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };

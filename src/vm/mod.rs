@@ -17,6 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
+use arch::state::{Context, StateError, VmState};
+use arch::vm::IrqchipMode;
+use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
 pub use exit::{ExitLatch, VmExit};
@@ -24,6 +27,7 @@ pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;
 
 use crate::board::Board;
+use crate::snapshot::{MachineState, Plugged};
 use crate::vcpu::VcpuHandle;
 
 /// A vCPU that does not leave the guest.
@@ -37,14 +41,31 @@ pub struct PauseError {
     patience: Duration,
 }
 
+/// A machine's state cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// KVM.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A vCPU that is gone, and the machine with it.
+    #[error("vCPU {index} has ended: there is no machine to save")]
+    Ended {
+        /// Its index.
+        index: usize,
+    },
+}
+
 /// A built virtual machine.
 pub struct Vm {
     // Declared in the order in which they must go.
     vcpus: Vec<VcpuHandle>,
     board: Board,
     exit: Arc<ExitLatch>,
-    _memory: GuestMemory,
-    _slots: slots::DeviceSlots,
+    host: build::Host,
+    mode: IrqchipMode,
+    fd: Arc<VmFd>,
+    memory: GuestMemory,
+    slots: slots::DeviceSlots,
 }
 
 impl Vm {
@@ -65,6 +86,7 @@ impl Vm {
 
     /// Lets every vCPU run: first, or again after [`pause`](Self::pause).
     pub fn start(&self) {
+        self.board.devices.resume();
         if let Some(watchdog) = &self.board.watchdog {
             watchdog.resume();
         }
@@ -91,6 +113,38 @@ impl Vm {
             watchdog.pause();
         }
         Ok(())
+    }
+
+    /// The machine's RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Memory of devices that belongs to the guest alone.
+    pub fn plugged(&self) -> Vec<Plugged<'_>> {
+        self.slots.plugged()
+    }
+
+    /// Brings the devices to rest, their I/O finished, and says how the machine is. It is paused, and
+    /// goes on with [`start`](Self::start).
+    ///
+    /// # Errors
+    /// Where KVM does not tell; the machine can go on.
+    pub fn save(&self) -> Result<MachineState, SaveError> {
+        // What devices finish now may interrupt a vCPU, whose state comes after.
+        self.board.devices.pause();
+        let context = Context::new(&self.host.kvm, &self.host.capabilities)?;
+        let context = Arc::new(context);
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let state = vcpu.save(&context).ok_or(SaveError::Ended { index })?;
+            vcpus.push(state?);
+        }
+        Ok(MachineState {
+            vm: VmState::save(&self.fd, self.mode)?,
+            vcpus,
+            board: self.board.save(),
+        })
     }
 
     /// Gets every vCPU out of the guest and ends its thread; then brings the devices to rest.

@@ -14,6 +14,7 @@ use kvm_ioctls::{Cap, VmFd};
 
 use super::memory::MemoryError;
 use crate::board::plan::Plan;
+use crate::snapshot::Plugged;
 
 /// Memory of one device in a slot of its own.
 #[derive(Clone, Debug)]
@@ -83,6 +84,19 @@ impl DeviceSlots {
             })?;
         }
         Ok(())
+    }
+
+    /// Memory that belongs to the guest alone and has to be saved with it.
+    pub fn plugged(&self) -> Vec<Plugged<'_>> {
+        let slots = self.0.iter().filter_map(|slot| match &slot.memory {
+            Kind::Pmem(_) => None,
+            Kind::Mem(region) => Some(Plugged {
+                address: slot.address,
+                len: region.len(),
+                file: region.file(),
+            }),
+        });
+        slots.collect()
     }
 
     /// KVM could not reach some memory. True if it can now: the vCPU goes on.

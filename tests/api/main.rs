@@ -15,4 +15,5 @@ mod jailer;
 mod lifecycle;
 mod manage;
 mod served;
+mod snapshots;
 mod telemetry;

@@ -78,6 +78,11 @@ impl Region {
         self.len
     }
 
+    /// The file in memory that has the content: nothing is where nothing is plugged.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// The guest can use the bytes of `range` from now on.
     pub(super) fn plug(&self, range: Range<u64>) -> io::Result<()> {
         self.map(range, Some(&self.file))

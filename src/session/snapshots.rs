@@ -1,0 +1,193 @@
+//! Snapshots of the session's machine, on the vmm thread.
+
+use std::path::Path;
+
+use arch::kernel::KernelImage;
+use arch::state::ClockPolicy;
+
+use crate::config::{Config, HugePages, MemoryBacking, Spec};
+use crate::control::{
+    ActionError, LoadPages, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotType, chain,
+};
+use crate::snapshot::image::Base;
+use crate::snapshot::ram::{self, Origin};
+use crate::snapshot::{self, GuestFacts, NetworkRebind, Overrides, Request, Snapshot};
+use crate::vm::Vm;
+
+/// A snapshot that a machine is to be made of.
+#[derive(Debug)]
+pub struct Saved {
+    /// The snapshot.
+    pub snapshot: Snapshot,
+    /// What the guest's clocks do about the time since.
+    pub policy: ClockPolicy,
+    /// Whether the machine runs at once.
+    pub resume: bool,
+}
+
+impl Saved {
+    /// Opens the snapshot that `load` names, and says what machine it makes; its log and figures
+    /// are those of `present`.
+    ///
+    /// # Errors
+    /// [`ActionError::Load`]; nothing is changed.
+    pub fn open(load: &SnapshotLoad, present: &Config) -> Result<(Self, Config), ActionError> {
+        let memory = memory_file(load)?;
+        let snapshot = Snapshot::open(&load.snapshot_path, memory).map_err(|e| failed(&e))?;
+        let mut config = snapshot.config.clone();
+        overrides(load).apply(&mut config).map_err(|e| failed(&e))?;
+        config.logger.clone_from(&present.logger);
+        config.metrics.clone_from(&present.metrics);
+        if present.serial.is_some() {
+            config.serial.clone_from(&present.serial);
+        }
+        let machine = &mut config.machine_config;
+        machine.track_dirty_pages = load.track_dirty_pages || load.enable_diff_snapshots;
+        // A private mapping of the memory file, whatever it was before.
+        machine.memory_backing = MemoryBacking::Anonymous;
+        match load.huge_pages.unwrap_or(LoadPages::Snapshot) {
+            LoadPages::Snapshot if machine.huge_pages.reserved_mib().is_none() => {}
+            LoadPages::None => machine.huge_pages = HugePages::None,
+            LoadPages::Transparent => machine.huge_pages = HugePages::Transparent,
+            LoadPages::Snapshot | LoadPages::Huge2M => {
+                return Err(ActionError::Load {
+                    text: "a memory file cannot be mapped in reserved huge pages: load it with \
+                           huge_pages None or Transparent"
+                        .to_owned(),
+                });
+            }
+        }
+        let policy = match load.clock_realtime {
+            true => ClockPolicy::Advance,
+            false => ClockPolicy::Frozen,
+        };
+        let saved = Self {
+            snapshot,
+            policy,
+            resume: load.resume_vm,
+        };
+        Ok((saved, config))
+    }
+}
+
+fn memory_file(load: &SnapshotLoad) -> Result<&Path, ActionError> {
+    match (&load.mem_backend, &load.mem_file_path) {
+        (Some(backend), _) if backend.backend_type == MemoryBackendType::File => {
+            Ok(&backend.backend_path)
+        }
+        (Some(_), _) => Err(ActionError::NotYet {
+            what: "memory from a page fault handler (Uffd)",
+            why: "maps memory files; give backend_type File",
+        }),
+        (None, Some(path)) => Ok(path),
+        (None, None) => Err(ActionError::LoadMemory),
+    }
+}
+
+fn overrides(load: &SnapshotLoad) -> Overrides {
+    let networks = load.network_overrides.iter().map(|net| NetworkRebind {
+        iface_id: net.iface_id.clone(),
+        host_dev_name: net.host_dev_name.clone(),
+        fd: net.fd,
+        publish: net.publish.clone(),
+    });
+    let drives = load.drive_overrides.iter();
+    let pmem = load.pmem_overrides.iter();
+    let shares = load.share_overrides.iter();
+    Overrides {
+        drives: drives
+            .map(|d| (d.drive_id.clone(), d.path_on_host.clone()))
+            .collect(),
+        pmem: pmem
+            .map(|p| (p.id.clone(), p.path_on_host.clone()))
+            .collect(),
+        shares: shares
+            .map(|s| (s.tag.clone(), s.path_on_host.clone()))
+            .collect(),
+        networks: networks.collect(),
+        vsock: load
+            .vsock_override
+            .as_ref()
+            .map(|vsock| vsock.uds_path.clone()),
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> ActionError {
+    ActionError::Load { text: chain(error) }
+}
+
+/// Saves a machine, and remembers what its changes build on.
+#[derive(Debug, Default)]
+pub struct Saver {
+    /// Where RAM that nobody wrote comes from.
+    pub origin: Origin,
+    /// The snapshot that RAM is mapped from.
+    pub base: Option<Base>,
+    /// What is known of the guest.
+    pub guest: GuestFacts,
+}
+
+impl Saver {
+    /// For a machine of `spec` that is booted from `kernel`.
+    pub fn booted(spec: &Spec, kernel: &KernelImage) -> Self {
+        let origin = match spec.machine().memory_backing {
+            MemoryBacking::Anonymous => Origin::Nothing,
+            MemoryBacking::Memfd => Origin::Memfd,
+        };
+        let release = kernel.version().unwrap_or_default();
+        Self {
+            origin,
+            base: None,
+            guest: GuestFacts { release },
+        }
+    }
+
+    /// For a machine made of `snapshot`, whose RAM comes from `origin`.
+    pub fn loaded(snapshot: &Snapshot, origin: Origin) -> Self {
+        // Without a current directory no path is absolute; then all is written.
+        let base = snapshot.as_base().unwrap_or_default();
+        Self {
+            origin,
+            base,
+            guest: snapshot.guest.clone(),
+        }
+    }
+
+    /// Saves the paused machine `vm`, made of `config`, as asked.
+    ///
+    /// # Errors
+    /// [`ActionError::Save`]; the machine can go on.
+    pub fn create(
+        &mut self,
+        vm: &Vm,
+        config: &Config,
+        create: &SnapshotCreate,
+    ) -> Result<(), ActionError> {
+        let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
+        let machine = vm.save().map_err(|e| failed(&e))?;
+        let changes = create.snapshot_type == SnapshotType::Diff;
+        let created = snapshot::create(&Request {
+            state_path: &create.snapshot_path,
+            memory_path: &create.mem_file_path,
+            config,
+            machine: &machine,
+            guest: &self.guest,
+            memory: vm.memory(),
+            origin: &self.origin,
+            base: self.base.clone().filter(|_| changes),
+            plugged: &vm.plugged(),
+        });
+        let created = created.map_err(|e| failed(&e))?;
+        if config.machine_config.track_dirty_pages || changes {
+            // From here on what changes is told by what is no longer the file's.
+            match ram::rebase(vm.memory(), &created, &self.origin) {
+                Ok(origin) => (self.origin, self.base) = (origin, Some(created.base)),
+                Err(error) => {
+                    log::warn!("cannot map the memory file that was written: {error}");
+                    (self.origin, self.base) = (ram::anywhere(vm.memory()), None);
+                }
+            }
+        }
+        Ok(())
+    }
+}

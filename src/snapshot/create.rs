@@ -1,0 +1,200 @@
+//! Writing the two files of a snapshot.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use arch::memory::GuestMemory;
+use nix::sys::utsname::uname;
+
+use super::format::Writer;
+use super::image::{Base, ImageWriter, MemoryMap, Region, belongs, previous};
+use super::publish::Unpublished;
+use super::ram::{self, Part};
+use super::{
+    CONFIG, GUEST, GuestFacts, MACHINE, MEMORY, MachineState, ORIGIN, Origin, SnapshotError,
+};
+use crate::config::Config;
+
+/// What is saved, and where.
+pub struct Request<'a> {
+    /// The state file.
+    pub state_path: &'a Path,
+    /// The memory file.
+    pub memory_path: &'a Path,
+    /// The machine's configuration.
+    pub config: &'a Config,
+    /// Its state.
+    pub machine: &'a MachineState,
+    /// What is known of the guest.
+    pub guest: &'a GuestFacts,
+    /// Its RAM.
+    pub memory: &'a GuestMemory,
+    /// Where what nobody wrote of it comes from.
+    pub origin: &'a ram::Origin,
+    /// The snapshot that only changes are written since, where they are wanted.
+    pub base: Option<Base>,
+    /// Memory that devices bring and that is the guest's alone.
+    pub plugged: &'a [Plugged<'a>],
+}
+
+/// Memory of a device, in a file in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Plugged<'a> {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Its content; nothing is where nothing is plugged.
+    pub file: &'a fs::File,
+}
+
+/// A snapshot that was written.
+#[derive(Debug)]
+pub struct Created {
+    /// Which one.
+    pub id: [u8; 16],
+    /// The memory file.
+    pub memory: fs::File,
+    /// What is where in it.
+    pub map: MemoryMap,
+    /// What a snapshot of the changes since would build on.
+    pub base: Base,
+}
+
+/// Writes a snapshot. Both files appear with all they have to have, or neither does.
+///
+/// # Errors
+/// [`SnapshotError`]; files that were there before are untouched.
+pub fn create(request: &Request<'_>) -> Result<Created, SnapshotError> {
+    let (state_path, memory_path) = (request.state_path, request.memory_path);
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| SnapshotError::Write { path, source }
+    };
+    if same_file(state_path, memory_path) {
+        let path = state_path.to_owned();
+        return Err(SnapshotError::SamePath { path });
+    }
+    // Both names are tried before anything is written.
+    let mut state = Unpublished::new(state_path).map_err(failed(state_path))?;
+    let mut memory = Unpublished::new(memory_path).map_err(failed(memory_path))?;
+    let id = random_id().map_err(SnapshotError::Random)?;
+    let map = write_memory(request, id, &mut memory).map_err(failed(memory_path))?;
+    let bytes = encode(request, id, &map).map_err(SnapshotError::Encode)?;
+    io::Write::write_all(state.file(), &bytes).map_err(failed(state_path))?;
+    state.sync().map_err(failed(state_path))?;
+    let absolute = |path: &Path| std::path::absolute(path).map_err(failed(path));
+    let base = Base {
+        id,
+        state: absolute(state_path)?,
+        memory: absolute(memory_path)?,
+    };
+    let memory = publish(state, memory, (state_path, memory_path)).map_err(failed(memory_path))?;
+    Ok(Created {
+        id,
+        memory,
+        map,
+        base,
+    })
+}
+
+/// Gives both files their names. The memory file that had the name before stays until the new state
+/// is there, so that the old state has its memory whenever this is cut short.
+fn publish(
+    state: Unpublished,
+    memory: Unpublished,
+    (state_path, path): (&Path, &Path),
+) -> io::Result<fs::File> {
+    let before = previous(path);
+    let kept = match fs::hard_link(path, &before) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        // An interrupted snapshot left it. Of both, the one that the present state has is kept.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if belongs(state_path, path) {
+                fs::remove_file(&before)?;
+                fs::hard_link(path, &before)?;
+            }
+            true
+        }
+        Err(error) => return Err(error),
+    };
+    let memory = memory.publish()?;
+    state.publish()?;
+    if kept {
+        fs::remove_file(&before)?;
+    }
+    Ok(memory)
+}
+
+fn write_memory(
+    request: &Request<'_>,
+    id: [u8; 16],
+    memory: &mut Unpublished,
+) -> io::Result<MemoryMap> {
+    let file = memory.file();
+    let mut writer = ImageWriter::new(file, id);
+    let part = match request.base {
+        Some(_) => Part::Changes,
+        None => Part::All,
+    };
+    ram::write(request.memory, request.origin, part, &mut writer)?;
+    let mut regions = ram::regions(request.memory);
+    for plugged in request.plugged {
+        let last = regions.last();
+        let offset = last.map_or(0, |last| last.offset + last.len);
+        ram::write_plugged(plugged, offset, &mut writer)?;
+        regions.push(Region {
+            address: plugged.address,
+            len: plugged.len,
+            offset,
+        });
+    }
+    writer.finish(regions, request.base.clone())
+}
+
+fn encode(
+    request: &Request<'_>,
+    id: [u8; 16],
+    map: &MemoryMap,
+) -> Result<Vec<u8>, super::FormatError> {
+    let mut writer = Writer::new(id);
+    let config = serde_json::to_vec(request.config).map_err(|error| {
+        let (name, why) = (CONFIG.name, error.to_string());
+        super::FormatError::Content { name, why }
+    })?;
+    writer.section(CONFIG, &config);
+    writer.value(MACHINE, request.machine)?;
+    writer.value(MEMORY, map)?;
+    writer.value(GUEST, request.guest)?;
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let kernel = uname().map(|name| name.release().to_string_lossy().into_owned());
+    let origin = Origin {
+        bulle: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: kernel.unwrap_or_default(),
+        time: since.unwrap_or(Duration::ZERO).as_secs(),
+    };
+    writer.value(ORIGIN, &origin)?;
+    Ok(writer.finish())
+}
+
+/// Whether both are one file, which need not be there yet.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let at = |path: &Path| -> Option<(u64, u64)> {
+        let metadata = fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let name = |path: &Path| -> Option<PathBuf> {
+        let parent = std::path::absolute(path).ok()?;
+        let parent = parent.parent()?.canonicalize().ok()?;
+        Some(parent.join(path.file_name()?))
+    };
+    a == b || name(a).is_some_and(|a| name(b) == Some(a)) || at(a).is_some_and(|a| at(b) == Some(a))
+}
+
+fn random_id() -> io::Result<[u8; 16]> {
+    crate::vm::build::random()
+}

@@ -1,0 +1,354 @@
+//! Saving a paused machine to two files, and reading them again.
+//!
+//! [`create`] writes a state file ([`format`]) and a memory file ([`image`]); [`Snapshot::open`]
+//! reads the one and opens the other, with all that a file of changes builds on. Everything read is
+//! untrusted. The vmm thread owns both. Files appear as a whole or not at all ([`publish`]).
+
+mod create;
+pub mod format;
+pub mod image;
+mod pages;
+mod publish;
+pub mod ram;
+mod rebind;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use arch::state::{VcpuState, VmState};
+use serde::{Deserialize, Serialize};
+
+pub use self::create::{Created, Plugged, Request, create};
+use self::format::{FormatError, Kind, MAX_FILE, Reader};
+use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
+pub use self::rebind::{NetworkRebind, Overrides, RebindError};
+use crate::board::BoardState;
+use crate::config::{Config, MAX_VCPUS};
+
+/// Configuration of the machine, as JSON.
+const CONFIG: Kind = Kind {
+    name: "config",
+    version: 1,
+    mandatory: true,
+};
+/// [`MachineState`].
+const MACHINE: Kind = Kind {
+    name: "machine",
+    version: 1,
+    mandatory: true,
+};
+/// [`MemoryMap`].
+const MEMORY: Kind = Kind {
+    name: "memory",
+    version: 1,
+    mandatory: true,
+};
+/// [`GuestFacts`].
+const GUEST: Kind = Kind {
+    name: "guest",
+    version: 1,
+    mandatory: true,
+};
+/// [`Origin`]: for people.
+const ORIGIN: Kind = Kind {
+    name: "origin",
+    version: 1,
+    mandatory: false,
+};
+/// All that this bulle knows.
+const KNOWN: [Kind; 5] = [CONFIG, MACHINE, MEMORY, GUEST, ORIGIN];
+
+/// A machine without its configuration and its memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineState {
+    /// What the vCPUs share.
+    pub vm: VmState,
+    /// Each vCPU, by index.
+    pub vcpus: Vec<VcpuState>,
+    /// Devices.
+    pub board: BoardState,
+}
+
+/// What the host's side of the session knows of the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFacts {
+    /// Release of its kernel, where the kernel's file says.
+    pub release: String,
+}
+
+/// Where a snapshot was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Version of bulle.
+    pub bulle: String,
+    /// Release of the host's kernel.
+    pub kernel: String,
+    /// Seconds since 1970.
+    pub time: u64,
+}
+
+/// A snapshot cannot be made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The state file cannot be opened or read.
+    #[error("Cannot read the state file {}", path.display())]
+    Read {
+        /// As named.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// Far too long for one.
+    #[error("{} has {len} bytes, a state file has at most {MAX_FILE}: name the state file, not the memory file", path.display())]
+    TooLong {
+        /// As named.
+        path: PathBuf,
+        /// Bytes.
+        len: u64,
+    },
+    /// What is in it.
+    #[error("Cannot load the state file {}", path.display())]
+    Format {
+        /// As named.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: FormatError,
+    },
+    /// It cannot be put together.
+    #[error("Cannot save the machine's state")]
+    Encode(#[source] FormatError),
+    /// It contradicts itself.
+    #[error("The state file {} is damaged: {why}", path.display())]
+    State {
+        /// As named.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The memory file.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A file cannot be written; what was there before still is.
+    #[error("Cannot write {}: nothing was changed", path.display())]
+    Write {
+        /// As named.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// One file for both.
+    #[error("State and memory cannot both go to {}: name two files", path.display())]
+    SamePath {
+        /// As named.
+        path: PathBuf,
+    },
+    /// Random numbers.
+    #[error("Cannot get random numbers for the snapshot's id")]
+    Random(#[source] io::Error),
+}
+
+/// One memory file of a chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// Which snapshot it belongs to.
+    pub id: [u8; 16],
+    /// The file.
+    pub image: Image,
+    /// What is where in it.
+    pub map: MemoryMap,
+}
+
+/// A snapshot, read and checked.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Which one.
+    pub id: [u8; 16],
+    /// The state file.
+    pub path: PathBuf,
+    /// The machine's configuration.
+    pub config: Config,
+    /// Its state.
+    pub machine: MachineState,
+    /// What is known of the guest.
+    pub guest: GuestFacts,
+    /// Its memory: the newest changes first, the file that has all last.
+    pub layers: Vec<Layer>,
+    /// Where it was taken.
+    pub origin: Option<Origin>,
+}
+
+/// What is read of a state file before its memory is opened.
+struct Parts {
+    id: [u8; 16],
+    config: Config,
+    machine: MachineState,
+    memory: MemoryMap,
+    guest: GuestFacts,
+    origin: Option<Origin>,
+}
+
+impl Snapshot {
+    /// Reads the state file at `state` and opens its memory at `memory`, with what that builds on.
+    ///
+    /// # Errors
+    /// [`SnapshotError`] says which file is wrong, and how.
+    pub fn open(state: &Path, memory: &Path) -> Result<Self, SnapshotError> {
+        let parts = read_parts(state)?;
+        let layers = open_layers(&parts, memory)?;
+        Ok(Self {
+            id: parts.id,
+            path: state.to_owned(),
+            config: parts.config,
+            machine: parts.machine,
+            guest: parts.guest,
+            layers,
+            origin: parts.origin,
+        })
+    }
+
+    /// What a snapshot of the changes since this one would build on.
+    pub fn as_base(&self) -> io::Result<Option<Base>> {
+        let Some(top) = self.layers.first() else {
+            return Ok(None);
+        };
+        Ok(Some(Base {
+            id: self.id,
+            state: std::path::absolute(&self.path)?,
+            memory: std::path::absolute(&top.image.path)?,
+        }))
+    }
+
+    /// Compares all data of all memory files with their checksums.
+    ///
+    /// # Errors
+    /// [`ImageError::Damaged`] says where.
+    pub fn verify(&self) -> Result<(), ImageError> {
+        let mut layers = self.layers.iter();
+        layers.try_for_each(|layer| layer.image.verify(&layer.map))
+    }
+}
+
+/// Reads a state file's bytes, no more than one can have.
+fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
+    let failed = |source| SnapshotError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    match bytes.len() as u64 {
+        len if len > MAX_FILE => {
+            let path = path.to_owned();
+            Err(SnapshotError::TooLong { path, len })
+        }
+        _ => Ok(bytes),
+    }
+}
+
+fn read_parts(path: &Path) -> Result<Parts, SnapshotError> {
+    let bytes = read_file(path)?;
+    let parts = parse(&bytes).map_err(|source| SnapshotError::Format {
+        path: path.to_owned(),
+        source,
+    })?;
+    let wrong = |why| {
+        let path = path.to_owned();
+        Err(SnapshotError::State { path, why })
+    };
+    let vcpus = &parts.machine.vcpus;
+    if vcpus.len() != usize::from(parts.config.machine_config.vcpu_count)
+        || vcpus.len() > usize::from(MAX_VCPUS)
+    {
+        return wrong("its vCPUs are not those of its configuration");
+    }
+    if !(0..).zip(vcpus).all(|(index, vcpu)| vcpu.index == index) {
+        return wrong("its vCPUs are not in order");
+    }
+    parts.memory.check()?;
+    Ok(parts)
+}
+
+fn parse(bytes: &[u8]) -> Result<Parts, FormatError> {
+    let reader = Reader::new(bytes)?;
+    reader.only_knows(&KNOWN)?;
+    let config = serde_json::from_slice(reader.get(CONFIG)?).map_err(|error| {
+        let (name, why) = (CONFIG.name, error.to_string());
+        FormatError::Content { name, why }
+    })?;
+    Ok(Parts {
+        id: reader.id(),
+        config,
+        machine: reader.value(MACHINE)?,
+        memory: reader.value(MEMORY)?,
+        guest: reader.value(GUEST)?,
+        origin: reader.value(ORIGIN).ok(),
+    })
+}
+
+/// Opens the memory file of `top` and those it builds on.
+fn open_layers(top: &Parts, memory: &Path) -> Result<Vec<Layer>, SnapshotError> {
+    let mut layers = vec![Layer {
+        id: top.id,
+        image: Image::open(memory, top.id, &top.memory)?,
+        map: top.memory.clone(),
+    }];
+    while let Some(base) = layers.last().and_then(|layer| layer.map.base.clone()) {
+        if layers.len() >= MAX_CHAIN {
+            let why = "its changes build on too many others";
+            return Err(ImageError::Map { why }.into());
+        }
+        let beside = layers.last().map(|layer| layer.image.path.clone());
+        let layer = open_base(&base, beside.as_deref()).map_err(|error| ImageError::Base {
+            path: base.state.clone(),
+            source: error.into(),
+        })?;
+        let regions = &top.memory.regions;
+        // Memory of devices lies behind RAM and is whole in every file.
+        let ram = layer
+            .map
+            .regions
+            .iter()
+            .zip(regions)
+            .take(2)
+            .all(|(a, b)| a == b);
+        if !ram {
+            let why = "it has another layout than what it builds on";
+            return Err(ImageError::Map { why }.into());
+        }
+        layers.push(layer);
+    }
+    Ok(layers)
+}
+
+/// Opens what a file of changes builds on: where it was, or in the directory of those changes.
+fn open_base(base: &Base, beside: Option<&Path>) -> Result<Layer, SnapshotError> {
+    let open = |state: &Path, memory: &Path| {
+        let parts = read_parts(state)?;
+        if parts.id != base.id {
+            let path = memory.to_owned();
+            return Err(SnapshotError::from(ImageError::Other { path }));
+        }
+        Ok(Layer {
+            id: parts.id,
+            image: Image::open(memory, parts.id, &parts.memory)?,
+            map: parts.memory,
+        })
+    };
+    let moved =
+        |path: &Path| -> Option<PathBuf> { Some(beside?.with_file_name(path.file_name()?)) };
+    open(&base.state, &base.memory).or_else(|error| {
+        match (moved(&base.state), moved(&base.memory)) {
+            (Some(state), Some(memory)) => open(&state, &memory).map_err(|_| error),
+            _ => Err(error),
+        }
+    })
+}

@@ -1,0 +1,161 @@
+//! Which pages of a mapping there is something in, asked of the kernel (/proc/self/pagemap).
+//!
+//! A page of a private mapping that the guest or a device wrote is the process's own; one that was
+//! only read is still the file's. So what changed since a snapshot whose file the guest runs on
+//! needs no tracking while it runs. See Documentation/admin-guide/mm/pagemap.rst.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Bytes of a page of the host.
+pub const PAGE: u64 = 4096;
+/// Bytes of an entry.
+const ENTRY: usize = 8;
+/// Entries read at once.
+const BATCH: usize = 8192;
+/// The page is in RAM.
+const PRESENT: u64 = 1 << 63;
+/// The page is in swap.
+const SWAPPED: u64 = 1 << 62;
+/// The page is a file's, or of shared anonymous memory.
+const SHARED: u64 = 1 << 61;
+
+/// What is asked of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// It has content: all others read as zeros (anonymous memory).
+    Populated,
+    /// It is the process's own, of a private mapping of a file: all others are as in the file.
+    Own,
+}
+
+/// The pagemap of this process.
+#[derive(Debug)]
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// Where there is no /proc.
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
+    }
+
+    /// Calls `f` with the runs of such pages in `len` bytes from address `start` on, as offsets from
+    /// `start` and lengths in bytes, in order. Both are multiples of a page.
+    ///
+    /// # Errors
+    /// Of reading, and those of `f`.
+    pub fn runs<E: From<io::Error>>(
+        &self,
+        which: Which,
+        (start, len): (u64, u64),
+        mut f: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let pages = len / PAGE;
+        let mut buffer = vec![0; BATCH * ENTRY];
+        let mut run = None;
+        let mut page = 0;
+        while page < pages {
+            let count = (pages - page).min(BATCH as u64) as usize;
+            let bytes = buffer.get_mut(..count * ENTRY).unwrap_or_default();
+            let at = (start / PAGE + page) * ENTRY as u64;
+            self.0.read_exact_at(bytes, at)?;
+            let (entries, _) = bytes.as_chunks::<ENTRY>();
+            for entry in entries {
+                let wanted = is_wanted(which, u64::from_ne_bytes(*entry));
+                match (wanted, run) {
+                    (true, None) => run = Some(page),
+                    (false, Some(first)) => {
+                        f(first * PAGE, (page - first) * PAGE)?;
+                        run = None;
+                    }
+                    _ => {}
+                }
+                page += 1;
+            }
+        }
+        match run {
+            Some(first) => f(first * PAGE, (pages - first) * PAGE),
+            None => Ok(()),
+        }
+    }
+}
+
+fn is_wanted(which: Which, entry: u64) -> bool {
+    match which {
+        Which::Populated => entry & (PRESENT | SWAPPED) != 0,
+        // In swap: only what is the process's own goes there, or shared memory, which bit 61 tells.
+        Which::Own => entry & (PRESENT | SWAPPED) != 0 && entry & SHARED == 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    fn map(len: usize, fd: i32) -> *mut u8 {
+        let flags = match fd {
+            -1 => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            _ => libc::MAP_PRIVATE,
+        };
+        // SAFETY: a new mapping, where the kernel likes.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                fd,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        at.cast()
+    }
+
+    fn runs(which: Which, at: *mut u8, len: u64) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        let pagemap = Pagemap::open().unwrap();
+        let push = |start, len| {
+            runs.push((start / PAGE, len / PAGE));
+            Ok::<(), io::Error>(())
+        };
+        pagemap.runs(which, (at as u64, len), push).unwrap();
+        runs
+    }
+
+    #[test]
+    fn what_was_written_is_told_from_what_was_read() {
+        let pages = 20_000;
+        let len = pages * PAGE;
+        let at = map(len as usize, -1);
+        // SAFETY: in the mapping.
+        let touch = |page: usize| unsafe { at.add(page * PAGE as usize).write_volatile(1) };
+        [0, 1, 5, 8191, 8192, 19_999].into_iter().for_each(touch);
+        let expected = [(0, 2), (5, 1), (8191, 2), (19_999, 1)];
+        assert_eq!(runs(Which::Populated, at, len), expected);
+        // SAFETY: mapped above, not used any more.
+        unsafe { libc::munmap(at.cast(), len as usize) };
+
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 16 * PAGE as usize]).unwrap();
+        let at = map(16 * PAGE as usize, file.as_raw_fd());
+        for page in 0..16 {
+            // SAFETY: in the mapping.
+            assert_eq!(unsafe { at.add(page * PAGE as usize).read_volatile() }, 7);
+        }
+        for page in [3, 4, 15] {
+            // SAFETY: in the mapping.
+            unsafe { at.add(page * PAGE as usize).write_volatile(1) };
+        }
+        assert_eq!(runs(Which::Own, at, 16 * PAGE), [(3, 2), (15, 1)]);
+        // SAFETY: mapped above, not used any more.
+        unsafe { libc::munmap(at.cast(), 16 * PAGE as usize) };
+    }
+}

@@ -1,0 +1,55 @@
+//! Files that are there as a whole or not at all: written under a temporary name, synced, renamed.
+//!
+//! A crash at any moment leaves the old file or the new one, and at most a temporary one, whose name
+//! begins with a dot, beside it.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+/// A file on its way to its name.
+#[derive(Debug)]
+pub struct Unpublished {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Unpublished {
+    /// A new file that is to be at `path`, in the same directory.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let file = tempfile::Builder::new()
+            .prefix(".bulle-")
+            .suffix(".tmp")
+            .tempfile_in(directory(path))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+        })
+    }
+
+    /// The file, to be written.
+    pub fn file(&mut self) -> &mut File {
+        self.file.as_file_mut()
+    }
+
+    /// Has the content on the disk; the name comes with [`publish`](Self::publish).
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.as_file().sync_all()
+    }
+
+    /// Gives the file its name; what had it before is gone. [`sync`](Self::sync) came before.
+    pub fn publish(self) -> io::Result<File> {
+        let file = self.file.persist(&self.path).map_err(|error| error.error)?;
+        File::open(directory(&self.path))?.sync_all()?;
+        Ok(file)
+    }
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}

@@ -1,0 +1,403 @@
+//! Guest RAM from and to memory files.
+//!
+//! The vmm thread calls this while no vCPU runs and devices are at rest, so nothing writes to RAM
+//! meanwhile. RAM that came from a file is a private mapping of it: the pages that are the
+//! process's own are what changed since ([`super::pages`]).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use arch::memory::{GuestMemory, ram_regions};
+use nix::unistd::{Whence, lseek};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+use super::image::{ImageError, ImageWriter, MAX_RUN, MemoryMap, Region, Run};
+use super::pages::{Pagemap, Which};
+use super::{Created, Layer, Plugged, Snapshot};
+use crate::config::MachineConfig;
+use crate::vm::memory::{MemoryError, advise};
+
+/// Runs of changes up to this size are copied when they are loaded: a mapping of its own would cost
+/// more, and a process has only some 65,000.
+const COPIED: u64 = 64 << 10;
+
+/// Where the content of RAM that nobody wrote comes from.
+#[derive(Clone, Debug, Default)]
+pub enum Origin {
+    /// Nowhere: it is zeros.
+    #[default]
+    Nothing,
+    /// Shared memory of this process.
+    Memfd,
+    /// Memory files, of which RAM is a private mapping; data is at these runs.
+    Files(Arc<[Run]>),
+}
+
+/// What of RAM goes into a memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All that is not zeros.
+    All,
+    /// What changed since it was mapped. Only for [`Origin::Files`].
+    Changes,
+}
+
+/// The regions of `memory` in a file, in their order.
+pub fn regions(memory: &GuestMemory) -> Vec<Region> {
+    let mut offset = 0;
+    let regions = memory.iter().map(|region| {
+        let here = Region {
+            address: region.start_addr().0,
+            len: region.len(),
+            offset,
+        };
+        offset += here.len;
+        here
+    });
+    regions.collect()
+}
+
+/// Writes `part` of `memory` to `writer`.
+///
+/// # Errors
+/// Of the file, and where the kernel does not tell which pages there are.
+pub fn write(
+    memory: &GuestMemory,
+    origin: &Origin,
+    part: Part,
+    writer: &mut ImageWriter<'_>,
+) -> io::Result<()> {
+    for (region, here) in memory.iter().zip(regions(memory)) {
+        for (start, len) in runs(region, here, origin, part)? {
+            let mut at = start;
+            while at < start + len {
+                let piece = (start + len - at).min(MAX_RUN);
+                // SAFETY: the range is within the region's mapping, and nothing writes to it now
+                // (see the head of this module).
+                let data = unsafe {
+                    std::slice::from_raw_parts(region.as_ptr().add(at as usize), piece as usize)
+                };
+                writer.write(here.offset + at, data, part == Part::All)?;
+                at += piece;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where in a region there is something, as offsets in it and lengths, in order.
+fn runs(
+    region: &GuestRegionMmap,
+    here: Region,
+    origin: &Origin,
+    part: Part,
+) -> io::Result<Vec<(u64, u64)>> {
+    let (host, len) = (region.as_ptr() as u64, region.len());
+    let mut runs = Vec::new();
+    let push = |start, len| {
+        runs.push((start, len));
+        Ok::<(), io::Error>(())
+    };
+    match origin {
+        Origin::Nothing => Pagemap::open()?.runs(Which::Populated, (host, len), push)?,
+        Origin::Memfd => {
+            let file = region.file_offset().ok_or(io::ErrorKind::InvalidInput)?;
+            return data_runs(file.file(), file.start(), len);
+        }
+        Origin::Files(data) => {
+            Pagemap::open()?.runs(Which::Own, (host, len), push)?;
+            if part == Part::All {
+                let data = data.iter().filter_map(|run| {
+                    let start = run.offset.checked_sub(here.offset)?;
+                    (start < len).then_some((start, run.len))
+                });
+                runs.extend(data);
+                runs = union(runs);
+            }
+        }
+    }
+    Ok(runs)
+}
+
+/// Puts runs in order, and together where they meet.
+fn union(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    runs.sort_unstable();
+    let mut all: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
+    for (start, len) in runs {
+        match all.last_mut() {
+            Some((first, before)) if *first + *before >= start => {
+                *before = (*before).max(start + len - *first);
+            }
+            _ => all.push((start, len)),
+        }
+    }
+    all
+}
+
+/// Where `file` has data between `start` and `start + len`, relative to `start`.
+fn data_runs(file: &File, start: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
+    let end = start + len;
+    let mut runs = Vec::new();
+    let mut at = start;
+    while at < end {
+        let from = match lseek(file, at as i64, Whence::SeekData) {
+            Ok(from) => (from as u64).min(end),
+            Err(nix::errno::Errno::ENXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let to = (lseek(file, from as i64, Whence::SeekHole)? as u64).min(end);
+        if to > from {
+            runs.push((from - start, to - from));
+        }
+        at = to.max(from + 1);
+    }
+    Ok(runs)
+}
+
+/// Maps the RAM of `snapshot` copy-on-write, as `config` says.
+///
+/// # Errors
+/// [`MapError`].
+pub fn map(snapshot: &Snapshot, config: &MachineConfig) -> Result<(GuestMemory, Origin), MapError> {
+    let (base, changes) = snapshot.layers.split_last().ok_or(MapError::Layout)?;
+    let wanted = ram_regions(config.mem_size_mib << 20);
+    let mut regions = Vec::with_capacity(wanted.len());
+    for (index, (address, size)) in wanted.into_iter().enumerate() {
+        let region = base.map.regions.get(index).copied();
+        let fits = |r: &Region| r.address == address.0 && r.len == size as u64;
+        let region = region.filter(fits).ok_or(MapError::Layout)?;
+        regions.push(map_region(&base.image.file, region, config)?);
+    }
+    let memory = GuestMemory::from_regions(regions).map_err(MemoryError::Regions)?;
+    for layer in changes.iter().rev() {
+        lay_over(&memory, layer)?;
+    }
+    let data = snapshot.layers.iter().flat_map(|layer| &layer.map.runs);
+    Ok((memory, Origin::Files(join(data))))
+}
+
+fn map_region(
+    file: &File,
+    region: Region,
+    config: &MachineConfig,
+) -> Result<GuestRegionMmap, MapError> {
+    let mib = config.mem_size_mib;
+    let file = file.try_clone().map_err(MapError::Descriptor)?;
+    let mapping = MmapRegionBuilder::new(region.len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::new(file, region.offset))
+        .build()
+        .map_err(|source| MemoryError::Map { mib, source })?;
+    advise(&mapping, config.huge_pages);
+    let region = GuestRegionMmap::new(mapping, GuestAddress(region.address));
+    region.ok_or(MapError::Layout)
+}
+
+/// Puts the data of a file of changes where they belong.
+fn lay_over(memory: &GuestMemory, layer: &Layer) -> Result<(), MapError> {
+    let map = &layer.map;
+    for run in &map.runs {
+        let Some(host) = place(memory, map, *run) else {
+            continue;
+        };
+        let done = match run.len > COPIED {
+            // SAFETY: the range is part of a mapping of guest RAM, which nobody uses yet.
+            true => unsafe { overlay(host, run.len, &layer.image.file, run.offset) },
+            false => {
+                // SAFETY: as above.
+                let bytes = unsafe { std::slice::from_raw_parts_mut(host, run.len as usize) };
+                layer.image.file.read_exact_at(bytes, run.offset)
+            }
+        };
+        done.map_err(|source| {
+            let path = layer.image.path.clone();
+            MapError::Image(ImageError::Read { path, source })
+        })?;
+    }
+    Ok(())
+}
+
+/// Where in this process a run of data belongs, if all of it is RAM. Memory of devices is not; it has
+/// regions of its own behind that.
+fn place(memory: &GuestMemory, map: &MemoryMap, run: Run) -> Option<*mut u8> {
+    let mut regions = map.regions.iter().zip(memory.iter());
+    regions.find_map(|(here, region)| {
+        let at = run.offset.checked_sub(here.offset)?;
+        let fits = at + run.len <= here.len.min(region.len());
+        // SAFETY: within the mapping, as just checked.
+        fits.then(|| unsafe { region.as_ptr().add(at as usize) })
+    })
+}
+
+/// Maps `len` bytes of `file` from `offset` on copy-on-write over what is at `host`.
+///
+/// # Safety
+/// The range is part of a mapping of guest RAM that nobody reads or writes meanwhile.
+unsafe fn overlay(host: *mut u8, len: u64, file: &File, offset: u64) -> io::Result<()> {
+    // SAFETY: the caller's.
+    let at = unsafe {
+        libc::mmap(
+            host.cast(),
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            offset as libc::off_t,
+        )
+    };
+    match at == libc::MAP_FAILED {
+        true => Err(io::Error::last_os_error()),
+        false => Ok(()),
+    }
+}
+
+/// Has `memory` go on as a private mapping of the files of a snapshot that was just `created`, which
+/// have the same content, so that what changes from now on can be told. Says where RAM comes from
+/// then; it came from `origin` before.
+///
+/// # Errors
+/// Of mmap: some of it may come from the new file then, with the same content.
+pub fn rebase(memory: &GuestMemory, created: &Created, origin: &Origin) -> io::Result<Origin> {
+    let map = &created.map;
+    match (&map.base, origin) {
+        (Some(_), Origin::Files(before)) => {
+            for run in map.runs.iter().filter(|run| run.len > COPIED) {
+                if let Some(host) = place(memory, map, *run) {
+                    // SAFETY: part of a region's mapping; no vCPU runs and devices are at rest.
+                    unsafe { overlay(host, run.len, &created.memory, run.offset) }?;
+                }
+            }
+            Ok(Origin::Files(join(before.iter().chain(&map.runs))))
+        }
+        _ => {
+            for (region, here) in memory.iter().zip(regions(memory)) {
+                // SAFETY: all of one region's mapping, as above.
+                unsafe { overlay(region.as_ptr(), here.len, &created.memory, here.offset) }?;
+            }
+            Ok(Origin::Files(join(map.runs.iter())))
+        }
+    }
+}
+
+/// Where RAM comes from that may come from anywhere: all of it is looked at.
+pub fn anywhere(memory: &GuestMemory) -> Origin {
+    let all = regions(memory).into_iter().map(|region| Run {
+        offset: region.offset,
+        len: region.len,
+        crc: 0,
+    });
+    Origin::Files(all.collect())
+}
+
+/// Runs of data, in order and together where they meet.
+fn join<'a>(runs: impl Iterator<Item = &'a Run>) -> Arc<[Run]> {
+    let runs = union(runs.map(|run| (run.offset, run.len)).collect());
+    let runs = runs.into_iter();
+    runs.map(|(offset, len)| Run {
+        offset,
+        len,
+        crc: 0,
+    })
+    .collect()
+}
+
+/// Writes the memory of a device, which has its place in the file at `offset`.
+///
+/// # Errors
+/// Of either file.
+pub fn write_plugged(
+    plugged: &Plugged<'_>,
+    offset: u64,
+    writer: &mut ImageWriter<'_>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; MAX_RUN as usize];
+    for (start, len) in data_runs(plugged.file, 0, plugged.len)? {
+        copy(plugged.file, (start, len), &mut buffer, |at, data| {
+            writer.write(offset + at, data, true)
+        })?;
+    }
+    Ok(())
+}
+
+/// Fills the memory of a device, which is empty, from `snapshot`.
+///
+/// # Errors
+/// Where the snapshot has no such memory, or of either file.
+pub fn fill_plugged(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), MapError> {
+    // Whole in every file of a chain.
+    let layer = snapshot.layers.first().ok_or(MapError::Layout)?;
+    let mut regions = layer.map.regions.iter();
+    let fits = |r: &&Region| (r.address, r.len) == (plugged.address, plugged.len);
+    let here = regions.find(fits).ok_or(MapError::Layout)?;
+    let mut buffer = vec![0; MAX_RUN as usize];
+    for run in &layer.map.runs {
+        let Some(start) = run
+            .offset
+            .checked_sub(here.offset)
+            .filter(|at| *at < here.len)
+        else {
+            continue;
+        };
+        let range = (run.offset, run.len.min(here.len - start));
+        let copied = copy(&layer.image.file, range, &mut buffer, |at, data| {
+            plugged.file.write_all_at(data, at - here.offset)
+        });
+        copied.map_err(|source| {
+            let path = layer.image.path.clone();
+            MapError::Image(ImageError::Read { path, source })
+        })?;
+    }
+    Ok(())
+}
+
+/// Reads `len` bytes of `file` from `start` on, in pieces, each given to `f` with its offset.
+fn copy(
+    file: &File,
+    (start, len): (u64, u64),
+    buffer: &mut [u8],
+    mut f: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = start;
+    while at < start + len {
+        let piece = (start + len - at).min(buffer.len() as u64);
+        let data = buffer.get_mut(..piece as usize).unwrap_or_default();
+        file.read_exact_at(data, at)?;
+        f(at, data)?;
+        at += piece;
+    }
+    Ok(())
+}
+
+/// RAM cannot be had from a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The map of memory and the machine's configuration are at odds.
+    #[error("The snapshot's memory is not that of its machine: it is damaged")]
+    Layout,
+    /// No descriptor left.
+    #[error("Cannot duplicate the descriptor of a memory file")]
+    Descriptor(#[source] io::Error),
+    /// No room.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The file.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_meet_become_one() {
+        let runs = vec![(8, 4), (0, 4), (4, 4), (20, 2), (21, 5), (21, 1)];
+        assert_eq!(union(runs), [(0, 12), (20, 6)]);
+        assert_eq!(union(Vec::new()), []);
+    }
+}
