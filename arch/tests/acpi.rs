@@ -12,7 +12,8 @@ use std::path::Path;
 use std::process::Command;
 
 use arch::acpi::{
-    AcpiFacts, MmioDevice, PciHost, PortDevice, PowerFacts, WatchdogFacts, Window, write_tables,
+    AcpiFacts, GenerationFacts, MmioDevice, PciHost, PortDevice, PowerFacts, WatchdogFacts, Window,
+    write_tables,
 };
 use arch::vm::IrqchipMode;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -25,6 +26,13 @@ fn facts(vcpus: u32, irqchip: IrqchipMode) -> AcpiFacts {
             period_ms: 100,
             min_count: 1,
             max_count: 6000,
+        }),
+        generation: Some(GenerationFacts {
+            id: 0xd_e010,
+            clock: Window {
+                base: 0xd_f000,
+                size: 0x1000,
+            },
         }),
         ..facts::facts(0..vcpus, irqchip, (10, 10))
     }

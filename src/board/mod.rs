@@ -13,10 +13,12 @@ mod watchdog;
 use std::io::Write;
 use std::sync::Arc;
 
-use arch::acpi::{AcpiFacts, PortDevice, PowerFacts};
-use arch::layout;
+use arch::acpi::{AcpiFacts, GenerationFacts, PortDevice, PowerFacts, Window};
+use arch::memory::GuestMemory;
 use arch::topology::Topology;
 use arch::vm::IrqchipMode;
+use arch::vmgenid::VMGENID_SIZE;
+use arch::{layout, vmclock, vmgenid};
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::ioapic::IoApic;
 use devices::legacy::debug_exit::DebugExit;
@@ -25,6 +27,7 @@ use devices::legacy::power::Power;
 use devices::legacy::pvpanic::PvPanic;
 use devices::legacy::rtc::{Cmos, host_clock};
 use devices::legacy::serial::{Serial, SerialError, SerialState};
+use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::vm::irq::{self, Irqchip};
@@ -214,6 +217,22 @@ impl Board {
         }
     }
 
+    /// Tells the guest, whose vCPUs stand still, that it goes on from an old state as the machine
+    /// with this generation id: it makes new secrets and mistrusts its clocks.
+    ///
+    /// # Errors
+    /// When the id or the clock's page is outside of guest memory.
+    pub fn announce_generation(
+        &self,
+        memory: &GuestMemory,
+        id: [u8; VMGENID_SIZE],
+    ) -> Result<(), GuestMemoryError> {
+        vmgenid::write(memory, id)?;
+        vmclock::disrupt(memory)?;
+        self.power.announce_generation();
+        Ok(())
+    }
+
     /// What the ACPI tables say of this board.
     pub fn acpi_facts(&self, topology: &Topology, irqchip: IrqchipMode) -> AcpiFacts {
         let device = |port, irq| PortDevice {
@@ -243,6 +262,13 @@ impl Board {
             virtio: self.devices.windows().to_vec(),
             pci: self.devices.pci_host(),
             watchdog: self.watchdog.as_ref().map(BoardWatchdog::facts),
+            generation: Some(GenerationFacts {
+                id: layout::VMGENID_START,
+                clock: Window {
+                    base: layout::VMCLOCK_START,
+                    size: layout::VMCLOCK_SIZE,
+                },
+            }),
         }
     }
 }

@@ -21,6 +21,7 @@ use arch::state::{ClockPolicy, Context, HostCpuid, StateError};
 use arch::topology::{Topology, TopologyError};
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
 use arch::vm::{IrqchipMode, VmError};
+use arch::{vmclock, vmgenid};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -101,6 +102,9 @@ pub enum BuildError {
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// Generation id and vmclock page.
+    #[error("Cannot write the generation id into guest memory")]
+    Generation(#[source] vm_memory::GuestMemoryError),
     /// Processor features.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -424,6 +428,8 @@ impl Vm {
         };
         let vm = frame.finish(board, machine.vcpu_count, give)?;
         saved.vm.restore(&vm.fd, &shift)?;
+        let id = random().map_err(BuildError::Random)?;
+        vm.announce_generation(id).map_err(BuildError::Generation)?;
         Ok((vm, origin))
     }
 }
@@ -469,6 +475,9 @@ fn load(
         }
     };
     let rsdp = arch::acpi::write_tables(memory, facts)?;
+    let id = random().map_err(BuildError::Random)?;
+    vmgenid::write(memory, id).map_err(BuildError::Generation)?;
+    vmclock::write(memory).map_err(BuildError::Generation)?;
     let parameters = BootParameters {
         kernel: &loaded,
         cmdline: &line,

@@ -19,12 +19,15 @@ use std::time::{Duration, Instant};
 use arch::memory::GuestMemory;
 use arch::state::{Context, StateError, VmState};
 use arch::vm::IrqchipMode;
+use arch::vmgenid::VMGENID_SIZE;
 use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
 pub use exit::{ExitLatch, VmExit};
 pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;
+
+use vm_memory::GuestMemoryError;
 
 use crate::board::Board;
 use crate::snapshot::{MachineState, Plugged};
@@ -145,6 +148,14 @@ impl Vm {
             vcpus,
             board: self.board.save(),
         })
+    }
+
+    /// Tells the paused guest that it goes on from an old state, see [`Board::announce_generation`].
+    ///
+    /// # Errors
+    /// When guest memory has no room for the id.
+    pub fn announce_generation(&self, id: [u8; VMGENID_SIZE]) -> Result<(), GuestMemoryError> {
+        self.board.announce_generation(&self.memory, id)
     }
 
     /// Gets every vCPU out of the guest and ends its thread; then brings the devices to rest.

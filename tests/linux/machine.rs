@@ -95,6 +95,11 @@ impl Machine {
         Self { vm, console }
     }
 
+    /// The virtual machine.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
     /// The handles of its devices, in order.
     pub fn handles(&self) -> impl Iterator<Item = &DeviceHandle> {
         let devices = self.vm.board().devices.list();

@@ -12,6 +12,7 @@ mod common;
 mod console;
 mod disks;
 mod disks_fs;
+mod generation;
 mod machine;
 mod memory;
 mod net;

@@ -35,6 +35,13 @@ pub const CMDLINE_MAX_SIZE: usize = 0x1_0000;
 pub const ELF_CMDLINE_MAX_SIZE: usize = 2048;
 /// End of usable low memory; the extended BIOS data area would start here.
 pub const EBDA_START: u64 = 0x9_fc00;
+/// Virtual machine generation id, in a page of its own, which is reserved. Not where a multiple of
+/// 2 KiB is, as Linux looks there for the signature of a ROM.
+pub const VMGENID_START: u64 = 0xd_e010;
+/// The vmclock page, likewise reserved.
+pub const VMCLOCK_START: u64 = 0xd_f000;
+/// Bytes of the vmclock page.
+pub const VMCLOCK_SIZE: u64 = 0x1000;
 /// ACPI RSDP, where an operating system without a hint looks for it.
 pub const RSDP_START: u64 = 0xe_0000;
 /// Every other ACPI table, up to 1 MiB.
@@ -128,6 +135,8 @@ pub const POWER_RESET_VALUE: u8 = 1;
 pub const POWER_SLEEP_TYPE_S5: u8 = 5;
 /// Event status: the power button was pressed.
 pub const POWER_EVENT_BUTTON: u8 = 1 << 0;
+/// Event status: the machine goes on from an old state, with another generation id.
+pub const POWER_EVENT_GENERATION: u8 = 1 << 1;
 /// Watchdog registers (see `devices::legacy::watchdog`), 32 bits each.
 pub const WATCHDOG_PORT: u16 = 0x610;
 /// Control, countdown, feed, status.

@@ -18,3 +18,5 @@ pub mod topology;
 pub mod tsc;
 pub mod vcpu;
 pub mod vm;
+pub mod vmclock;
+pub mod vmgenid;

@@ -45,5 +45,6 @@ pub fn facts(
             .collect(),
         pci: None,
         watchdog: None,
+        generation: None,
     }
 }

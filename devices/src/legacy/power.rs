@@ -1,7 +1,7 @@
 //! Power registers of a hardware-reduced ACPI machine, and its Generic Event Device.
 //!
 //! ACPI 6.5: sleep control and status registers (4.8.3.7), reset register (4.8.3.6), Generic Event
-//! Device (5.6.9). Register accesses run on vCPU threads, the button on the vmm thread; one
+//! Device (5.6.9). Register accesses run on vCPU threads, the events on the vmm thread; one
 //! private mutex, released before the interrupt is raised.
 
 use std::sync::{Arc, Mutex};
@@ -29,6 +29,8 @@ pub const SLP_TYP_S5: u8 = 5;
 pub const RESET_VALUE: u8 = 1;
 /// The power button's bit in the event status register.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
+/// The bit that says that the machine goes on from an old state.
+pub const EVENT_GENERATION: u8 = 1 << 1;
 
 const SLP_EN: u8 = 1 << 5;
 const SLP_TYP_SHIFT: u8 = 2;
@@ -65,7 +67,16 @@ impl Power {
 
     /// Asks the guest to shut down, as by its power button.
     pub fn press_power_button(&self) {
-        lock(&self.state).events |= EVENT_POWER_BUTTON;
+        self.raise(EVENT_POWER_BUTTON);
+    }
+
+    /// Tells the guest that it goes on from an old state, with a new generation id in its memory.
+    pub fn announce_generation(&self) {
+        self.raise(EVENT_GENERATION);
+    }
+
+    fn raise(&self, event: u8) {
+        lock(&self.state).events |= event;
         self.ged.signal();
     }
 }
@@ -136,6 +147,18 @@ mod tests {
             power.write(SLEEP_CONTROL, &[0, 0, 1, 0]),
             Effect::Exit(ExitReason::Reset)
         );
+    }
+
+    #[test]
+    fn events_that_the_guest_has_not_read_add_up() {
+        let (power, ged) = power();
+        power.announce_generation();
+        power.press_power_button();
+        assert_eq!(ged.take(), 2);
+        let events = EVENT_POWER_BUTTON | EVENT_GENERATION;
+        assert_eq!(power.save().events, events);
+        assert_eq!(read(&power, EVENT_STATUS), events);
+        assert_eq!(read(&power, EVENT_STATUS), 0);
     }
 
     #[test]

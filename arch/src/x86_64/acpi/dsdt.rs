@@ -7,17 +7,17 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::pci;
 use super::tables::{bytes, table};
-use super::{AcpiError, AcpiFacts, MmioDevice, PortDevice, PowerFacts};
+use super::{AcpiError, AcpiFacts, MmioDevice, PortDevice, PowerFacts, generation, pci};
 use crate::layout;
 
 /// One digit names a serial port.
 pub(super) const MAX_SERIAL: usize = 9;
 
-/// Events of the generic event device: bit of the event status register, and who is told. More
-/// events are more rows.
-const EVENTS: &[(u8, &str)] = &[(layout::POWER_EVENT_BUTTON, "\\_SB_.PWRB")];
+/// An event of the generic event device: bit of the event status register, and who is told.
+type Event = (u8, &'static str);
+
+const BUTTON: Event = (layout::POWER_EVENT_BUTTON, "\\_SB_.PWRB");
 
 /// Objects that are AML already.
 pub(super) struct Raw(pub(super) Vec<u8>);
@@ -65,7 +65,12 @@ pub(super) fn dsdt(facts: &AcpiFacts) -> Result<Vec<u8>, AcpiError> {
         Path::new("PWRB"),
         vec![&Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C"))],
     )));
-    devices.extend(event_device(facts.power));
+    let mut events = vec![BUTTON];
+    if let Some(generation) = facts.generation {
+        devices.extend(generation::devices(generation)?);
+        events.extend(generation::TOLD.map(|who| (layout::POWER_EVENT_GENERATION, who)));
+    }
+    devices.extend(event_device(facts.power, &events));
 
     let mut body = Scope::raw(Path::new("\\_SB_"), devices);
     let s5 = layout::POWER_SLEEP_TYPE_S5;
@@ -155,7 +160,7 @@ fn virtio(number: u16, window: MmioDevice) -> Result<Vec<u8>, AcpiError> {
 
 /// The generic event device: on its interrupt, `_EVT` reads the event status register once (which
 /// clears it) and notifies the device of each event that is set.
-fn event_device(power: PowerFacts) -> Vec<u8> {
+fn event_device(power: PowerFacts, events: &[Event]) -> Vec<u8> {
     let port = power.port.saturating_add(layout::POWER_EVENTS);
     let status = Field::new(
         Path::new("EVRG"),
@@ -165,7 +170,7 @@ fn event_device(power: PowerFacts) -> Vec<u8> {
         vec![FieldEntry::Named(*b"EVST", 8)],
     );
     let mut body = bytes(&Store::new(&Local(0), &Path::new("EVST")));
-    for (bit, told) in EVENTS {
+    for (bit, told) in events {
         const STATUS_CHANGED: u8 = 0x80;
         body.extend(bytes(&If::new(
             &And::new(&ZERO, &Local(0), bit),

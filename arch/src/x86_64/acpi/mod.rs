@@ -2,10 +2,12 @@
 //!
 //! [`write_tables`] puts RSDP, XSDT, FADT, MADT and DSDT into the room `layout` gives them. Guests
 //! find here what cannot be probed: processors, interrupt controllers, serial ports, virtio-mmio
-//! windows, the PCI host bridge, the registers that sleep and reset, and the power button. There is no FACS and no
-//! legacy power management, which hardware-reduced ACPI does without.
+//! windows, the PCI host bridge, the registers that sleep and reset, the power button, and what
+//! tells of a new generation. There is no FACS and no legacy power management, which hardware-reduced
+//! ACPI does without.
 
 mod dsdt;
+mod generation;
 mod pci;
 mod tables;
 mod watchdog;
@@ -127,6 +129,17 @@ pub struct AcpiFacts {
     pub pci: Option<PciHost>,
     /// Watchdog.
     pub watchdog: Option<WatchdogFacts>,
+    /// How the guest learns that it goes on from an old state.
+    pub generation: Option<GenerationFacts>,
+}
+
+/// Guest memory that changes when the guest goes on from an old state; the generic event device tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GenerationFacts {
+    /// Guest-physical address of the generation id (see [`crate::vmgenid`]).
+    pub id: u64,
+    /// The vmclock page (see [`crate::vmclock`]).
+    pub clock: Window,
 }
 
 /// The registers by which a guest sleeps, resets and learns of events.

@@ -224,13 +224,53 @@ fn events_reach_the_power_button() {
 }
 
 #[test]
+fn a_new_generation_reaches_both_devices() {
+    let mut facts = facts([0], IrqchipMode::Split);
+    facts.generation = Some(GenerationFacts {
+        id: 0x1_000d_e010,
+        clock: Window {
+            base: 0xd_f000,
+            size: 0x1000,
+        },
+    });
+    let [_, _, dsdt] = Guest::with(&facts).unwrap().tables();
+    let has = |what: &str, needle: &[u8]| assert_eq!(count(&dsdt, needle), 1, "{what}");
+    has("the id's driver", b"_CID\x0dVM_Gen_Counter\0");
+    // Package of two: the low and the high half of the address.
+    has("its place", b"ADDR\x12\x08\x02\x0c\x10\xe0\x0d\x00\x01");
+    has("vmclock's driver", b"_CID\x0dVMCLOCK\0");
+    let page = [
+        0x8a, 43, 0, 0, 12, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xf0, 0x0d, 0, 0, 0, 0, 0, 0xff, 0xff,
+        0x0d,
+    ];
+    has("the page", &page);
+    for told in [b"VGEN", b"VCLK"] {
+        let notify = [
+            b"\xa0\x13\x7b\x60\x0a\x02\x00\x86\\\x2e_SB_",
+            &told[..],
+            b"\x0a\x80",
+        ]
+        .concat();
+        has("the event", &notify);
+    }
+}
+
+#[test]
 fn absent_devices_are_not_described() {
     let mut facts = facts([0], IrqchipMode::Split);
     (facts.keyboard, facts.rtc, facts.pvpanic) = (None, None, None);
     facts.serial.clear();
     facts.virtio.clear();
     let [_, _, dsdt] = Guest::with(&facts).unwrap().tables();
-    for absent in [&b"PS2K"[..], b"RTC_", b"PEVT", b"COM", b"LNRO"] {
+    for absent in [
+        &b"PS2K"[..],
+        b"RTC_",
+        b"PEVT",
+        b"COM",
+        b"LNRO",
+        b"VGEN",
+        b"VCLK",
+    ] {
         assert_eq!(count(&dsdt, absent), 0);
     }
 }
