@@ -14,8 +14,11 @@ pub mod console;
 pub mod ioapic;
 pub mod irq;
 pub mod legacy;
+pub mod mmds;
 pub mod pci;
 pub mod virtio;
+
+mod random;
 
 #[cfg(test)]
 mod conformance;

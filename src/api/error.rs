@@ -58,8 +58,12 @@ impl ApiError {
         // In this order: some clients only look at the start.
         let text = json!(chain(self));
         let code = self.code();
+        let status = match self {
+            Self::Action(ActionError::MmdsLimit(_)) => 413,
+            _ => 400,
+        };
         Response::json(
-            400,
+            status,
             format!(r#"{{"fault_message":{text},"code":"{code}"}}"#),
         )
     }

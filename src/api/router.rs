@@ -4,7 +4,7 @@
 //! its end.
 
 use serde::de::{DeserializeOwned, Error};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::http::{Method, Request, Response};
@@ -159,6 +159,8 @@ pub fn respond(reply: &Reply) -> Result<Response, ApiError> {
         Reply::Balloon(balloon) => serde_json::to_string(balloon)?,
         Reply::Statistics(statistics) => serde_json::to_string(statistics)?,
         Reply::Hinting(status) => serde_json::to_string(status)?,
+        Reply::Metadata(Value::Null) => "{}".to_owned(),
+        Reply::Metadata(document) => document.to_string(),
         Reply::MemoryHotplug(status) => serde_json::to_string(status)?,
         Reply::Stream(stream) => return Ok(Response::stream(stream.content_type)),
         Reply::Vm(statistics) => serde_json::to_string(statistics)?,

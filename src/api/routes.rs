@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::error::ApiError;
 use super::http::Method::{self, Delete, Get, Patch, Put};
 use super::router::Input;
-use crate::config::{Drive, NetworkInterface, Pmem, Vsock};
+use crate::config::{Drive, MmdsConfig, MmdsVersion, NetworkInterface, Pmem, Vsock};
 use crate::control::{Action, DriveUpdate, HintingStart, NetworkUpdate, PmemUpdate, SnapshotLoad};
 
 /// An endpoint.
@@ -116,6 +116,16 @@ pub const ROUTES: &[Route] = &[
     route(Patch, "/hotplug/memory", |input| {
         Ok(Action::PatchMemoryHotplug(input.parse()?))
     }),
+    route(Put, "/mmds/config", |input| {
+        let config: MmdsConfig = input.parse()?;
+        input.deprecated |= config.version == MmdsVersion::V1;
+        Ok(Action::PutMmdsConfig(config))
+    }),
+    route(Put, "/mmds", |input| Ok(Action::PutMmds(input.parse()?))),
+    route(Patch, "/mmds", |input| {
+        Ok(Action::PatchMmds(input.parse()?))
+    }),
+    route(Get, "/mmds", |_| Ok(Action::GetMmds)),
     route(Put, "/logger", |input| {
         Ok(Action::PutLogger(input.parse()?))
     }),

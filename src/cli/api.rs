@@ -10,6 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+use super::metadata;
 use super::run::{parse_config, read_text};
 use super::target::RuntimeArgs;
 use crate::api::MAX_BODY;
@@ -75,6 +76,12 @@ pub struct ApiArgs {
     /// Of no effect: bulle installs no filter of system calls yet
     #[arg(long)]
     no_seccomp: bool,
+    /// Give the guest what this JSON file says, by the metadata service (docs/mmds.md)
+    #[arg(long, value_name = "FILE")]
+    metadata: Option<PathBuf>,
+    /// Most bytes of the metadata [default: that of a request's body]
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
     #[command(flatten)]
     runtime: RuntimeArgs,
     #[command(flatten)]
@@ -84,10 +91,6 @@ pub struct ApiArgs {
 /// What Firecracker has and bulle has not yet: said, rather than left to be guessed.
 #[derive(Debug, Args)]
 struct Absent {
-    #[arg(long, value_name = "FILE", hide = true)]
-    metadata: Option<PathBuf>,
-    #[arg(long, value_name = "BYTES", hide = true)]
-    mmds_size_limit: Option<usize>,
     #[arg(long, value_name = "FILE", hide = true)]
     seccomp_filter: Option<PathBuf>,
     #[arg(long, hide = true)]
@@ -100,14 +103,8 @@ struct Absent {
 
 impl Absent {
     fn check(&self) -> Result<()> {
-        let metadata = self.metadata.is_some() || self.mmds_size_limit.is_some();
         let snapshots = self.snapshot_version || self.describe_snapshot.is_some();
         for (asked, option, what) in [
-            (
-                metadata,
-                "--metadata and --mmds-size-limit",
-                "a metadata service",
-            ),
             (
                 self.seccomp_filter.is_some(),
                 "--seccomp-filter",
@@ -185,6 +182,10 @@ pub fn run(args: ApiArgs) -> Result<u8> {
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let name = Some(args.id.clone()).filter(|id| id != DEFAULT_ID);
     let place = args.runtime.place(name);
+    let limit = args
+        .mmds_size_limit
+        .unwrap_or(args.http_api_max_payload_size);
+    let mmds = metadata::read(args.metadata.as_deref(), limit)?;
     Ok(session::serve(Serve {
         socket: (!args.no_api).then_some(args.api_sock),
         id: args.id,
@@ -203,5 +204,6 @@ pub fn run(args: ApiArgs) -> Result<u8> {
             .map(|metrics_path| Metrics { metrics_path }),
         startup,
         place,
+        mmds,
     })?)
 }

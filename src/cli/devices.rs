@@ -1,12 +1,15 @@
 //! The options of `bulle run` that add virtio devices.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
 use serde::de::DeserializeOwned;
 
 use super::share::parse_share;
 use crate::config::{
-    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, NetMode, NetworkInterface, Pmem,
-    Port, Publish, Rtc, Share, Transport, Vsock, Watchdog, parse_list, parse_net,
+    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, MmdsConfig, NetMode,
+    NetworkInterface, Pmem, Port, Publish, Rtc, Share, Transport, Vsock, Watchdog, parse_list,
+    parse_net,
 };
 
 /// Arguments that add devices to a machine.
@@ -32,6 +35,9 @@ pub struct DeviceArgs {
     /// [ADDRESS:]HOST-PORT:GUEST-PORT[/udp] [default address: 127.0.0.1, not seen by other machines]
     #[arg(long, value_name = "PORTS")]
     publish: Vec<Publish>,
+    /// Let the guest find what this JSON file says at http://169.254.169.254/, on each interface
+    #[arg(long, value_name = "FILE")]
+    metadata: Option<PathBuf>,
     /// Add a virtio entropy device
     #[arg(long)]
     entropy: bool,
@@ -137,6 +143,11 @@ impl DeviceArgs {
         none && (self.net.iter().any(Option::is_some) || !self.publish.is_empty())
     }
 
+    /// The file with the guest's metadata.
+    pub fn metadata(&self) -> Option<&Path> {
+        self.metadata.as_deref()
+    }
+
     fn networks(&self, config: &mut Config) {
         let interfaces = &mut config.network_interfaces;
         if self.net.iter().any(Option::is_none) {
@@ -160,6 +171,10 @@ impl DeviceArgs {
             if interface.iface_id.is_empty() {
                 interface.iface_id = format!("net{index}");
             }
+        }
+        if self.metadata.is_some() && config.mmds_config.is_none() {
+            let all = interfaces.iter().map(|one| one.iface_id.clone());
+            config.mmds_config = Some(MmdsConfig::on(all.collect()));
         }
     }
 }

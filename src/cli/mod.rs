@@ -9,6 +9,7 @@ mod jailer;
 mod kernel;
 mod kill;
 mod memory;
+mod metadata;
 mod pause;
 mod ps;
 mod run;

@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use devices::mmds::DEFAULT_LIMIT;
 
 use super::api::parse_id;
 use super::caller;
 use super::devices::DeviceArgs;
 use super::kernel::default_kernel;
+use super::metadata;
 use super::target::RuntimeArgs;
 use crate::config::{
     BootSource, Config, Console, Drive, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
@@ -162,6 +164,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     telemetry::init(level);
     let print = args.print_config;
     let place = args.place();
+    let metadata = args.devices.metadata().map(Path::to_path_buf);
     let config = args.into_config()?;
     if print {
         let text = serde_json::to_string_pretty(&config)?;
@@ -172,7 +175,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     if let Some(logger) = &config.logger {
         telemetry::configure(logger)?;
     }
-    session::launch(config.validate()?, place).map_err(anyhow::Error::from)
+    let mmds = metadata::read(metadata.as_deref(), DEFAULT_LIMIT)?;
+    session::launch(config.validate()?, &mmds, place).map_err(anyhow::Error::from)
 }
 
 impl RunArgs {

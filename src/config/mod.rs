@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 
 pub use devices::{
     AGENT_PORT, Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug,
-    NetMode, NetworkInterface, Pmem, Port, PortTo, Protocol, Publish, RateLimiter, Rtc, Serial,
-    Share, ShareCache, ShareOwnership, TokenBucket, Transport, USER_MTU, UserNetwork, Vsock,
-    Watchdog, WatchdogAction, parse_net,
+    MmdsConfig, MmdsVersion, NetMode, NetworkInterface, Pmem, Port, PortTo, Protocol, Publish,
+    RateLimiter, Rtc, Serial, Share, ShareCache, ShareOwnership, TokenBucket, Transport, USER_MTU,
+    UserNetwork, Vsock, Watchdog, WatchdogAction, parse_net,
 };
 pub use list::{ListError, parse_list};
 pub use machine::{
@@ -31,7 +31,8 @@ pub use machine::{
 pub use size::{SizeError, parse_bytes, parse_size};
 pub use telemetry::{Level, Logger, Metrics};
 pub use validate::{
-    ConfigError, DriveError, LimitsError, PortsError, ShareError, Spec, VsockError, WatchdogError,
+    ConfigError, DriveError, LimitsError, MmdsConfigError, PortsError, ShareError, Spec,
+    VsockError, WatchdogError,
 };
 
 /// Fewest MiB of RAM.
@@ -59,6 +60,9 @@ pub struct Config {
     /// Network interfaces, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// The metadata service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<MmdsConfig>,
     /// An entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
@@ -224,6 +228,7 @@ impl Config {
             drives: Vec::new(),
             shares: Vec::new(),
             network_interfaces: Vec::new(),
+            mmds_config: None,
             entropy: None,
             vsock: None,
             rtc: None,

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::config::{
-    Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics,
+    Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics, MmdsConfig,
     NetworkInterface, Pmem, Publish, RateLimiter, Serial, Vsock,
 };
 
@@ -70,6 +71,14 @@ pub enum Action {
     GetMemoryHotplug,
     /// Sets how much is to be.
     PatchMemoryHotplug(MemoryHotplugUpdate),
+    /// Says how the guest reaches the metadata service.
+    PutMmdsConfig(MmdsConfig),
+    /// Replaces the metadata.
+    PutMmds(Value),
+    /// Changes some of the metadata (RFC 7396).
+    PatchMmds(Value),
+    /// The metadata.
+    GetMmds,
     /// Takes a device away.
     Unplug,
     /// Changes the log.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use devices::mmds::MmdsError;
 use devices::virtio::balloon::BalloonError;
 use devices::virtio::mem::MemError;
 
@@ -111,6 +112,12 @@ pub enum ActionError {
         /// What is missing.
         why: &'static str,
     },
+    /// The metadata service.
+    #[error("MMDS error: {0}")]
+    Mmds(MmdsError),
+    /// More metadata than there is room for.
+    #[error("MMDS limit exceeded error: {0}")]
+    MmdsLimit(MmdsError),
     /// A microVM that runs cannot be saved.
     #[error(
         "Cannot create a snapshot: save/restore unavailable while running; pause the microVM first"
@@ -171,6 +178,8 @@ impl ActionError {
             | Self::Limits { .. } => "bad-update",
             Self::TooMany { .. } => "too-many",
             Self::NotYet { .. } => "not-yet",
+            Self::Mmds(_) => "no-metadata",
+            Self::MmdsLimit(_) => "too-large",
             Self::SnapshotRunning => "not-paused",
             Self::Start { .. } => "start-failed",
             Self::Load { .. } => "load-failed",
@@ -179,6 +188,15 @@ impl ActionError {
                 "machine-failed"
             }
             Self::Ended => "ended",
+        }
+    }
+}
+
+impl From<MmdsError> for ActionError {
+    fn from(error: MmdsError) -> Self {
+        match error {
+            MmdsError::TooLarge { .. } => Self::MmdsLimit(error),
+            MmdsError::NotInitialized => Self::Mmds(error),
         }
     }
 }

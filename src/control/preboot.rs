@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use devices::mmds::Mmds;
 
 use super::{Action, ActionError, Instance, Reply, SnapshotLoad, VmStatistics};
 use crate::config::{
@@ -23,12 +26,13 @@ pub struct Preboot {
     /// Something of the machine was configured, so that it cannot come from a snapshot.
     touched: bool,
     metrics: Option<Metrics>,
+    mmds: Arc<Mmds>,
 }
 
 impl Preboot {
     /// The microVM `id`, with what `config` has already, its virtio devices on a PCI bus if
-    /// `pci` says so.
-    pub fn new(id: String, config: Option<Config>, pci: bool) -> Self {
+    /// `pci` says so, with the metadata in `mmds`.
+    pub fn new(id: String, config: Option<Config>, pci: bool, mmds: Arc<Mmds>) -> Self {
         let has_kernel = config.is_some();
         let mut config = config.unwrap_or_else(|| {
             let mut config = Config::new(PathBuf::new());
@@ -44,6 +48,7 @@ impl Preboot {
             has_kernel,
             touched: has_kernel,
             metrics: None,
+            mmds,
         }
     }
 
@@ -55,6 +60,11 @@ impl Preboot {
     /// As far as it has come.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Its metadata.
+    pub fn mmds(&self) -> &Arc<Mmds> {
+        &self.mmds
     }
 
     /// Does what can be done without a machine; [`Action::InstanceStart`] is the caller's, who
@@ -108,6 +118,16 @@ impl Preboot {
             Action::PutMemoryHotplug(memory) => {
                 self.device(|config| config.memory_hotplug = Some(memory))
             }
+            Action::PutMmdsConfig(mmds) => self.device(|config| config.mmds_config = Some(mmds)),
+            Action::PutMmds(document) => {
+                self.mmds.put(document)?;
+                Ok(Reply::Done)
+            }
+            Action::PatchMmds(patch) => {
+                self.mmds.patch(patch)?;
+                Ok(Reply::Done)
+            }
+            Action::GetMmds => Ok(Reply::Metadata(self.mmds.document())),
             Action::PutSerial(serial) => self.change(|config| config.serial = Some(serial)),
             Action::PutLogger(logger) => self.logger(&logger),
             Action::PutMetrics(metrics) => self.metrics(metrics),
@@ -264,7 +284,7 @@ mod tests {
     use crate::config::{HugePages, MachineUpdate};
 
     fn preboot() -> Preboot {
-        Preboot::new("a".into(), None, false)
+        Preboot::new("a".into(), None, false, Arc::new(Mmds::new(1000)))
     }
 
     fn boot() -> BootSource {

@@ -2,6 +2,7 @@
 
 use devices::virtio::balloon::Statistics;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{Stream, VmStatistics};
 use crate::config::{Balloon, Config, MachineConfig};
@@ -31,6 +32,8 @@ pub enum Reply {
     Vm(Box<VmStatistics>),
     /// An answer that goes on.
     Stream(Stream),
+    /// The metadata; null where there are none.
+    Metadata(Value),
 }
 
 /// Who and in which state a microVM is.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arch::kernel::{KernelError, KernelImage};
+use devices::mmds::Mmds;
 use devices::virtio::limiter::Limiter;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
@@ -81,8 +82,9 @@ pub enum LaunchError {
 }
 
 /// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
-/// the exit code. Others find it at `place` meanwhile.
-pub fn launch(spec: Spec, place: Option<Place>) -> Result<u8, LaunchError> {
+/// the exit code. The guest finds `mmds` where the configuration has a metadata service; others find
+/// the machine at `place` meanwhile.
+pub fn launch(spec: Spec, mmds: &Arc<Mmds>, place: Option<Place>) -> Result<u8, LaunchError> {
     let metrics = spec.config().metrics.as_ref();
     let metrics = metrics.map(Metrics::open).transpose()?;
     let (caller, requests) = channel().map_err(|error| session("the control channel", error))?;
@@ -93,10 +95,11 @@ pub fn launch(spec: Spec, place: Option<Place>) -> Result<u8, LaunchError> {
         api: None,
         startup: Startup::default(),
         events: Events::default(),
+        mmds: mmds.clone(),
     };
     let instance = Instance::new(String::new());
     let config = spec.config().clone();
-    let prepared = Prepared::new(spec)?;
+    let prepared = Prepared::new(spec, mmds)?;
     let signals = block_signals()?;
     let mut session = Session::build(prepared)?;
     let machine = (config, session.take_saver());
@@ -131,10 +134,10 @@ enum Source {
 
 impl Prepared {
     /// Opens all that `spec` names. This is when its time limit begins.
-    pub fn new(spec: Spec) -> Result<Self, LaunchError> {
+    pub fn new(spec: Spec, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let progress = Progress::new();
-        let (mut devices, ends) = plan(&spec)?;
+        let (mut devices, ends) = plan(&spec, mmds)?;
         let host = Host::open(spec.machine(), open_files(&devices))?;
         let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
         fit(
@@ -156,9 +159,9 @@ impl Prepared {
     }
 
     /// Opens all that `spec`, the machine of `saved`, names.
-    pub fn load(spec: Spec, saved: Saved) -> Result<Self, LaunchError> {
+    pub fn load(spec: Spec, saved: Saved, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
         let started = Instant::now();
-        let (mut devices, ends) = plan(&spec)?;
+        let (mut devices, ends) = plan(&spec, mmds)?;
         let host = Host::open(spec.machine(), open_files(&devices))?;
         fit(&mut devices, window_size(), &saved.snapshot.guest.release);
         Ok(Self {

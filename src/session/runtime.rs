@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::mmds::{Mmds, MmdsError};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -39,6 +40,7 @@ pub struct Runtime {
     latencies: BTreeMap<&'static str, Duration>,
     /// The guest is to be asked to switch itself off.
     stop_asked: bool,
+    mmds: Arc<Mmds>,
     started: Instant,
     events: Events,
     /// Tells of devices that fail, once somebody listens.
@@ -79,6 +81,8 @@ pub struct FigureParts {
     pub startup: Startup,
     /// Who listens already.
     pub events: Events,
+    /// The metadata.
+    pub mmds: Arc<Mmds>,
 }
 
 impl Runtime {
@@ -121,6 +125,7 @@ impl Runtime {
             events: parts.events,
             alarm: None,
             panicked: false,
+            mmds: parts.mmds,
         })
     }
 
@@ -229,6 +234,9 @@ impl Runtime {
         let Startup { wall_us, cpu_us } = writer.startup;
         figures.value("api_server", "process_startup_time_us", wall_us);
         figures.value("api_server", "process_startup_time_cpu_us", cpu_us);
+        for (name, count) in self.mmds.counters().values() {
+            figures.total("mmds", name, count);
+        }
         for (name, latency) in &self.latencies {
             let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
             figures.value("latencies_us", name, micros);
@@ -296,6 +304,15 @@ impl Runtime {
             Action::StopHinting => commands::stop_hinting(devices),
             Action::GetMemoryHotplug => commands::plugged(devices, config),
             Action::PatchMemoryHotplug(update) => commands::plug(devices, config, *update),
+            Action::PutMmds(document) => {
+                self.metadata()?.put(document.clone())?;
+                Ok(Reply::Done)
+            }
+            Action::PatchMmds(patch) => {
+                self.metadata()?.patch(patch.clone())?;
+                Ok(Reply::Done)
+            }
+            Action::GetMmds => Ok(Reply::Metadata(self.metadata()?.document())),
             Action::Unplug => Err(ActionError::NotYet {
                 what: "hotplug",
                 why: "does not take devices away while the guest runs",
@@ -314,12 +331,21 @@ impl Runtime {
             | Action::PutEntropy(_)
             | Action::PutVsock(_)
             | Action::PutSerial(_)
+            | Action::PutMmdsConfig(_)
             | Action::PutBalloon(_)
             | Action::PutMemoryHotplug(_)
             | Action::PutLogger(_)
             | Action::PutMetrics(_)
             | Action::LoadSnapshot(_)
             | Action::InstanceStart => Err(ActionError::AfterStart),
+        }
+    }
+
+    /// The metadata, where the guest can get at them.
+    fn metadata(&self) -> Result<&Mmds, ActionError> {
+        match &self.config.mmds_config {
+            Some(_) => Ok(&self.mmds),
+            None => Err(MmdsError::NotInitialized.into()),
         }
     }
 

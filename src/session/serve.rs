@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use devices::mmds::Mmds;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -49,6 +50,8 @@ pub struct Serve {
     pub pci: bool,
     /// The log, in place of what the configuration says.
     pub logger: Logger,
+    /// The metadata.
+    pub mmds: Arc<Mmds>,
     /// Where figures go, in place of what the configuration says.
     pub metrics: Option<Metrics>,
     /// How long the start took.
@@ -85,7 +88,7 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
     let mut config = options.config;
     let sections = config.as_mut();
     let (logger, metrics) = sections.map_or((None, None), |c| (c.logger.take(), c.metrics.take()));
-    let mut preboot = Preboot::new(options.id, config, options.pci);
+    let mut preboot = Preboot::new(options.id, config, options.pci, options.mmds);
     let asked = Some(options.logger).filter(|logger| *logger != Logger::default());
     for logger in logger.iter().chain(&asked) {
         preboot.logger(logger)?;
@@ -158,7 +161,7 @@ fn build(preboot: &Preboot) -> Result<Session, ActionError> {
     let start = |error: LaunchError| ActionError::Start {
         text: chain(&error),
     };
-    let prepared = Prepared::new(preboot.spec()?).map_err(start)?;
+    let prepared = Prepared::new(preboot.spec()?, preboot.mmds()).map_err(start)?;
     Session::build(prepared).map_err(start)
 }
 
@@ -172,7 +175,7 @@ fn load(preboot: &mut Preboot, load: &SnapshotLoad) -> Result<Session, ActionErr
     let spec = startable(&config).map_err(|error| ActionError::Load {
         text: chain(&error),
     })?;
-    let prepared = Prepared::load(spec, saved).map_err(failed)?;
+    let prepared = Prepared::load(spec, saved, preboot.mmds()).map_err(failed)?;
     let session = Session::build(prepared).map_err(failed)?;
     preboot.adopt(config);
     Ok(session)
@@ -200,6 +203,7 @@ impl Serving {
             api: counts,
             startup,
             events,
+            mmds: preboot.mmds().clone(),
         };
         let state = match session.runs() {
             true => State::Running,

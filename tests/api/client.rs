@@ -35,7 +35,13 @@ impl Answer {
     /// Fails the test unless it is refused, for a reason that has all of `words`.
     #[track_caller]
     pub fn refused(self, words: &[&str]) -> Self {
-        assert_eq!(self.status, 400, "{self:#?}");
+        self.refused_as(400, words)
+    }
+
+    /// The same, with another status.
+    #[track_caller]
+    pub fn refused_as(self, status: u16, words: &[&str]) -> Self {
+        assert_eq!(self.status, status, "{self:#?}");
         let value: Value = serde_json::from_str(&self.body).unwrap();
         let text = value["fault_message"].as_str().unwrap();
         for word in words {

@@ -14,6 +14,7 @@ mod http;
 mod jailer;
 mod lifecycle;
 mod manage;
+mod mmds;
 mod served;
 mod snapshots;
 mod telemetry;

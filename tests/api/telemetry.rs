@@ -190,7 +190,7 @@ fn under_firecrackers_name_it_has_its_arguments_and_codes() {
         (&["--no-api"], 153, "--config-file"),
         (&["--id", "a_b"], 153, "letters"),
         (&["--boot-timer"], 1, "boot timer"),
-        (&["--metadata", "/x"], 1, "metadata"),
+        (&["--metadata", "/x"], 1, "Cannot read the metadata /x"),
         (&["--config-file", "/nowhere", "--no-api"], 152, "/nowhere"),
     ] {
         let output = firecracker(arguments);

@@ -81,7 +81,7 @@ impl Machine {
             out,
             drained: EventFd::new(0).unwrap(),
         };
-        let (devices, _) = plan(&spec).unwrap();
+        let (devices, _) = plan(&spec, &std::sync::Arc::new(devices::mmds::Mmds::new(0))).unwrap();
         let host = Host::open(spec.machine(), open_files(&devices)).unwrap();
         let wiring = Wiring {
             console: end(Box::new(console.clone())),

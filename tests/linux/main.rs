@@ -15,6 +15,7 @@ mod disks_fs;
 mod generation;
 mod machine;
 mod memory;
+mod mmds;
 mod net;
 #[path = "../api/served.rs"]
 mod served;

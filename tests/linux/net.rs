@@ -22,13 +22,13 @@ const SLOW_BYTES: usize = 768 << 10;
 const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const ANSWER: [u8; 4] = [203, 0, 113, 7];
 
-fn sh(script: &str) {
+pub fn sh(script: &str) {
     let status = Command::new("sh").args(["-ec", script]).status().unwrap();
     assert!(status.success(), "{script}: {status}");
 }
 
 /// Runs a test on a thread that has, with what it starts, a network of its own.
-fn in_a_network(test: impl FnOnce() + Send + 'static) {
+pub fn in_a_network(test: impl FnOnce() + Send + 'static) {
     let inside = move || {
         let dir = tempfile::tempdir().unwrap();
         own_network(dir.path());
@@ -68,7 +68,7 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(next).collect()
 }
 
-fn md5(bytes: &[u8]) -> String {
+pub fn md5(bytes: &[u8]) -> String {
     let line = String::from_utf8(filter("md5sum", &[], bytes)).unwrap();
     line.split(' ').next().unwrap().to_string()
 }

@@ -1,6 +1,5 @@
 //! Entropy device (section 5.4): fills the driver's buffers from the host's `getrandom`.
 
-use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +7,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::device::{ConfigSpace, DeviceError, DeviceState, NoConfig, Traits, VirtioDevice};
 use super::io::{Io, write_at};
+use crate::random::fill;
 
 /// Most random bytes given for one request; the driver asks again for more.
 const MAX_BYTES: usize = 4096;
@@ -65,23 +65,4 @@ impl VirtioDevice for Entropy {
     fn save(&self) -> DeviceState {
         DeviceState::Entropy(EntropyState {})
     }
-}
-
-/// Fills `bytes` with random ones.
-fn fill(bytes: &mut [u8]) -> io::Result<()> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        // SAFETY: `rest` is writable memory of the length given.
-        let n = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(n) {
-            Ok(n) => rest = std::mem::take(&mut rest).get_mut(n..).unwrap_or_default(),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
-    Ok(())
 }

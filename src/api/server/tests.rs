@@ -3,6 +3,8 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
+use devices::mmds::Mmds;
+
 use super::*;
 use crate::api::http::MAX_BODY;
 use crate::control::{Preboot, channel};
@@ -20,7 +22,7 @@ impl Fixture {
         let path = dir.path().join("api");
         let (caller, requests) = channel().unwrap();
         thread::spawn(move || {
-            let mut preboot = Preboot::new("x".into(), None, false);
+            let mut preboot = Preboot::new("x".into(), None, false, Arc::new(Mmds::new(1000)));
             loop {
                 let mut fds = [PollFd::new(requests.as_fd(), PollFlags::POLLIN)];
                 poll(&mut fds, PollTimeout::NONE).unwrap();

@@ -16,7 +16,9 @@ mod share;
 mod vsock;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use devices::mmds::Mmds;
 use devices::virtio::block::DiskError;
 use devices::virtio::fs::FsError;
 use devices::virtio::pmem::PmemError;
@@ -121,8 +123,9 @@ pub fn open_files(plans: &[Plan]) -> u64 {
     files.sum()
 }
 
-/// Opens what the devices of `spec` need.
-pub fn plan(spec: &Spec) -> Result<(Vec<Plan>, ConsoleEnds), PlanError> {
+/// Opens what the devices of `spec` need. The guest finds `mmds` on the interfaces that have the
+/// metadata service.
+pub fn plan(spec: &Spec, mmds: &Arc<Mmds>) -> Result<(Vec<Plan>, ConsoleEnds), PlanError> {
     let config = spec.config();
     let limiters = Limiters::new(config);
     let mut plans = Vec::new();
@@ -136,7 +139,8 @@ pub fn plan(spec: &Spec) -> Result<(Vec<Plan>, ConsoleEnds), PlanError> {
         plans.push(disk::plan(drive, spec.machine().vcpu_count, limiter)?);
     }
     for (index, interface) in (0..).zip(&config.network_interfaces) {
-        plans.push(net::plan(interface, index, &limiters)?);
+        let detour = net::metadata(config, interface, mmds);
+        plans.push(net::plan(interface, index, &limiters, detour)?);
     }
     if config.entropy.is_some() {
         plans.push(Plan {

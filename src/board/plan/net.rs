@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
-use devices::virtio::net::{NetBackend, NetOptions, Tap, TapError};
+use devices::mmds::{Mmds, Service, Stack};
+use devices::virtio::net::{Detour, NetBackend, NetOptions, Tap, TapError};
 use devices::virtio::registry::DeviceConfig;
 
 use super::Plan;
 use super::limits::Limiters;
 use super::passt::{self, PasstError};
-use crate::config::{NetMode, NetworkInterface, USER_MTU};
+use crate::config::{Config, MmdsVersion, NetMode, NetworkInterface, USER_MTU};
 
 /// The host's side of a network interface cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -45,11 +47,29 @@ pub enum NetError {
     },
 }
 
+/// The metadata service on `interface`, if it is to have it.
+pub(super) fn metadata(
+    config: &Config,
+    interface: &NetworkInterface,
+    mmds: &Arc<Mmds>,
+) -> Option<Box<dyn Detour>> {
+    let service = config.mmds_config.as_ref()?;
+    if !service.network_interfaces.contains(&interface.iface_id) {
+        return None;
+    }
+    mmds.serve(Service {
+        sessions: service.version == MmdsVersion::V2,
+        imds_compat: service.imds_compat,
+    });
+    Some(Box::new(Stack::new(mmds.clone(), service.ipv4_address)))
+}
+
 /// Opens the host's side of `interface`, which is number `index`.
 pub(super) fn plan(
     interface: &NetworkInterface,
     index: u8,
     limiters: &Limiters,
+    detour: Option<Box<dyn Detour>>,
 ) -> Result<Plan, NetError> {
     let id = interface.iface_id.clone();
     let host = |what| {
@@ -92,6 +112,7 @@ pub(super) fn plan(
             mtu,
             rx_limiter: limiters.get(interface.rx_rate_limiter.as_ref()),
             tx_limiter: limiters.get(interface.tx_rate_limiter.as_ref()),
+            detour,
         }),
     })
 }

@@ -4,6 +4,7 @@ mod balloon;
 mod drives;
 mod limits;
 mod memory_hotplug;
+mod mmds;
 mod net;
 mod pmem;
 mod ports;
@@ -18,6 +19,7 @@ pub use balloon::BalloonError;
 pub use drives::DriveError;
 pub use limits::LimitsError;
 pub use memory_hotplug::MemoryHotplugError;
+pub use mmds::MmdsConfigError;
 pub use net::NetError;
 pub use pmem::PmemError;
 pub use ports::PortsError;
@@ -121,6 +123,9 @@ pub enum ConfigError {
     /// A network interface.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The metadata service.
+    #[error(transparent)]
+    Mmds(#[from] MmdsConfigError),
     /// The root is to be a drive, and none is, or the other way round.
     #[error(
         "the guest's root and the drive with is_root_device go together: set both (on the command \
@@ -185,6 +190,9 @@ impl Config {
         self.watchdog.iter().try_for_each(watchdog::validate)?;
         pmem::validate(&self)?;
         net::validate(&self)?;
+        if let Some(mmds) = &self.mmds_config {
+            mmds::validate(mmds, &self.network_interfaces)?;
+        }
         if let Some(memory) = &self.memory_hotplug {
             memory_hotplug::validate(memory, &self.machine_config)?;
         }

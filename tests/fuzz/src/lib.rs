@@ -9,6 +9,7 @@ pub mod devices;
 mod input;
 pub mod kernel_image;
 pub mod list;
+pub mod mmds;
 pub mod pci;
 pub mod virtio;
 
@@ -22,6 +23,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("devices", devices::run),
     ("kernel_image", kernel_image::run),
     ("list", list::run),
+    ("mmds", mmds::run),
     ("pci", pci::run),
     ("virtio_balloon", virtio::kinds::balloon),
     ("virtio_block", virtio::kinds::block),

@@ -112,6 +112,11 @@ impl NetBackend {
         }
     }
 
+    /// Whether a part of a frame is in the guest's buffers.
+    pub(super) fn is_amid_frame(&self) -> bool {
+        matches!(self, Self::Stream(stream) if stream.is_amid_frame())
+    }
+
     /// Has the host use the first `active` pairs, where `before` were used.
     pub(super) fn use_pairs(&self, before: u16, active: u16) -> io::Result<()> {
         match self {

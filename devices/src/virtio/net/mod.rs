@@ -3,10 +3,12 @@
 //! The device is owned by its I/O thread. Frames go between guest RAM and the host without a copy;
 //! headers are copied and cleaned. What the driver has no buffers for stays with the host, which
 //! is not waited for meanwhile. A limit delays what follows the frame that went over it. The host's
-//! ends are in `backend`, `tap` and `stream`, receiving in `rx`, the driver's commands in `control`.
+//! ends are in `backend`, `tap` and `stream`, receiving in `rx`, the driver's commands in `control`, a
+//! service of the VMM's own in front of the host's end in `detour`.
 
 mod backend;
 mod control;
+mod detour;
 mod header;
 mod rx;
 mod space;
@@ -30,6 +32,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::backend::NetBackend;
 use self::backend::{Received, Sent};
+pub use self::detour::{Detour, HEAD as DETOUR_HEAD};
 use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
 use self::rx::{Rx, RxMode};
 use self::space::{Counters, Space};
@@ -67,6 +70,8 @@ pub struct NetOptions {
     pub rx_limiter: Option<Arc<Limiter>>,
     /// Limits of what it sends.
     pub tx_limiter: Option<Arc<Limiter>>,
+    /// Takes some of the guest's frames.
+    pub detour: Option<Box<dyn Detour>>,
 }
 
 /// A network device could not be made.
@@ -139,6 +144,7 @@ struct Tx {
 #[derive(Debug)]
 pub struct Net {
     backend: NetBackend,
+    detour: Option<Box<dyn Detour>>,
     space: Arc<Space>,
     counters: Arc<Counters>,
     limiters: [Option<Arc<Limiter>>; 2],
@@ -203,6 +209,7 @@ impl Net {
             mtu,
             rx_limiter,
             tx_limiter,
+            detour,
         } = options;
         let pairs = backend.pairs();
         if !(1..=MAX_PAIRS).contains(&pairs) {
@@ -242,6 +249,7 @@ impl Net {
             timer_at: None,
             wake: Arc::clone(&handle.wake),
             backend,
+            detour,
         };
         Ok((net, handle))
     }
@@ -305,7 +313,7 @@ impl Net {
     fn receive(&mut self, pair: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let wait = self.receive_turn(pair, io)?;
         self.arm(pair, wait, io);
-        Ok(())
+        self.attend_detour(pair, wait)
     }
 
     /// One turn of [`receive`](Self::receive): whether the host is to be waited for.
@@ -325,6 +333,12 @@ impl Net {
             if !self.space.link_is_up() || !rx.gather(io, mode)? {
                 return Ok(false);
             }
+            if self.take_detour(pair, io, mode)? {
+                continue;
+            }
+            let Some(rx) = self.rx.get_mut(pair) else {
+                return Ok(false);
+            };
             let buffers = rx.buffers(mode);
             let received = self.backend.receive(pair, io.ram(), buffers, mode.longest);
             match received? {
@@ -355,24 +369,39 @@ impl Net {
         io.arm(WRITABLE, true);
     }
 
-    /// Sends what the driver has for a pair.
+    /// Sends what the driver has for a pair, and gives it what a detour answers at once.
     fn transmit(&mut self, pair: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        match self.transmit_turn(pair, io)? {
+            true => self.receive(detour::PAIR, io),
+            false => Ok(()),
+        }
+    }
+
+    /// One turn of [`transmit`](Self::transmit): whether a detour was taken.
+    fn transmit_turn(&mut self, pair: usize, io: &mut Io<'_>) -> Result<bool, DeviceError> {
         self.begin(io)?;
+        let mut detoured = false;
         while !self.blocked {
             let Some(tx) = self.tx.get_mut(pair) else {
-                return Ok(());
+                return Ok(detoured);
             };
             if let Some(at) = must_wait(&mut tx.until) {
-                return self.schedule(at);
+                self.schedule(at)?;
+                return Ok(detoured);
             }
             let Some(chain) = io.pop(2 * pair + 1)? else {
-                return Ok(());
+                return Ok(detoured);
             };
             let ram = io.ram();
             let mut header: Header = [0; HEADER as usize];
             read_at(ram, chain.readable(), 0, &mut header)?;
             let len = total(chain.readable()).saturating_sub(HEADER);
             let fits = self.space.link_is_up() && (MIN_FRAME..=MAX_FRAME).contains(&len);
+            if fits && self.give_detour(io, &chain, len)? {
+                io.complete(chain, 0)?;
+                detoured = true;
+                continue;
+            }
             let header = clean(&header, |bit| io.has(bit)).filter(|_| fits);
             let sent = match header {
                 None => Sent::Refused,
@@ -391,7 +420,7 @@ impl Net {
                 Sent::Later => {
                     io.unpop(chain);
                     self.block(io);
-                    return Ok(());
+                    return Ok(detoured);
                 }
                 Sent::Closed(error) => self.close(io, &error),
             }
@@ -403,7 +432,7 @@ impl Net {
                 tx.until = until;
             }
         }
-        Ok(())
+        Ok(detoured)
     }
 
     /// Index of the control queue: behind the pairs that the driver may use (section 5.1.2).
@@ -520,6 +549,9 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.active = 1;
         self.offloads = None;
+        if let Some(detour) = &mut self.detour {
+            detour.reset();
+        }
     }
 
     fn save(&self) -> DeviceState {

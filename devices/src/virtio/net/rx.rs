@@ -9,6 +9,7 @@ use std::time::Instant;
 use virtio_bindings::virtio_net::*;
 
 use super::header::{HEADER, MAX_FRAME, NUM_BUFFERS};
+use crate::virtio::GuestRam;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Chain, Io, total, write_at};
 
@@ -100,6 +101,17 @@ impl Rx {
     pub fn buffers(&self, mode: RxMode) -> impl Iterator<Item = &Chain> + Clone {
         let count = if mode.mergeable { self.held.len() } else { 1 };
         self.held.iter().take(count)
+    }
+
+    /// Puts a frame of the device's own into the buffers, behind a blank header; says whether it fits.
+    pub fn fill(&self, ram: &GuestRam, mode: RxMode, frame: &[u8]) -> Result<bool, DeviceError> {
+        let (mut skip, mut rest) = (HEADER, frame);
+        for chain in self.buffers(mode) {
+            let done = write_at(ram, chain.writable(), skip, rest)?;
+            rest = rest.get(done..).unwrap_or_default();
+            skip = 0;
+        }
+        Ok(rest.is_empty())
     }
 
     /// Gives the driver the frame in the first `len` bytes, header included, that are in the

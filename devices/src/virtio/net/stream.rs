@@ -92,6 +92,11 @@ impl Stream {
         self.writable.as_raw_fd()
     }
 
+    /// Whether a part of a frame is in the guest's buffers.
+    pub(super) fn is_amid_frame(&self) -> bool {
+        matches!(self.next, Next::Frame { .. })
+    }
+
     /// Forgets what is in the guest's buffers, which are going.
     pub(super) fn let_go(&mut self) {
         if let Next::Frame { len, got } = self.next {

@@ -1,3 +1,4 @@
+mod detour;
 mod limits;
 mod stream;
 mod tap;
@@ -37,6 +38,7 @@ pub fn with_backend(backend: NetBackend) -> NetOptions {
         mtu: None,
         rx_limiter: None,
         tx_limiter: None,
+        detour: None,
     }
 }
 

@@ -142,6 +142,7 @@ pub fn net(data: &[u8]) {
             mtu: Some(mtu).filter(|mtu| *mtu >= 68),
             rx_limiter: None,
             tx_limiter: None,
+            detour: None,
         };
         made(DeviceConfig::Net(options), state)
     };
