@@ -32,7 +32,7 @@ lint: ## Formatting, clippy, licences and sources of dependencies
 bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths), and I/O against the host
 	@tests/setup bench
 	@$(MAKE) --no-print-directory build
-	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench io
+	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench clone --bench io
 
 install: build ## Install the binary below PREFIX (/usr/local), and links of the names firecracker and jailer
 	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle

@@ -154,9 +154,9 @@ impl Devices {
     /// Makes the devices of `plans` and puts them on `buses`. All share an I/O thread, but for those
     /// that wait for the host (see [`waits`]), which have one each; without devices there is none.
     /// They are made from their states, of which there is one of the same id for each or none, and so
-    /// is the address register of the PCI bus.
+    /// is the address register of the PCI bus. I/O threads that run already are taken first.
     pub fn attach(
-        plans: Vec<Plan>,
+        (plans, mut spare): (Vec<Plan>, Vec<IoThread>),
         transport: Transport,
         machine: &Machine<'_>,
         buses: &mut Buses<'_>,
@@ -172,7 +172,10 @@ impl Devices {
             let endpoint = match &shared {
                 Some(endpoint) if !waits(&plan.config) => RemoteEndpoint::clone(endpoint),
                 _ => {
-                    let io = IoThread::start(devices.io.len() as u16)?;
+                    let io = match spare.pop() {
+                        Some(io) => io,
+                        None => IoThread::start(devices.io.len() as u16)?,
+                    };
                     let endpoint = io.endpoint();
                     devices.io.push(io);
                     if !waits(&plan.config) {

@@ -33,6 +33,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::vm::irq::{self, Irqchip};
 
 use crate::config::{self, Transport};
+use crate::io::IoThread;
 use attach::{AttachError, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
 use plan::Plan;
@@ -83,6 +84,8 @@ pub struct Wiring {
     pub watchdog: Option<config::Watchdog>,
     /// Virtio devices.
     pub devices: Vec<Plan>,
+    /// I/O threads for them that run already.
+    pub io: Vec<IoThread>,
 }
 
 /// Devices and buses of one machine.
@@ -183,7 +186,8 @@ impl Board {
             mmio: &mut mmio,
         };
         let states = (parts.virtio, parts.pci_address.unwrap_or(0));
-        let devices = Devices::attach(wiring.devices, transport, machine, &mut buses, states)?;
+        let plans = (wiring.devices, wiring.io);
+        let devices = Devices::attach(plans, transport, machine, &mut buses, states)?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),

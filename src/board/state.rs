@@ -122,6 +122,12 @@ impl BoardState {
         ioapic.unwrap_or_default()
     }
 
+    /// Whether there are virtio devices in it.
+    pub fn has_virtio(&self) -> bool {
+        let parts = self.parts.as_ref();
+        parts.is_some_and(|parts| !parts.virtio.is_empty())
+    }
+
     /// Checks that this is a state of the machine that `wiring` makes, and brings its devices into
     /// the order in which they were saved. Nothing is changed otherwise.
     ///
@@ -219,6 +225,7 @@ mod tests {
             console: end(),
             agent: end(),
             watchdog: None,
+            io: Vec::new(),
             devices: plans.collect(),
         }
     }

@@ -34,8 +34,8 @@ use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::registry::{Place, RegistryError};
 use crate::telemetry::{LogFileError, Metrics, tell};
-use crate::vm::build::{Host, Initrd};
-use crate::vm::{BuildError, Vm};
+use crate::vm::build::Initrd;
+use crate::vm::{BuildError, Host, Vm};
 
 /// Milliseconds that output may wait for its reader when the end was asked for.
 const OUTPUT_PATIENCE: u16 = 2000;
@@ -220,6 +220,7 @@ impl Session {
                 drained: clone(&events.agent_room)?,
             },
             watchdog: spec.config().watchdog,
+            io: Vec::new(),
             devices,
         };
         let (vm, saver, runs) = match source {
@@ -228,8 +229,8 @@ impl Session {
                 (vm, Saver::booted(&spec, &kernel), true)
             }
             Source::Saved(saved) => {
-                let (snapshot, machine) = (&saved.snapshot, spec.machine());
-                let (vm, origin) = Vm::restore(machine, host, snapshot, saved.policy, wiring)?;
+                let snapshot = &saved.snapshot;
+                let (vm, origin) = Vm::restore(host, snapshot, saved.policy, wiring)?;
                 (vm, Saver::loaded(snapshot, origin), saved.resume)
             }
         };

@@ -17,6 +17,7 @@ mod tests;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use arch::state::{VcpuState, VmState};
 use serde::{Deserialize, Serialize};
@@ -174,7 +175,7 @@ pub struct Snapshot {
     /// The machine's configuration.
     pub config: Config,
     /// Its state.
-    pub machine: MachineState,
+    pub machine: Arc<MachineState>,
     /// What is known of the guest.
     pub guest: GuestFacts,
     /// Its memory: the newest changes first, the file that has all last.
@@ -205,7 +206,7 @@ impl Snapshot {
             id: parts.id,
             path: state.to_owned(),
             config: parts.config,
-            machine: parts.machine,
+            machine: Arc::new(parts.machine),
             guest: parts.guest,
             layers,
             origin: parts.origin,

@@ -198,6 +198,31 @@ fn map_region(
     region.ok_or(MapError::Layout)
 }
 
+/// Lays the RAM of a snapshot, of which `layers` are the memory files, over `memory`, which nobody
+/// uses yet.
+///
+/// # Errors
+/// [`MapError`]; `memory` is of no use then.
+pub fn lay(memory: &GuestMemory, layers: &[Layer]) -> Result<(), MapError> {
+    let (base, changes) = layers.split_last().ok_or(MapError::Layout)?;
+    let regions = &base.map.regions;
+    for (index, region) in memory.iter().enumerate() {
+        let fits = |r: &&Region| r.address == region.start_addr().0 && r.len == region.len();
+        let here = regions.get(index).filter(fits).ok_or(MapError::Layout)?;
+        let file = &base.image.file;
+        // SAFETY: all of one region's mapping, which nobody uses yet.
+        let laid = unsafe { overlay(region.as_ptr(), here.len, file, here.offset) };
+        laid.map_err(|source| {
+            let path = base.image.path.clone();
+            MapError::Image(ImageError::Read { path, source })
+        })?;
+    }
+    changes
+        .iter()
+        .rev()
+        .try_for_each(|layer| lay_over(memory, layer))
+}
+
 /// Puts the data of a file of changes where they belong.
 fn lay_over(memory: &GuestMemory, layer: &Layer) -> Result<(), MapError> {
     let map = &layer.map;

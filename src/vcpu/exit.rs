@@ -57,7 +57,7 @@ pub enum Handled {
 
 /// Enters the guest once and answers its exit.
 pub fn handle(vcpu: &mut Vcpu) -> Handled {
-    let (pio, mmio) = (&vcpu.pio, &vcpu.mmio);
+    let (pio, mmio) = (&vcpu.reach.pio, &vcpu.reach.mmio);
     let cause = match vcpu.fd.run() {
         Ok(VcpuExit::IoIn(port, data)) => {
             count(&vcpu.counts.io_in);
@@ -90,7 +90,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
         }
         Ok(VcpuExit::IoapicEoi(vector)) => {
             count(&vcpu.counts.ioapic_eoi);
-            if let Some(ioapic) = &vcpu.ioapic {
+            if let Some(ioapic) = &vcpu.reach.ioapic {
                 ioapic.end_of_interrupt(vector);
             }
             return Handled::Continue;

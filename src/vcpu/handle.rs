@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
-use arch::state::{Context, StateError, VcpuState};
+use arch::state::{ClockShift, Context, StateError, VcpuState};
 use devices::bus::Bus;
 use devices::ioapic::IoApic;
 use kvm_ioctls::VcpuFd;
@@ -19,6 +19,7 @@ use nix::time::{ClockId, clock_gettime};
 use super::exit::ExitCounts;
 use super::{kick, thread};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
+use crate::snapshot::MachineState;
 use crate::vm::ExitLatch;
 use crate::vm::slots::{DeviceSlots, Seen};
 
@@ -29,18 +30,44 @@ const RETRY: Duration = Duration::from_micros(20);
 /// Time between two kicks of a thread that is to pause.
 const RETRY_PAUSE: Duration = Duration::from_millis(1);
 
-/// All that a vCPU thread works with.
-pub struct Vcpu {
-    /// Index from 0; 0 is the boot processor.
-    pub index: u16,
-    /// The KVM vCPU.
-    pub fd: VcpuFd,
+/// The devices that a vCPU's exits reach.
+#[derive(Clone, Default)]
+pub struct Reach {
     /// I/O ports.
     pub pio: Arc<Bus>,
     /// Memory-mapped registers.
     pub mmio: Arc<Bus>,
     /// Told of ends of interrupts where the I/O APIC is bulle's.
     pub ioapic: Option<Arc<IoApic>>,
+}
+
+impl std::fmt::Debug for Reach {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reach").finish_non_exhaustive()
+    }
+}
+
+/// A saved state on its way to a vCPU.
+#[derive(Clone, Debug)]
+pub struct Given {
+    /// The machine, which has a state for each vCPU.
+    pub machine: Arc<MachineState>,
+    /// What the host is like.
+    pub context: Arc<Context>,
+    /// How far its clocks are from where they were.
+    pub shift: ClockShift,
+    /// Whether the vCPU has the state's CPUID already.
+    pub same_cpuid: bool,
+}
+
+/// All that a vCPU thread works with.
+pub struct Vcpu {
+    /// Index from 0; 0 is the boot processor.
+    pub index: u16,
+    /// The KVM vCPU.
+    pub fd: VcpuFd,
+    /// What its exits reach.
+    pub reach: Reach,
     /// For reports only.
     pub memory: GuestMemory,
     /// Memory of devices.
@@ -72,6 +99,10 @@ pub enum Command {
     Pause(SyncSender<()>),
     /// Say how the vCPU is.
     Save(Arc<Context>, SyncSender<Result<VcpuState, StateError>>),
+    /// Take a saved state.
+    Give(Box<Given>, SyncSender<Result<(), StateError>>),
+    /// Reach these devices from now on.
+    Reach(Reach),
     /// End the thread.
     Stop,
 }
@@ -186,6 +217,19 @@ impl VcpuHandle {
         let (reply, state) = sync_channel(1);
         self.send(Command::Save(context.clone(), reply));
         state.recv().ok()
+    }
+
+    /// Gives the vCPU, which is parked and has never run, its state of `given`; the answer says whether
+    /// it has it.
+    pub fn give(&self, given: Given) -> Receiver<Result<(), StateError>> {
+        let (reply, answer) = sync_channel(1);
+        self.send(Command::Give(Box::new(given), reply));
+        answer
+    }
+
+    /// Has the vCPU, which is parked, reach these devices.
+    pub fn reach(&self, reach: Reach) {
+        self.send(Command::Reach(reach));
     }
 
     /// Asks the thread to end and gets it out of KVM_RUN; does not wait.

@@ -12,4 +12,4 @@ mod thread;
 
 pub use exit::ExitCounts;
 pub use failure::{Failure, FailureCause};
-pub use handle::{Vcpu, VcpuHandle};
+pub use handle::{Given, Reach, Vcpu, VcpuHandle};

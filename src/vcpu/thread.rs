@@ -2,10 +2,10 @@
 
 use std::sync::mpsc::Receiver;
 
-use arch::state::VcpuState;
+use arch::state::{StateError, VcpuState};
 
 use super::exit::{Handled, complete, handle};
-use super::handle::{Command, Flags, Vcpu};
+use super::handle::{Command, Flags, Given, Vcpu};
 use super::kick::Registration;
 use crate::vm::VmExit;
 
@@ -35,9 +35,23 @@ pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
                 let state = VcpuState::save(&vcpu.fd, vcpu.index, &context);
                 let _ = reply.send(state);
             }
+            Command::Give(given, reply) => {
+                let _ = reply.send(take(&vcpu, &given));
+            }
+            Command::Reach(reach) => vcpu.reach = reach,
             Command::Stop => return,
         }
     }
+}
+
+/// Takes the vCPU's part of a saved machine.
+fn take(vcpu: &Vcpu, given: &Given) -> Result<(), StateError> {
+    let state = given.machine.vcpus.get(usize::from(vcpu.index));
+    let state = state.ok_or(StateError::NoVcpu { vcpu: vcpu.index })?;
+    if !given.same_cpuid {
+        state.set_cpuid(&vcpu.fd)?;
+    }
+    state.restore_registers(&vcpu.fd, &given.context, &given.shift)
 }
 
 /// Runs the guest until it ends or is asked to leave.

@@ -13,31 +13,28 @@ use std::time::Instant;
 
 use arch::acpi::{AcpiError, AcpiFacts};
 use arch::boot::{self, BootError, BootParameters, EntryState};
-use arch::capabilities::{Capabilities, HostError};
+use arch::capabilities::HostError;
 use arch::cmdline::{self, CmdlineError};
 use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions, LoadedKernel};
 use arch::memory::GuestMemory;
-use arch::state::{ClockPolicy, Context, HostCpuid, StateError};
-use arch::topology::{Topology, TopologyError};
+use arch::state::StateError;
+use arch::topology::TopologyError;
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
-use arch::vm::{IrqchipMode, VmError};
+use arch::vm::VmError;
 use arch::{vmclock, vmgenid};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 
-use super::host::{KVM_PATH, KvmOpenError, open_kvm};
-use super::irq::Irqchip;
-use super::limits::{self, LimitError};
+use super::frame::{Frame, Host};
+use super::host::KvmOpenError;
+use super::limits::LimitError;
 use super::memory::{self, MemoryError};
-use super::slots::{DeviceSlots, Seen};
+use super::shell::ShapeError;
 use super::{ExitLatch, Vm, kernel_cache};
-use crate::board::attach::Machine;
-use crate::board::{self, Board, BoardError, BoardState, Wiring};
-use crate::config::{self, MachineConfig, Spec};
+use crate::board::{self, BoardError, BoardState, Wiring};
+use crate::config::{self, Spec};
+use crate::io::IoError;
 use crate::sandbox::thread::ThreadError;
-use crate::snapshot::Snapshot;
-use crate::snapshot::ram::{self, MapError};
-use crate::vcpu::{Vcpu, VcpuHandle};
+use crate::snapshot::ram::MapError;
 
 /// A virtual machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -135,12 +132,18 @@ pub enum BuildError {
     /// Devices of a saved state.
     #[error(transparent)]
     BoardState(#[from] board::StateError),
-    /// A saved state with too few vCPUs.
-    #[error("The saved state has no vCPU {index}")]
-    MissingVcpu {
+    /// A machine of another shape.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// A vCPU thread that is gone.
+    #[error("vCPU {index} has ended before it had its state")]
+    VcpuEnded {
         /// Its index.
-        index: u16,
+        index: usize,
     },
+    /// I/O threads.
+    #[error(transparent)]
+    Io(#[from] IoError),
     /// Threads.
     #[error(transparent)]
     Thread(#[from] ThreadError),
@@ -208,150 +211,6 @@ impl Initrd {
     }
 }
 
-/// KVM as opened and checked.
-pub struct Host {
-    pub(super) kvm: Kvm,
-    pub(super) capabilities: Capabilities,
-    topology: Topology,
-}
-
-impl Host {
-    /// Opens KVM and checks it against `machine`, whose virtio devices need so many open `files`.
-    pub fn open(machine: &MachineConfig, files: u64) -> Result<Self, BuildError> {
-        limits::allow_open_files(machine, files)?;
-        let kvm = open_kvm()?;
-        log::debug!("{KVM_PATH} is open");
-        let capabilities = arch::capabilities::check(&kvm)?;
-        let topology = topology(machine)?;
-        limits::check(machine, &capabilities)?;
-        Ok(Self {
-            kvm,
-            capabilities,
-            topology,
-        })
-    }
-}
-
-fn topology(machine: &MachineConfig) -> Result<Topology, TopologyError> {
-    let cores = machine.vcpu_count / machine.dies / machine.threads_per_core;
-    Topology::new(
-        machine.vcpu_count,
-        machine.threads_per_core,
-        cores,
-        machine.dies,
-        1,
-    )
-}
-
-fn mode(irqchip: config::Irqchip) -> IrqchipMode {
-    match irqchip {
-        config::Irqchip::Split => IrqchipMode::Split,
-        config::Irqchip::Kernel => IrqchipMode::Kernel,
-    }
-}
-
-/// A virtual machine before it has devices and vCPUs.
-struct Frame {
-    host: Host,
-    mode: IrqchipMode,
-    vm: Arc<VmFd>,
-    memory: GuestMemory,
-    slots: DeviceSlots,
-    irqchip: Irqchip,
-}
-
-impl Frame {
-    /// Makes it around `memory`, with an I/O APIC in the state of `board`.
-    fn new(
-        machine: &MachineConfig,
-        host: Host,
-        memory: GuestMemory,
-        wiring: &Wiring,
-        board: &BoardState,
-    ) -> Result<Self, BuildError> {
-        let mode = mode(machine.irqchip);
-        let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
-        log::debug!("virtual machine created");
-        arch::vm::before_memory(&vm)?;
-        memory::register(&vm, &memory)?;
-        let slots = DeviceSlots::of(&wiring.devices);
-        slots.register(&vm, memory.num_regions() as u32)?;
-        arch::vm::create_irqchip(&vm, mode, &host.capabilities)?;
-        if mode == IrqchipMode::Kernel {
-            arch::vm::create_pit(&vm)?;
-        }
-        log::debug!("memory and interrupt controller in place");
-        let irqchip = Irqchip::new(machine.irqchip, &vm, board.ioapic());
-        Ok(Self {
-            host,
-            mode,
-            vm,
-            memory,
-            slots,
-            irqchip,
-        })
-    }
-
-    fn board(
-        &self,
-        machine: &MachineConfig,
-        wiring: Wiring,
-        state: &BoardState,
-    ) -> Result<Board, BuildError> {
-        let parts = Machine {
-            vm: &self.vm,
-            irqchip: &self.irqchip,
-            memory: &self.memory,
-        };
-        let state = state.clone();
-        Ok(Board::new(&parts, machine.virtio_transport, wiring, state)?)
-    }
-
-    /// The machine, with vCPUs that `give` gives their state.
-    fn finish(
-        self,
-        board: Board,
-        vcpus: u16,
-        mut give: impl FnMut(&Self, &VcpuFd, u16) -> Result<(), BuildError>,
-    ) -> Result<Vm, BuildError> {
-        let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
-        let mut handles = Vec::with_capacity(vcpus.into());
-        for index in 0..vcpus {
-            let fd = create_vcpu(&self.vm, index, &self.host.topology)?;
-            give(&self, &fd, index)?;
-            if index == 0
-                && let Some(offset) = arch::tsc::offset(&fd)
-            {
-                board.devices.set_counter_offset(offset);
-            }
-            handles.push(VcpuHandle::spawn(Vcpu {
-                index,
-                fd,
-                pio: board.pio.clone(),
-                mmio: board.mmio.clone(),
-                ioapic: self.irqchip.ioapic().cloned(),
-                memory: self.memory.clone(),
-                slots: self.slots.clone(),
-                seen: Seen::default(),
-                exit: exit.clone(),
-                counts: Arc::default(),
-            })?);
-        }
-        board.devices.connect(&self.vm).map_err(BuildError::Irqfd)?;
-        log::debug!("{} vCPUs ready", handles.len());
-        Ok(Vm {
-            vcpus: handles,
-            board,
-            exit,
-            host: self.host,
-            mode: self.mode,
-            fd: self.vm,
-            memory: self.memory,
-            slots: self.slots,
-        })
-    }
-}
-
 impl Vm {
     /// Builds the machine that `spec` describes, with `kernel` and `initrd` in its memory and its
     /// vCPUs parked.
@@ -363,10 +222,9 @@ impl Vm {
         wiring: Wiring,
     ) -> Result<Self, BuildError> {
         let machine = spec.machine();
-        let reset = BoardState::default();
         let memory = memory::map(machine)?;
-        let frame = Frame::new(machine, host, memory, &wiring, &reset)?;
-        let board = frame.board(machine, wiring, &reset)?;
+        let frame = Frame::new(machine, host, memory, &wiring.devices)?;
+        let (board, reach) = frame.board(machine, wiring, &BoardState::default())?;
         let facts = board.acpi_facts(&frame.host.topology, frame.mode);
         let entry = load(spec, &facts, kernel, initrd, &frame.memory)?;
         log::debug!("devices in place, guest memory filled");
@@ -377,66 +235,29 @@ impl Vm {
         } = &frame.host;
         let mut template = VcpuTemplate::new(kvm, topology, capabilities, None)?;
         log::debug!("processor features known");
-        let enter = |sregs: &mut _| boot::apply(&entry, sregs);
-        let give = |frame: &Frame, fd: &VcpuFd, index: u16| {
-            if index == 0 && frame.host.capabilities.get_tsc_khz {
+        let boot = Boot {
+            enter: &|sregs: &mut _| boot::apply(&entry, sregs),
+            irqchip: frame.mode,
+        };
+        let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
+        let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
+        for index in 0..machine.vcpu_count {
+            let fd = frame.create_vcpu(index)?;
+            if index == 0 && capabilities.get_tsc_khz {
                 let khz = fd.get_tsc_khz().map_err(BuildError::TscFrequency)?;
                 template.cpuid.set_tsc_khz(khz);
             }
-            let boot = Boot {
-                enter: &enter,
-                irqchip: frame.mode,
-            };
-            Ok(arch::vcpu::configure(
-                fd,
-                index,
-                &template,
-                (index == 0).then_some(&boot),
-            )?)
-        };
-        frame.finish(board, machine.vcpu_count, give)
-    }
-
-    /// Makes the machine of `snapshot` with its vCPUs parked; also says where its RAM comes from. Its
-    /// clocks do as `policy` says about the time since.
-    pub fn restore(
-        machine: &MachineConfig,
-        host: Host,
-        snapshot: &Snapshot,
-        policy: ClockPolicy,
-        mut wiring: Wiring,
-    ) -> Result<(Self, ram::Origin), BuildError> {
-        let saved = &snapshot.machine;
-        let state = &saved.board;
-        // All that can be refused is, before anything of the host is touched.
-        state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
-        let context = Context::new(&host.kvm, &host.capabilities)?;
-        if let Some(vcpu) = saved.vcpus.first() {
-            vcpu.check(&HostCpuid::new(&host.kvm)?)?;
+            let boot = (index == 0).then_some(&boot);
+            arch::vcpu::configure(&fd, index, &template, boot)?;
+            if index == 0
+                && let Some(offset) = arch::tsc::offset(&fd)
+            {
+                board.devices.set_counter_offset(offset);
+            }
+            vcpus.push(frame.spawn((index, fd), reach.clone(), &exit)?);
         }
-        let (memory, origin) = ram::map(snapshot, machine)?;
-        let frame = Frame::new(machine, host, memory, &wiring, state)?;
-        for plugged in frame.slots.plugged() {
-            ram::fill_plugged(snapshot, &plugged)?;
-        }
-        let board = frame.board(machine, wiring, state)?;
-        let shift = saved.vm.shift(policy);
-        let give = |_: &Frame, fd: &VcpuFd, index: u16| {
-            let vcpu = saved.vcpus.get(usize::from(index));
-            let vcpu = vcpu.ok_or(BuildError::MissingVcpu { index })?;
-            Ok(vcpu.restore(fd, &context, &shift)?)
-        };
-        let vm = frame.finish(board, machine.vcpu_count, give)?;
-        saved.vm.restore(&vm.fd, &shift)?;
-        let id = random().map_err(BuildError::Random)?;
-        vm.announce_generation(id).map_err(BuildError::Generation)?;
-        Ok((vm, origin))
+        frame.finish(board, vcpus, exit)
     }
-}
-
-fn create_vcpu(vm: &VmFd, index: u16, topology: &Topology) -> Result<VcpuFd, BuildError> {
-    vm.create_vcpu(topology.apic_id(index).into())
-        .map_err(|source| BuildError::CreateVcpu { index, source })
 }
 
 /// Fills guest memory: kernel, initial RAM disk, ACPI tables, boot parameters.

@@ -6,11 +6,13 @@
 
 pub mod build;
 mod exit;
+pub mod frame;
 mod host;
 pub mod irq;
 pub mod kernel_cache;
 pub mod limits;
 pub mod memory;
+pub mod shell;
 pub mod slots;
 
 use std::sync::Arc;
@@ -24,8 +26,10 @@ use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
 pub use exit::{ExitLatch, VmExit};
+pub use frame::Host;
 pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;
+pub use shell::{Shape, ShapeError, Shell};
 
 use vm_memory::GuestMemoryError;
 
@@ -64,7 +68,7 @@ pub struct Vm {
     vcpus: Vec<VcpuHandle>,
     board: Board,
     exit: Arc<ExitLatch>,
-    host: build::Host,
+    host: frame::Host,
     mode: IrqchipMode,
     fd: Arc<VmFd>,
     memory: GuestMemory,

@@ -11,8 +11,8 @@ use bulle::board::plan::{open_files, plan};
 use bulle::board::{SerialEnd, Wiring};
 use bulle::config::Config;
 use bulle::guest::modules::{Wanted, default_directory, resolve};
-use bulle::vm::Vm;
-use bulle::vm::build::{Host, Initrd};
+use bulle::vm::build::Initrd;
+use bulle::vm::{Host, Vm};
 use devices::virtio::registry::DeviceHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -87,6 +87,7 @@ impl Machine {
             console: end(Box::new(console.clone())),
             agent: end(Box::new(io::sink())),
             watchdog: None,
+            io: Vec::new(),
             devices,
         };
         let initrd = Initrd::open(Path::new(&initrd)).unwrap();

@@ -56,6 +56,12 @@ pub enum StateError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// A machine's state with too few vCPUs.
+    #[error("The saved state has no vCPU {vcpu}")]
+    NoVcpu {
+        /// Index of the vCPU.
+        vcpu: u16,
+    },
     /// KVM refused the value of one MSR.
     #[error("KVM refuses {value:#x} in MSR {index:#x} of vCPU {vcpu}")]
     MsrRefused {

@@ -50,7 +50,8 @@ impl ClockShift {
     }
 
     /// A TSC's distance from the host's, for a distance that was saved.
-    pub(super) fn tsc_offset(&self, saved: u64, khz: u32) -> u64 {
+    #[must_use]
+    pub fn tsc_offset(&self, saved: u64, khz: u32) -> u64 {
         saved
             .wrapping_add(self.host_tsc)
             .wrapping_add(self.cycles(khz))

@@ -1,0 +1,175 @@
+//! A virtual machine before it has devices and vCPUs, and the host it is made on.
+//!
+//! `create_vm → memory slots → irqchip → PIT`, in the order that is fast (see `vm::build`). Booting and
+//! restoring both begin here.
+
+use std::sync::Arc;
+
+use arch::capabilities::Capabilities;
+use arch::memory::GuestMemory;
+use arch::topology::{Topology, TopologyError};
+use arch::vm::IrqchipMode;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::GuestMemoryBackend;
+
+use super::build::BuildError;
+use super::host::{KVM_PATH, open_kvm};
+use super::irq::Irqchip;
+use super::slots::{DeviceSlots, Seen};
+use super::{ExitLatch, Vm, limits, memory};
+use crate::board::attach::Machine;
+use crate::board::plan::Plan;
+use crate::board::{Board, BoardState, Wiring};
+use crate::config::{self, MachineConfig};
+use crate::vcpu::{Reach, Vcpu, VcpuHandle};
+
+/// KVM as opened and checked, shared by all clones.
+#[derive(Clone)]
+pub struct Host {
+    pub(super) kvm: Arc<Kvm>,
+    pub(super) capabilities: Capabilities,
+    pub(super) topology: Topology,
+}
+
+impl Host {
+    /// Opens KVM and checks it against `machine`, whose virtio devices need so many open `files`.
+    pub fn open(machine: &MachineConfig, files: u64) -> Result<Self, BuildError> {
+        limits::allow_open_files(machine, files)?;
+        let kvm = open_kvm()?;
+        log::debug!("{KVM_PATH} is open");
+        let capabilities = arch::capabilities::check(&kvm)?;
+        let topology = topology(machine)?;
+        limits::check(machine, &capabilities)?;
+        Ok(Self {
+            kvm: Arc::new(kvm),
+            capabilities,
+            topology,
+        })
+    }
+}
+
+fn topology(machine: &MachineConfig) -> Result<Topology, TopologyError> {
+    let cores = machine.vcpu_count / machine.dies / machine.threads_per_core;
+    Topology::new(
+        machine.vcpu_count,
+        machine.threads_per_core,
+        cores,
+        machine.dies,
+        1,
+    )
+}
+
+fn mode(irqchip: config::Irqchip) -> IrqchipMode {
+    match irqchip {
+        config::Irqchip::Split => IrqchipMode::Split,
+        config::Irqchip::Kernel => IrqchipMode::Kernel,
+    }
+}
+
+/// A virtual machine before it has devices and vCPUs.
+pub(super) struct Frame {
+    pub(super) host: Host,
+    pub(super) mode: IrqchipMode,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) memory: GuestMemory,
+    pub(super) slots: DeviceSlots,
+}
+
+impl Frame {
+    /// Makes it around `memory`, with the memory of `devices` beside it.
+    pub(super) fn new(
+        machine: &MachineConfig,
+        host: Host,
+        memory: GuestMemory,
+        devices: &[Plan],
+    ) -> Result<Self, BuildError> {
+        let mode = mode(machine.irqchip);
+        let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
+        log::debug!("virtual machine created");
+        arch::vm::before_memory(&vm)?;
+        memory::register(&vm, &memory)?;
+        let slots = DeviceSlots::of(devices);
+        slots.register(&vm, memory.num_regions() as u32)?;
+        arch::vm::create_irqchip(&vm, mode, &host.capabilities)?;
+        if mode == IrqchipMode::Kernel {
+            arch::vm::create_pit(&vm)?;
+        }
+        log::debug!("memory and interrupt controller in place");
+        Ok(Self {
+            host,
+            mode,
+            vm,
+            memory,
+            slots,
+        })
+    }
+
+    /// Makes the devices from their `state`, and what a vCPU reaches of them.
+    pub(super) fn board(
+        &self,
+        machine: &MachineConfig,
+        wiring: Wiring,
+        state: &BoardState,
+    ) -> Result<(Board, Reach), BuildError> {
+        let irqchip = Irqchip::new(machine.irqchip, &self.vm, state.ioapic());
+        let parts = Machine {
+            vm: &self.vm,
+            irqchip: &irqchip,
+            memory: &self.memory,
+        };
+        let board = Board::new(&parts, machine.virtio_transport, wiring, state.clone())?;
+        let reach = Reach {
+            pio: board.pio.clone(),
+            mmio: board.mmio.clone(),
+            ioapic: irqchip.ioapic().cloned(),
+        };
+        Ok((board, reach))
+    }
+
+    /// Makes a vCPU.
+    pub(super) fn create_vcpu(&self, index: u16) -> Result<VcpuFd, BuildError> {
+        let id = self.host.topology.apic_id(index).into();
+        let vcpu = self.vm.create_vcpu(id);
+        vcpu.map_err(|source| BuildError::CreateVcpu { index, source })
+    }
+
+    /// Starts the thread of a vCPU, parked.
+    pub(super) fn spawn(
+        &self,
+        (index, fd): (u16, VcpuFd),
+        reach: Reach,
+        exit: &Arc<ExitLatch>,
+    ) -> Result<VcpuHandle, BuildError> {
+        Ok(VcpuHandle::spawn(Vcpu {
+            index,
+            fd,
+            reach,
+            memory: self.memory.clone(),
+            slots: self.slots.clone(),
+            seen: Seen::default(),
+            exit: exit.clone(),
+            counts: Arc::default(),
+        })?)
+    }
+
+    /// The machine, with its vCPUs and devices.
+    pub(super) fn finish(
+        self,
+        board: Board,
+        vcpus: Vec<VcpuHandle>,
+        exit: Arc<ExitLatch>,
+    ) -> Result<Vm, BuildError> {
+        board.devices.connect(&self.vm).map_err(BuildError::Irqfd)?;
+        log::debug!("{} vCPUs ready", vcpus.len());
+        Ok(Vm {
+            vcpus,
+            board,
+            exit,
+            host: self.host,
+            mode: self.mode,
+            fd: self.vm,
+            memory: self.memory,
+            slots: self.slots,
+        })
+    }
+}

@@ -1,0 +1,224 @@
+//! A virtual machine that waits to become a clone: all that takes long is done, and there is nothing of
+//! a guest in it.
+//!
+//! A [`Shell`] has KVM's objects, memory slots over a reservation of addresses, vCPU threads that are
+//! parked, with their CPUID, and I/O threads. [`Shell::adopt`] lays the memory of a snapshot over the
+//! reservation, gives the vCPUs their state while it makes the devices, and has a machine: no slot is
+//! registered, nothing is as long as the memory is. Owned by the thread that makes the machine.
+
+use std::sync::Arc;
+
+use arch::memory::GuestMemory;
+use arch::state::{ClockPolicy, Context, HostCpuid};
+use kvm_bindings::kvm_cpuid_entry2;
+
+use super::build::{BuildError, random};
+use super::frame::{Frame, Host};
+use super::{ExitLatch, Vm, memory};
+use crate::board::Wiring;
+use crate::board::plan::Plan;
+use crate::config::{Irqchip, MachineConfig, MemoryBacking};
+use crate::io::IoThread;
+use crate::snapshot::{Snapshot, ram};
+use crate::vcpu::{Given, Reach, VcpuHandle};
+
+/// A snapshot is not of a machine of the shell's shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the snapshot's machine has {saved} {what}, the prepared one {here}")]
+pub struct ShapeError {
+    what: &'static str,
+    saved: u64,
+    here: u64,
+}
+
+/// What of a machine is fixed before its state is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    vcpus: u16,
+    mib: u64,
+    irqchip: Irqchip,
+}
+
+impl Shape {
+    /// That of `machine`.
+    pub fn of(machine: &MachineConfig) -> Self {
+        Self {
+            vcpus: machine.vcpu_count,
+            mib: machine.mem_size_mib,
+            irqchip: machine.irqchip,
+        }
+    }
+
+    fn check(&self, saved: &Self) -> Result<(), ShapeError> {
+        let split = |shape: &Self| u64::from(shape.irqchip == Irqchip::Split);
+        for (what, saved, here) in [
+            ("vCPUs", saved.vcpus.into(), self.vcpus.into()),
+            ("MiB of memory", saved.mib, self.mib),
+            ("split interrupt controllers", split(saved), split(self)),
+        ] {
+            if saved != here {
+                return Err(ShapeError { what, saved, here });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A machine that waits for its state.
+pub struct Shell {
+    frame: Frame,
+    shape: Shape,
+    context: Arc<Context>,
+    vcpus: Vec<VcpuHandle>,
+    exit: Arc<ExitLatch>,
+    io: Vec<IoThread>,
+    /// CPUID of the first vCPU, where they have theirs.
+    cpuid: Option<Vec<kvm_cpuid_entry2>>,
+}
+
+impl Shell {
+    /// Prepares a machine of the shape of `snapshot`'s, whose devices have no memory of their own.
+    ///
+    /// # Errors
+    /// What KVM or the host refuses, and a snapshot whose processor the host does not have.
+    pub fn new(host: Host, snapshot: &Snapshot) -> Result<Self, BuildError> {
+        let machine = MachineConfig {
+            // Replaced by the snapshot's.
+            memory_backing: MemoryBacking::Anonymous,
+            ..snapshot.config.machine_config.clone()
+        };
+        let memory = memory::map(&machine)?;
+        check(&host, snapshot)?;
+        let mut shell = Self::around(&machine, host, memory, &[], Some(snapshot))?;
+        if snapshot.machine.board.has_virtio() {
+            shell.io.push(IoThread::start(0)?);
+        }
+        Ok(shell)
+    }
+
+    /// `same`: the snapshot whose CPUID the vCPUs are given.
+    fn around(
+        machine: &MachineConfig,
+        host: Host,
+        memory: GuestMemory,
+        devices: &[Plan],
+        same: Option<&Snapshot>,
+    ) -> Result<Self, BuildError> {
+        let context = Arc::new(Context::new(&host.kvm, &host.capabilities)?);
+        let frame = Frame::new(machine, host, memory, devices)?;
+        let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
+        let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
+        let states = same.map_or(&[][..], |snapshot| &snapshot.machine.vcpus);
+        for index in 0..machine.vcpu_count {
+            let fd = frame.create_vcpu(index)?;
+            if let Some(state) = states.get(usize::from(index)) {
+                state.set_cpuid(&fd)?;
+            }
+            vcpus.push(frame.spawn((index, fd), Reach::default(), &exit)?);
+        }
+        Ok(Self {
+            frame,
+            shape: Shape::of(machine),
+            context,
+            vcpus,
+            exit,
+            io: Vec::new(),
+            cpuid: states.first().map(|state| state.cpuid.clone()),
+        })
+    }
+
+    /// Becomes the machine of `snapshot`, parked, with the host's side of `wiring`. Its clocks do as
+    /// `policy` says about the time since.
+    ///
+    /// # Errors
+    /// A snapshot of another shape, and what the host refuses.
+    pub fn adopt(
+        self,
+        snapshot: &Snapshot,
+        policy: ClockPolicy,
+        mut wiring: Wiring,
+    ) -> Result<Vm, BuildError> {
+        let machine = &snapshot.config.machine_config;
+        self.shape.check(&Shape::of(machine))?;
+        let state = &snapshot.machine.board;
+        state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
+        ram::lay(&self.frame.memory, &snapshot.layers)?;
+        self.become_machine(snapshot, policy, wiring)
+    }
+
+    /// The rest of it, with the snapshot's memory in place.
+    fn become_machine(
+        mut self,
+        snapshot: &Snapshot,
+        policy: ClockPolicy,
+        mut wiring: Wiring,
+    ) -> Result<Vm, BuildError> {
+        let machine = &snapshot.config.machine_config;
+        let saved = &snapshot.machine;
+        let shift = saved.vm.shift(policy);
+        let given = Given {
+            machine: saved.clone(),
+            context: self.context.clone(),
+            shift,
+            same_cpuid: self.cpuid.as_ref() == saved.vcpus.first().map(|state| &state.cpuid),
+        };
+        // The vCPU threads do that while the devices are made here.
+        let vcpus = self.vcpus.iter();
+        let answers: Vec<_> = vcpus.map(|vcpu| vcpu.give(given.clone())).collect();
+        wiring.io.append(&mut self.io);
+        let (board, reach) = self.frame.board(machine, wiring, &saved.board)?;
+        for (index, answer) in answers.into_iter().enumerate() {
+            let answer = answer.recv();
+            answer.map_err(|_| BuildError::VcpuEnded { index })??;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.reach(reach.clone());
+        }
+        let frame = self.frame;
+        saved.vm.restore(&frame.vm, &shift)?;
+        if let Some(tsc) = saved.vcpus.first().map(|state| state.tsc)
+            && let Some(offset) = tsc.offset
+        {
+            let offset = shift.tsc_offset(offset, tsc.khz);
+            board.devices.set_counter_offset(offset);
+        }
+        let vm = frame.finish(board, self.vcpus, self.exit)?;
+        let id = random().map_err(BuildError::Random)?;
+        vm.announce_generation(id).map_err(BuildError::Generation)?;
+        Ok(vm)
+    }
+}
+
+fn check(host: &Host, snapshot: &Snapshot) -> Result<(), BuildError> {
+    match snapshot.machine.vcpus.first() {
+        Some(vcpu) => Ok(vcpu.check(&HostCpuid::new(&host.kvm)?)?),
+        None => Ok(()),
+    }
+}
+
+impl Vm {
+    /// Makes the machine of `snapshot` with its vCPUs parked; also says where its RAM comes from. Its
+    /// clocks do as `policy` says about the time since.
+    ///
+    /// # Errors
+    /// What does not fit this host or `wiring`, before anything of the host is touched; and what the
+    /// host refuses.
+    pub fn restore(
+        host: Host,
+        snapshot: &Snapshot,
+        policy: ClockPolicy,
+        mut wiring: Wiring,
+    ) -> Result<(Self, ram::Origin), BuildError> {
+        let machine = &snapshot.config.machine_config;
+        let state = &snapshot.machine.board;
+        state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
+        check(&host, snapshot)?;
+        let (memory, origin) = ram::map(snapshot, machine)?;
+        let shell = Shell::around(machine, host, memory, &wiring.devices, None)?;
+        for plugged in shell.frame.slots.plugged() {
+            ram::fill_plugged(snapshot, &plugged)?;
+        }
+        let vm = shell.become_machine(snapshot, policy, wiring)?;
+        Ok((vm, origin))
+    }
+}
