@@ -53,6 +53,9 @@ pub const ROUTES: &[Route] = &[
     route(Patch, "/machine-config", |input| {
         Ok(Action::PatchMachine(input.machine_update()?))
     }),
+    route(Put, "/cpu-config", |input| {
+        Ok(Action::PutCpu(Box::new(input.parse()?)))
+    }),
     route(Put, "/drives/{drive_id}", |input| {
         Ok(Action::PutDrive(input.named(|d: &Drive| &d.drive_id)?))
     }),

@@ -16,8 +16,8 @@ use super::kernel::default_kernel;
 use super::metadata;
 use super::target::RuntimeArgs;
 use crate::config::{
-    BootSource, Config, Console, Drive, Guest, HugePages, Irqchip, KernelEntry, MachineConfig,
-    MemoryBacking, Root, Share, parse_size,
+    BootSource, Config, Console, CpuConfig, Drive, Guest, HugePages, Irqchip, KernelEntry,
+    MachineConfig, MemoryBacking, Root, Share, parse_size,
 };
 use crate::registry::Place;
 use crate::session;
@@ -392,8 +392,14 @@ pub fn read_text(path: &Path) -> Result<String> {
 
 /// Takes the text of the configuration file at `path` apart.
 pub fn parse_config(path: &Path, text: &str) -> Result<Config> {
-    serde_json::from_str(text)
-        .with_context(|| format!("The configuration {} is not valid", path.display()))
+    let mut config: Config = serde_json::from_str(text)
+        .with_context(|| format!("The configuration {} is not valid", path.display()))?;
+    if let Some(CpuConfig::File(path)) = &config.cpu_config {
+        let template = serde_json::from_str(&read_text(path)?)
+            .with_context(|| format!("The CPU template {} is not valid", path.display()))?;
+        config.cpu_config = Some(CpuConfig::Template(template));
+    }
+    Ok(config)
 }
 
 #[cfg(test)]

@@ -102,8 +102,8 @@ pub enum MachineError {
     Threads,
     /// A template.
     #[error(
-        "the CPU template {0:?} cannot be had, because bulle has no CPU templates yet: leave it out, \
-         or give None"
+        "the CPU template {0:?} cannot be had, because bulle has no CPU templates of its own: leave it \
+         out, or give None and your own in cpu-config"
     )]
     Template(CpuTemplate),
 }

@@ -5,6 +5,7 @@
 //! [`Config::validate`] checks every number and combination and is the only way to a [`Spec`].
 //! Depends on nothing else in bulle.
 
+mod cpu;
 mod devices;
 mod list;
 mod machine;
@@ -18,6 +19,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use cpu::{
+    Bitmap, CpuConfig, CpuidModifier, CpuidRegister, CpuidRegisterModifier, CustomCpuTemplate,
+    KvmCapability, MsrModifier,
+};
 pub use devices::{
     AGENT_PORT, Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug,
     MmdsConfig, MmdsVersion, NetMode, NetworkInterface, Pmem, Port, PortTo, Protocol, Publish,
@@ -51,6 +56,9 @@ pub struct Config {
     /// Processors, memory and interrupt controller.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// A CPU template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<CpuConfig>,
     /// Disks, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
@@ -225,6 +233,7 @@ impl Config {
                 kernel_cache: true,
             },
             machine_config: MachineConfig::default(),
+            cpu_config: None,
             drives: Vec::new(),
             shares: Vec::new(),
             network_interfaces: Vec::new(),

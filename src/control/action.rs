@@ -6,8 +6,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::{
-    Balloon, BootSource, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug, Metrics, MmdsConfig,
-    NetworkInterface, Pmem, Publish, RateLimiter, Serial, Vsock,
+    Balloon, BootSource, CustomCpuTemplate, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug,
+    Metrics, MmdsConfig, NetworkInterface, Pmem, Publish, RateLimiter, Serial, Vsock,
 };
 
 /// One thing asked of a microVM.
@@ -29,6 +29,8 @@ pub enum Action {
     PutMachine(MachineUpdate),
     /// Changes some of processors and memory.
     PatchMachine(MachineUpdate),
+    /// Sets the CPU template.
+    PutCpu(Box<CustomCpuTemplate>),
     /// Sets kernel, initial RAM disk and command line.
     PutBootSource(BootSource),
     /// Adds a disk, or replaces the one of that name.

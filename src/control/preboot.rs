@@ -10,7 +10,8 @@ use devices::mmds::Mmds;
 
 use super::{Action, ActionError, Instance, Reply, SnapshotLoad, VmStatistics};
 use crate::config::{
-    self, BootSource, Config, Drive, Logger, MachineConfig, NetworkInterface, Spec, Transport,
+    self, BootSource, Config, CpuConfig, Drive, Logger, MachineConfig, MachineUpdate,
+    NetworkInterface, Spec, Transport,
 };
 use crate::telemetry::{self, Metrics};
 
@@ -84,12 +85,14 @@ impl Preboot {
                     mem_size_mib: DEFAULT_MEMORY_MIB,
                     ..MachineConfig::default()
                 };
-                let machine = update.apply(&base)?;
-                self.device(|config| config.machine_config = machine)
+                self.machine(&update, &base)
             }
             Action::PatchMachine(update) => {
-                let machine = update.apply(&self.config.machine_config)?;
-                self.device(|config| config.machine_config = machine)
+                let base = self.config.machine_config.clone();
+                self.machine(&update, &base)
+            }
+            Action::PutCpu(template) => {
+                self.change(|config| config.cpu_config = Some(CpuConfig::Template(*template)))
             }
             Action::PutBootSource(boot) => self.boot_source(boot),
             Action::PutDrive(drive) => {
@@ -216,6 +219,21 @@ impl Preboot {
         }
     }
 
+    /// Changes a machine. Of `cpu_template` and a CPU template of the user's the later counts.
+    fn machine(
+        &mut self,
+        update: &MachineUpdate,
+        base: &MachineConfig,
+    ) -> Result<Reply, ActionError> {
+        let machine = update.apply(base)?;
+        self.device(|config| {
+            config.machine_config = machine;
+            if update.cpu_template.is_some() {
+                config.cpu_config = None;
+            }
+        })
+    }
+
     /// A change of what only a machine that is not loaded can have.
     fn device(&mut self, change: impl FnOnce(&mut Config)) -> Result<Reply, ActionError> {
         self.change(change)?;
@@ -281,7 +299,7 @@ fn place<T>(devices: &mut Vec<T>, at: Option<usize>, device: T) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{HugePages, MachineUpdate};
+    use crate::config::HugePages;
 
     fn preboot() -> Preboot {
         Preboot::new("a".into(), None, false, Arc::new(Mmds::new(1000)))

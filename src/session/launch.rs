@@ -138,7 +138,7 @@ impl Prepared {
         let started = Instant::now();
         let progress = Progress::new();
         let (mut devices, ends) = plan(&spec, mmds)?;
-        let host = Host::open(spec.machine(), open_files(&devices))?;
+        let host = Host::open(&spec, open_files(&devices))?;
         let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
         fit(
             &mut devices,
@@ -162,7 +162,7 @@ impl Prepared {
     pub fn load(spec: Spec, saved: Saved, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let (mut devices, ends) = plan(&spec, mmds)?;
-        let host = Host::open(spec.machine(), open_files(&devices))?;
+        let host = Host::open(&spec, open_files(&devices))?;
         fit(&mut devices, window_size(), &saved.snapshot.guest.release);
         Ok(Self {
             spec,

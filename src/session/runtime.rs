@@ -328,6 +328,7 @@ impl Runtime {
             | Action::PutDrive(_)
             | Action::PutPmem(_)
             | Action::PutNetwork(_)
+            | Action::PutCpu(_)
             | Action::PutEntropy(_)
             | Action::PutVsock(_)
             | Action::PutSerial(_)

@@ -232,8 +232,9 @@ impl Vm {
             kvm,
             capabilities,
             topology,
+            cpu,
         } = &frame.host;
-        let mut template = VcpuTemplate::new(kvm, topology, capabilities, None)?;
+        let mut template = VcpuTemplate::new(kvm, topology, capabilities, None, &cpu.cpuid)?;
         log::debug!("processor features known");
         let boot = Boot {
             enter: &|sregs: &mut _| boot::apply(&entry, sregs),
@@ -246,6 +247,10 @@ impl Vm {
             if index == 0 && capabilities.get_tsc_khz {
                 let khz = fd.get_tsc_khz().map_err(BuildError::TscFrequency)?;
                 template.cpuid.set_tsc_khz(khz);
+            }
+            if index == 0 {
+                let changed = template.msrs.change(kvm, &fd, &cpu.msrs);
+                changed.map_err(TemplateError::Msr)?;
             }
             let boot = (index == 0).then_some(&boot);
             arch::vcpu::configure(&fd, index, &template, boot)?;

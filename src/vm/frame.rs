@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use arch::capabilities::Capabilities;
+use arch::cpu_template::CpuTemplate;
 use arch::memory::GuestMemory;
 use arch::topology::{Topology, TopologyError};
 use arch::vm::IrqchipMode;
@@ -16,11 +17,11 @@ use super::build::BuildError;
 use super::host::{KVM_PATH, open_kvm};
 use super::irq::Irqchip;
 use super::slots::{DeviceSlots, Seen};
-use super::{ExitLatch, Vm, limits, memory};
+use super::{ExitLatch, Vm, cpu, limits, memory};
 use crate::board::attach::Machine;
 use crate::board::plan::Plan;
 use crate::board::{Board, BoardState, Wiring};
-use crate::config::{self, MachineConfig};
+use crate::config::{self, MachineConfig, Spec};
 use crate::vcpu::{Reach, Vcpu, VcpuHandle};
 
 /// KVM as opened and checked, shared by all clones.
@@ -29,21 +30,26 @@ pub struct Host {
     pub(super) kvm: Arc<Kvm>,
     pub(super) capabilities: Capabilities,
     pub(super) topology: Topology,
+    /// What the processors of a guest that boots are to differ in.
+    pub(super) cpu: CpuTemplate,
 }
 
 impl Host {
-    /// Opens KVM and checks it against `machine`, whose virtio devices need so many open `files`.
-    pub fn open(machine: &MachineConfig, files: u64) -> Result<Self, BuildError> {
+    /// Opens KVM and checks it against `spec`, whose virtio devices need so many open `files`.
+    pub fn open(spec: &Spec, files: u64) -> Result<Self, BuildError> {
+        let machine = spec.machine();
+        let cpu = cpu::template(spec.config().cpu_config.as_ref());
         limits::allow_open_files(machine, files)?;
         let kvm = open_kvm()?;
         log::debug!("{KVM_PATH} is open");
-        let capabilities = arch::capabilities::check(&kvm)?;
+        let capabilities = arch::capabilities::check_with(&kvm, &cpu.capabilities)?;
         let topology = topology(machine)?;
         limits::check(machine, &capabilities)?;
         Ok(Self {
             kvm: Arc::new(kvm),
             capabilities,
             topology,
+            cpu,
         })
     }
 }

@@ -5,6 +5,7 @@
 //! devices, before guest memory goes.
 
 pub mod build;
+mod cpu;
 mod exit;
 pub mod frame;
 mod host;

@@ -7,6 +7,7 @@ mod client;
 #[path = "../common/mod.rs"]
 mod common;
 mod configure;
+mod cpu;
 mod description;
 mod devices;
 mod events;

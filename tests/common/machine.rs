@@ -90,7 +90,7 @@ pub fn wiring(spec: &Spec, output: &Output) -> Wiring {
 /// KVM, for machines like that of `spec`, a hundred of them at once.
 pub fn host(spec: &Spec) -> Host {
     let files = open_files(&plan(spec, &Arc::new(Mmds::new(0))).unwrap().0);
-    Host::open(spec.machine(), 100 * files).unwrap()
+    Host::open(spec, 100 * files).unwrap()
 }
 
 /// Types `bytes` on the machine's first serial port.

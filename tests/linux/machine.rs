@@ -82,7 +82,7 @@ impl Machine {
             drained: EventFd::new(0).unwrap(),
         };
         let (devices, _) = plan(&spec, &std::sync::Arc::new(devices::mmds::Mmds::new(0))).unwrap();
-        let host = Host::open(spec.machine(), open_files(&devices)).unwrap();
+        let host = Host::open(&spec, open_files(&devices)).unwrap();
         let wiring = Wiring {
             console: end(Box::new(console.clone())),
             agent: end(Box::new(io::sink())),

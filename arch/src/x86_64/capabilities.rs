@@ -4,6 +4,7 @@
 //! cannot do without and names every missing one at once; what bulle can do without is reported in
 //! [`Capabilities`], so that later code asks the host and never guesses from a processor's name.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use kvm_bindings::{KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
@@ -36,7 +37,7 @@ pub enum HostError {
 
 /// Names of the capabilities a host lacks, as in `linux/kvm.h`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MissingCapabilities(pub Vec<&'static str>);
+pub struct MissingCapabilities(pub Vec<Cow<'static, str>>);
 
 impl fmt::Display for MissingCapabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -125,8 +126,35 @@ const NEEDED: &[(Cap, &str)] = &[
 /// [`HostError::ApiVersion`] when the API is not version 12, [`HostError::Missing`] with the names
 /// of all needed capabilities the host lacks.
 pub fn check(kvm: &Kvm) -> Result<Capabilities, HostError> {
+    check_with(kvm, &[])
+}
+
+/// [`check`], where capabilities by number are needed besides, or need not be there though bulle
+/// thinks so; of two that contradict each other the last counts.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_with(kvm: &Kvm, changes: &[(u32, bool)]) -> Result<Capabilities, HostError> {
     check_version(kvm.get_api_version())?;
-    from_host(&|cap| kvm.check_extension_raw(cap))
+    from_host(&|cap| kvm.check_extension_raw(cap), changes)
+}
+
+/// Which capabilities are needed, by number and name.
+fn needed(changes: &[(u32, bool)]) -> Vec<(libc::c_ulong, Cow<'static, str>)> {
+    let own = NEEDED.iter();
+    let mut needed: Vec<_> = own
+        .map(|(cap, name)| (*cap as libc::c_ulong, Cow::Borrowed(*name)))
+        .collect();
+    for &(number, is_needed) in changes {
+        let cap = libc::c_ulong::from(number);
+        let known = needed.iter().any(|(other, _)| *other == cap);
+        if is_needed && !known {
+            needed.push((cap, format!("capability {number} (KVM_CAP_*)").into()));
+        } else if !is_needed {
+            needed.retain(|(other, _)| *other != cap);
+        }
+    }
+    needed
 }
 
 fn check_version(found: i32) -> Result<(), HostError> {
@@ -141,13 +169,16 @@ fn check_version(found: i32) -> Result<(), HostError> {
 }
 
 /// `ask` is `KVM_CHECK_EXTENSION`: 0 or below for "no", else "yes" or a number.
-fn from_host(ask: &dyn Fn(libc::c_ulong) -> i32) -> Result<Capabilities, HostError> {
+fn from_host(
+    ask: &dyn Fn(libc::c_ulong) -> i32,
+    changes: &[(u32, bool)],
+) -> Result<Capabilities, HostError> {
     let number = |cap: Cap| u32::try_from(ask(cap as libc::c_ulong)).unwrap_or(0);
     let has = |cap: Cap| number(cap) > 0;
-    let missing: Vec<_> = NEEDED
-        .iter()
-        .filter(|(cap, _)| !has(*cap))
-        .map(|(_, name)| *name)
+    let missing: Vec<_> = needed(changes)
+        .into_iter()
+        .filter(|(cap, _)| ask(*cap) <= 0)
+        .map(|(_, name)| name)
         .collect();
     if !missing.is_empty() {
         return Err(HostError::Missing(MissingCapabilities(missing)));
@@ -194,7 +225,7 @@ mod tests {
             Cap::Irqfd as libc::c_ulong,
             Cap::ImmediateExit as libc::c_ulong,
         ];
-        let error = from_host(&|cap| i32::from(!lacks.contains(&cap))).unwrap_err();
+        let error = from_host(&|cap| i32::from(!lacks.contains(&cap)), &[]).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("KVM_CAP_IRQFD, KVM_CAP_IMMEDIATE_EXIT"),
@@ -205,7 +236,7 @@ mod tests {
 
     #[test]
     fn a_refused_question_counts_as_missing() {
-        let HostError::Missing(missing) = from_host(&|_| -1).unwrap_err() else {
+        let HostError::Missing(missing) = from_host(&|_| -1, &[]).unwrap_err() else {
             panic!("another error")
         };
         assert_eq!(missing.0.len(), NEEDED.len());
@@ -217,7 +248,7 @@ mod tests {
             .iter()
             .map(|(cap, _)| *cap as libc::c_ulong)
             .collect();
-        let found = from_host(&|cap| i32::from(needed.contains(&cap))).unwrap();
+        let found = from_host(&|cap| i32::from(needed.contains(&cap)), &[]).unwrap();
         assert!(!found.split_irqchip && !found.tsc_deadline_timer && !found.x2apic_api);
         assert_eq!(
             (found.recommended_vcpus, found.max_vcpus, found.max_vcpu_id),
@@ -231,15 +262,29 @@ mod tests {
 
     #[test]
     fn numbers_are_reported() {
-        let found = from_host(&|cap| {
+        let ask = |cap| {
             if cap == Cap::MaxVcpus as libc::c_ulong {
                 1024
             } else {
                 7
             }
-        });
+        };
+        let found = from_host(&ask, &[]);
         let found = found.unwrap();
         assert_eq!((found.max_vcpus, found.sync_regs), (1024, 7));
+    }
+
+    #[test]
+    fn what_is_needed_can_be_changed() {
+        let irqfd = Cap::Irqfd as u32;
+        let lacks = [irqfd, 9999].map(libc::c_ulong::from);
+        let ask = |cap| i32::from(!lacks.contains(&cap));
+        let text = |changes: &[_]| from_host(&ask, changes).unwrap_err().to_string();
+        assert!(text(&[(9999, true)]).contains("KVM_CAP_IRQFD, capability 9999"));
+        assert!(!text(&[(9999, true), (irqfd, false)]).contains("IRQFD"));
+        assert!(from_host(&ask, &[(irqfd, false)]).is_ok());
+        assert!(from_host(&ask, &[(9999, true), (irqfd, false), (9999, false)]).is_ok());
+        assert!(!text(&[(irqfd, false), (irqfd, true)]).contains("KVM_CAP_IRQFD"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod memory;
 
 pub mod acpi;
 pub mod capabilities;
+pub mod cpu_template;
 pub mod cpuid;
 pub mod interrupts;
 pub mod msr;

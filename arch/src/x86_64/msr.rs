@@ -9,6 +9,8 @@ use std::sync::OnceLock;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
+use crate::cpu_template::Bits;
+
 /// MSRs cannot be chosen or written.
 #[derive(Debug, thiserror::Error)]
 pub enum MsrError {
@@ -24,6 +26,20 @@ pub enum MsrError {
     /// `KVM_SET_MSRS` failed as a whole.
     #[error("cannot write the boot MSRs (KVM_SET_MSRS)")]
     Set(#[source] kvm_ioctls::Error),
+    /// A template changes what KVM does not have.
+    #[error("Template changes an MSR entry not supported by KVM: Register Address: {index:0x}")]
+    NotSupported {
+        /// Register number.
+        index: u32,
+    },
+    /// KVM refused what a template makes of a register.
+    #[error("KVM refuses {value:#x} in MSR {index:#x}, which the CPU template asks for")]
+    Template {
+        /// Register number.
+        index: u32,
+        /// Value that was to be written.
+        value: u64,
+    },
     /// KVM refused one register.
     #[error("KVM refuses {value:#x} in MSR {index:#x} ({name}), which a guest cannot do without")]
     Refused {
@@ -107,6 +123,43 @@ impl BootMsrs {
         Self::choose(indices(kvm)?, has_mtrr)
     }
 
+    /// Write what a template makes of the values that this new vCPU has, before all others. `kvm` says
+    /// which ones can be changed.
+    ///
+    /// # Errors
+    /// [`MsrError::NotSupported`] names the register that KVM does not have.
+    pub fn change(
+        &mut self,
+        kvm: &Kvm,
+        vcpu: &VcpuFd,
+        changes: &[(u32, Bits)],
+    ) -> Result<(), MsrError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let listed = indices(kvm)?;
+        let mut entries: Vec<kvm_msr_entry> = Vec::with_capacity(changes.len());
+        for &(index, bits) in changes {
+            let unsupported = MsrError::NotSupported { index };
+            let entry = kvm_msr_entry {
+                index,
+                ..Default::default()
+            };
+            let mut msr = batch(&[entry])?;
+            let read = listed.contains(&index).then(|| vcpu.get_msrs(&mut msr));
+            let (Some(Ok(1)), [entry]) = (read, msr.as_slice()) else {
+                return Err(unsupported);
+            };
+            // Of several changes of one register each goes on from the one before.
+            let before = entries.iter().rfind(|other| other.index == index);
+            let data = bits.apply(before.unwrap_or(entry).data);
+            entries.push(kvm_msr_entry { data, ..*entry });
+        }
+        entries.extend(self.msrs.as_slice());
+        self.msrs = batch(&entries)?;
+        Ok(())
+    }
+
     fn choose(listed: &[u32], has_mtrr: bool) -> Result<Self, MsrError> {
         let offered = |msr: &&BootMsr| match msr.presence {
             Presence::Listed | Presence::Optional => listed.contains(&msr.index),
@@ -148,13 +201,15 @@ fn write_all(
     // KVM stops at the first register it refuses and returns how many it wrote.
     let mut done = set(whole).map_err(MsrError::Set)?;
     while let Some(refused) = entries.get(done) {
-        let known = BOOT_MSRS.iter().find(|msr| msr.index == refused.index);
-        if !known.is_some_and(|msr| msr.presence == Presence::Optional) {
-            return Err(MsrError::Refused {
-                index: refused.index,
-                name: known.map_or("unknown", |msr| msr.name),
-                value: refused.data,
-            });
+        let (index, value) = (refused.index, refused.data);
+        let own = |msr: &&BootMsr| (msr.index, msr.value) == (index, value);
+        match BOOT_MSRS.iter().find(own) {
+            None => return Err(MsrError::Template { index, value }),
+            Some(known) if known.presence != Presence::Optional => {
+                let name = known.name;
+                return Err(MsrError::Refused { index, name, value });
+            }
+            Some(_) => {}
         }
         done += 1;
         let rest = entries.get(done..).unwrap_or_default();

@@ -11,6 +11,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::capabilities::Capabilities;
+use crate::cpu_template::CpuidChange;
 use crate::cpuid::{CpuidError, CpuidTemplate};
 use crate::interrupts;
 use crate::msr::{BootMsrs, MsrError};
@@ -72,7 +73,7 @@ pub struct VcpuTemplate {
 }
 
 impl VcpuTemplate {
-    /// Ask KVM and normalise its answers: it needs only `&Kvm` and may run on another thread while
+    /// Ask KVM and normalise its answers, with the `changes` of a CPU template: it needs only `&Kvm` and may run on another thread while
     /// the VM is created.
     ///
     /// # Errors
@@ -82,8 +83,9 @@ impl VcpuTemplate {
         topology: &Topology,
         capabilities: &Capabilities,
         tsc_khz: Option<u32>,
+        changes: &[CpuidChange],
     ) -> Result<Self, TemplateError> {
-        let cpuid = CpuidTemplate::new(kvm, topology, capabilities, tsc_khz)?;
+        let cpuid = CpuidTemplate::new(kvm, topology, capabilities, tsc_khz, changes)?;
         let msrs = BootMsrs::new(kvm, cpuid.has_mtrr())?;
         Ok(Self { cpuid, msrs })
     }

@@ -10,9 +10,10 @@
 mod state;
 
 use arch::capabilities::{self, Capabilities};
+use arch::cpu_template::{Bits, CpuidChange};
 use arch::report::VcpuReport;
 use arch::topology::Topology;
-use arch::vcpu::{Boot, VcpuTemplate, configure};
+use arch::vcpu::{Boot, VcpuError, VcpuTemplate, configure};
 use arch::vm::{IrqchipMode, before_memory, create_irqchip, create_pit};
 use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_msr_entry, kvm_regs,
@@ -43,7 +44,7 @@ struct Machine {
 
 fn machine(kvm: &Kvm, mode: IrqchipMode, topology: Topology) -> Machine {
     let capabilities = capabilities::check(kvm).unwrap();
-    let template = VcpuTemplate::new(kvm, &topology, &capabilities, None).unwrap();
+    let template = VcpuTemplate::new(kvm, &topology, &capabilities, None, &[]).unwrap();
     let vm = kvm.create_vm().unwrap();
     before_memory(&vm).unwrap();
     create_irqchip(&vm, mode, &capabilities).unwrap();
@@ -176,7 +177,7 @@ struct RealMode {
 /// `code` runs at 0x1000 in 16 KiB of memory, with all interrupt controllers in the kernel.
 fn real_mode(kvm: &Kvm, topology: Topology, code: &[u8]) -> RealMode {
     let capabilities = capabilities::check(kvm).unwrap();
-    let template = VcpuTemplate::new(kvm, &topology, &capabilities, None).unwrap();
+    let template = VcpuTemplate::new(kvm, &topology, &capabilities, None, &[]).unwrap();
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
     memory.write_slice(code, GuestAddress(0x1000)).unwrap();
     let vm = kvm.create_vm().unwrap();
@@ -287,5 +288,74 @@ fn a_host_without_a_split_irqchip_is_told_apart() {
             .unwrap_err()
             .to_string()
             .contains("KVM_CAP_SPLIT_IRQCHIP")
+    );
+}
+
+/// A guest's processor with the changes of a template; those that cannot be made are refused.
+#[test]
+fn a_template_changes_a_vcpu() {
+    let Some(kvm) = kvm() else { return };
+    let topology = Topology::new(1, 1, 1, 1, 1).unwrap();
+    let capabilities = capabilities::check(&kvm).unwrap();
+    // The processor's stepping, which is no feature of anything.
+    let model = CpuidChange {
+        leaf: 1,
+        registers: [
+            vec![Bits {
+                mask: 0xf,
+                value: 9,
+            }],
+            vec![],
+            vec![],
+            vec![],
+        ],
+        ..CpuidChange::default()
+    };
+    let new =
+        |change: CpuidChange| VcpuTemplate::new(&kvm, &topology, &capabilities, None, &[change]);
+    let mut template = new(model).unwrap();
+    let vm = kvm.create_vm().unwrap();
+    create_irqchip(&vm, IrqchipMode::Split, &capabilities).unwrap();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    const LSTAR: u32 = 0xc000_0082;
+    const SYSENTER_EIP: u32 = 0x176;
+    const PAT: u32 = 0x277;
+    let low = Bits {
+        mask: 0xff,
+        value: 6,
+    };
+    let changes = [(PAT, low), (SYSENTER_EIP, low)];
+    template.msrs.change(&kvm, &vcpu, &changes).unwrap();
+    let before = msr(&vcpu, PAT);
+    configure(&vcpu, 0, &template, None).unwrap();
+    let cpuid = vcpu.get_cpuid2(256).unwrap();
+    let leaf = cpuid.as_slice().iter().find(|e| e.function == 1);
+    assert_eq!(leaf.unwrap().eax & 0xf, 9);
+    assert_eq!(msr(&vcpu, PAT), before & !0xff | 6);
+    assert_eq!(msr(&vcpu, SYSENTER_EIP), 0, "bulle's own come last");
+
+    let unknown = CpuidChange {
+        leaf: 0x1234,
+        ..CpuidChange::default()
+    };
+    let error = new(unknown).unwrap_err().to_string();
+    assert!(error.contains("Leaf: 1234, Subleaf: 0"), "{error}");
+    let error = template.msrs.change(&kvm, &vcpu, &[(0xdead, low)]);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("Register Address: dead"), "{error}");
+    let high = Bits {
+        mask: 1 << 63,
+        value: 1 << 63,
+    };
+    template.msrs.change(&kvm, &vcpu, &[(LSTAR, high)]).unwrap();
+    let error = configure(&vcpu, 0, &template, None).unwrap_err();
+    let VcpuError::Msr { source, .. } = error else {
+        panic!("{error}")
+    };
+    assert!(
+        source
+            .to_string()
+            .contains("which the CPU template asks for"),
+        "{source}"
     );
 }

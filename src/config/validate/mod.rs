@@ -28,8 +28,8 @@ pub use vsock::VsockError;
 pub use watchdog::WatchdogError;
 
 use super::{
-    Config, Console, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MachineConfig,
-    Root,
+    Config, Console, CpuConfig, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
+    MachineConfig, Root,
 };
 
 /// A value or a combination that no machine can have.
@@ -93,6 +93,15 @@ pub enum ConfigError {
     /// The user's initrd as root, but none given.
     #[error("the root is to be the initrd, but no initrd is given: add --initrd FILE")]
     NoInitrd,
+    /// A template that nobody read.
+    #[error(
+        "cpu-config names the file {}: give the CPU template itself, unless in a configuration file",
+        path.display()
+    )]
+    CpuFile {
+        /// As given.
+        path: PathBuf,
+    },
     /// A disk.
     #[error(transparent)]
     Drive(#[from] DriveError),
@@ -184,6 +193,9 @@ impl Config {
     /// Checks every number and combination; files are not touched.
     pub fn validate(self) -> Result<Spec, ConfigError> {
         self.machine_config.validate()?;
+        if let Some(CpuConfig::File(path)) = &self.cpu_config {
+            return Err(ConfigError::CpuFile { path: path.clone() });
+        }
         drives::validate(&self.drives)?;
         limits::validate(self.rate_limiters())?;
         vsock::validate(self.vsock.as_ref())?;

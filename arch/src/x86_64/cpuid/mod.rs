@@ -14,6 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::Kvm;
 
 use crate::capabilities::Capabilities;
+use crate::cpu_template::CpuidChange;
 use crate::topology::Topology;
 
 /// One leaf, or one sub-leaf.
@@ -31,6 +32,16 @@ pub enum CpuidError {
         /// The leaf.
         leaf: u32,
     },
+    /// A template changes what is not there.
+    #[error(
+        "Template changes a CPUID entry not supported by KVM: Leaf: {leaf:0x}, Subleaf: {subleaf:0x}"
+    )]
+    NotSupported {
+        /// Leaf.
+        leaf: u32,
+        /// Sub-leaf.
+        subleaf: u32,
+    },
     /// More entries than KVM takes.
     #[error("the guest's CPUID has {count} entries, KVM takes {KVM_MAX_CPUID_ENTRIES}")]
     TooMany {
@@ -47,7 +58,7 @@ pub struct CpuidTemplate {
 }
 
 impl CpuidTemplate {
-    /// CPUID of a guest with this topology on this host. `tsc_khz` is the guest's TSC frequency
+    /// CPUID of a guest with this topology on this host, with the `changes` of a template. `tsc_khz` is the guest's TSC frequency
     /// when it is known already; see [`Self::set_tsc_khz`].
     ///
     /// # Errors
@@ -57,11 +68,16 @@ impl CpuidTemplate {
         topology: &Topology,
         capabilities: &Capabilities,
         tsc_khz: Option<u32>,
+        changes: &[CpuidChange],
     ) -> Result<Self, CpuidError> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(CpuidError::Supported)?;
-        Self::from_supported(supported.as_slice(), topology, capabilities, tsc_khz)
+        let mut supported = Leaves(supported.as_slice().to_vec());
+        for change in changes {
+            apply(&mut supported, change)?;
+        }
+        Self::from_supported(&supported.0, topology, capabilities, tsc_khz)
     }
 
     fn from_supported(
@@ -129,6 +145,28 @@ impl CpuidTemplate {
             .iter()
             .any(|e| e.function == 1 && e.edx & MTRR != 0)
     }
+}
+
+/// Change one entry, which has to be there.
+fn apply(leaves: &mut Leaves, change: &CpuidChange) -> Result<(), CpuidError> {
+    let CpuidChange { leaf, subleaf, .. } = *change;
+    let entry = leaves
+        .get_mut(leaf, subleaf)
+        .ok_or(CpuidError::NotSupported { leaf, subleaf })?;
+    entry.flags = change.flags;
+    let registers = [
+        &mut entry.eax,
+        &mut entry.ebx,
+        &mut entry.ecx,
+        &mut entry.edx,
+    ];
+    for (register, changes) in registers.into_iter().zip(&change.registers) {
+        for bits in changes {
+            // The upper half of the bits is that of larger registers.
+            *register = bits.apply((*register).into()) as u32;
+        }
+    }
+    Ok(())
 }
 
 /// Entries addressed by leaf and sub-leaf.

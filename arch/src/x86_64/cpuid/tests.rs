@@ -303,3 +303,34 @@ fn a_host_without_the_first_leaves_is_refused() {
         CpuidTemplate::from_supported(&too_many, &topology(FLAT_1), &capabilities(true), None);
     assert!(matches!(result, Err(CpuidError::TooMany { .. })));
 }
+
+#[test]
+fn a_template_changes_what_is_there() {
+    use crate::cpu_template::Bits;
+    let mut leaves = Leaves(entries(AMD));
+    let before = *leaves.get(7, 0).unwrap();
+    let bits = |mask, value| vec![Bits { mask, value }];
+    let mut change = CpuidChange {
+        leaf: 7,
+        subleaf: 0,
+        flags: 0,
+        registers: [
+            bits(0, 0),
+            // Two changes of one register, of which one is wider than it.
+            [bits(1 << 1 | 1 << 40, 1 << 40), bits(0b1001, 0b1000)].concat(),
+            bits(u32::MAX.into(), 0),
+            Vec::new(),
+        ],
+    };
+    apply(&mut leaves, &change).unwrap();
+    let after = leaves.get(7, 0).unwrap();
+    assert_eq!(after.eax, before.eax);
+    assert_eq!(after.ebx, before.ebx & !0b1011 | 0b1000);
+    assert_eq!((after.ecx, after.edx, after.flags), (0, before.edx, 0));
+    change.leaf = 0x1234;
+    let error = apply(&mut leaves, &change).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "Template changes a CPUID entry not supported by KVM: Leaf: 1234, Subleaf: 0"
+    );
+}
