@@ -21,6 +21,7 @@ use arch::vmgenid::VMGENID_SIZE;
 use arch::{layout, vmclock, vmgenid};
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::ioapic::IoApic;
+use devices::legacy::boot_timer::BootTimer;
 use devices::legacy::debug_exit::DebugExit;
 use devices::legacy::i8042::I8042;
 use devices::legacy::power::Power;
@@ -82,6 +83,8 @@ pub struct Wiring {
     pub agent: SerialEnd,
     /// Watchdog.
     pub watchdog: Option<config::Watchdog>,
+    /// Says how long the guest took to boot.
+    pub boot_timer: Option<BootTimer>,
     /// Virtio devices.
     pub devices: Vec<Plan>,
     /// I/O threads for them that run already.
@@ -181,6 +184,12 @@ impl Board {
 
         let mut mmio = Bus::new();
         place_ioapic(irqchip, &mut mmio)?;
+        if let Some(timer) = wiring.boot_timer {
+            let (start, size) = (layout::BOOT_TIMER_START, layout::BOOT_TIMER_SIZE);
+            let placed = mmio.insert(start, size, Arc::new(timer));
+            let device = "the boot timer";
+            placed.map_err(|source| BoardError::Place { device, source })?;
+        }
         let mut buses = Buses {
             pio: &mut pio,
             mmio: &mut mmio,

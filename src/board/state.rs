@@ -226,6 +226,7 @@ mod tests {
             agent: end(),
             watchdog: None,
             io: Vec::new(),
+            boot_timer: None,
             devices: plans.collect(),
         }
     }

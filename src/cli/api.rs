@@ -15,7 +15,7 @@ use super::run::{parse_config, read_text};
 use super::target::RuntimeArgs;
 use crate::api::MAX_BODY;
 use crate::config::{Config, Level, Logger, Metrics};
-use crate::control::DEFAULT_MEMORY_MIB;
+use crate::control::{DEFAULT_MEMORY_MIB, Instance};
 use crate::session::{self, Serve, Startup};
 use crate::telemetry;
 
@@ -43,6 +43,9 @@ pub struct ApiArgs {
     /// Virtio devices on a PCI bus with MSI-X instead of MMIO windows
     #[arg(long)]
     enable_pci: bool,
+    /// Say in the log, at level Info, how long the guest took to boot, when it writes 123 to address 0xc0000000
+    #[arg(long)]
+    boot_timer: bool,
     /// Most bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = MAX_BODY)]
     http_api_max_payload_size: usize,
@@ -94,8 +97,6 @@ struct Absent {
     #[arg(long, value_name = "FILE", hide = true)]
     seccomp_filter: Option<PathBuf>,
     #[arg(long, hide = true)]
-    boot_timer: bool,
-    #[arg(long, hide = true)]
     snapshot_version: bool,
     #[arg(long, value_name = "FILE", hide = true)]
     describe_snapshot: Option<PathBuf>,
@@ -110,7 +111,6 @@ impl Absent {
                 "--seccomp-filter",
                 "filters of system calls",
             ),
-            (self.boot_timer, "--boot-timer", "a boot timer"),
             (
                 snapshots,
                 "--snapshot-version and --describe-snapshot",
@@ -175,6 +175,11 @@ impl ApiArgs {
 
 /// Runs the subcommand.
 pub fn run(args: ApiArgs) -> Result<u8> {
+    run_as(args, env!("CARGO_PKG_VERSION"))
+}
+
+/// Runs it with another version to say.
+pub fn run_as(args: ApiArgs, version: &'static str) -> Result<u8> {
     telemetry::init(log::LevelFilter::Warn);
     telemetry::name(&args.id);
     args.absent.check()?;
@@ -188,10 +193,14 @@ pub fn run(args: ApiArgs) -> Result<u8> {
     let mmds = metadata::read(args.metadata.as_deref(), limit)?;
     Ok(session::serve(Serve {
         socket: (!args.no_api).then_some(args.api_sock),
-        id: args.id,
+        instance: Instance {
+            vmm_version: version,
+            ..Instance::new(args.id)
+        },
         max_body: args.http_api_max_payload_size,
         config,
         pci: args.enable_pci,
+        boot_timer: args.boot_timer,
         logger: Logger {
             log_path: args.log_path,
             level: args.level,

@@ -13,7 +13,7 @@ use crate::telemetry::tell;
 /// The name.
 pub const NAME: &str = "firecracker";
 /// Version of Firecracker whose API is served.
-pub const VERSION: &str = "1.16.0";
+pub const VERSION: &str = "1.17.0";
 /// Anything else went wrong.
 const CODE_GENERIC: u8 = 1;
 /// The configuration is not valid.
@@ -62,7 +62,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         return printed(io::stdout().write_all(text.as_bytes()));
     }
     let has_config = parsed.args.has_config();
-    let result = api::run(parsed.args);
+    let result = api::run_as(parsed.args, VERSION);
     ExitCode::from(result.unwrap_or_else(|error| {
         tell(chain(&error));
         if has_config {

@@ -110,6 +110,9 @@ pub struct Config {
     /// Where the guest's console goes; absent: chosen by [`Config::console`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Console>,
+    /// The log says how long the guest took to boot, when the guest says that it has.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub boot_timer: bool,
     /// The VM ends after so many milliseconds; absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
@@ -251,6 +254,7 @@ impl Config {
             metrics: None,
             guest: None,
             console: None,
+            boot_timer: false,
             timeout_ms: None,
         }
     }

@@ -31,9 +31,9 @@ pub struct Preboot {
 }
 
 impl Preboot {
-    /// The microVM `id`, with what `config` has already, its virtio devices on a PCI bus if
+    /// The microVM `instance`, with what `config` has already, its virtio devices on a PCI bus if
     /// `pci` says so, with the metadata in `mmds`.
-    pub fn new(id: String, config: Option<Config>, pci: bool, mmds: Arc<Mmds>) -> Self {
+    pub fn new(instance: Instance, config: Option<Config>, pci: bool, mmds: Arc<Mmds>) -> Self {
         let has_kernel = config.is_some();
         let mut config = config.unwrap_or_else(|| {
             let mut config = Config::new(PathBuf::new());
@@ -44,13 +44,18 @@ impl Preboot {
             config.machine_config.virtio_transport = Transport::Pci;
         }
         Self {
-            instance: Instance::new(id),
+            instance,
             config,
             has_kernel,
             touched: has_kernel,
             metrics: None,
             mmds,
         }
+    }
+
+    /// Has the log say how long the guest takes to boot.
+    pub fn time_boot(&mut self) {
+        self.config.boot_timer = true;
     }
 
     /// Who it is.
@@ -302,7 +307,12 @@ mod tests {
     use crate::config::HugePages;
 
     fn preboot() -> Preboot {
-        Preboot::new("a".into(), None, false, Arc::new(Mmds::new(1000)))
+        Preboot::new(
+            Instance::new("a".into()),
+            None,
+            false,
+            Arc::new(Mmds::new(1000)),
+        )
     }
 
     fn boot() -> BootSource {

@@ -43,7 +43,7 @@ pub struct Instance {
     pub id: String,
     /// What it does.
     pub state: State,
-    /// Version of bulle.
+    /// Version of bulle, or of Firecracker where bulle is that.
     pub vmm_version: &'static str,
     /// What serves it; clients of Firecracker look for that name.
     pub app_name: &'static str,

@@ -3,13 +3,15 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arch::kernel::{KernelError, KernelImage};
+use devices::legacy::boot_timer::{BootTimer, Times};
 use devices::mmds::Mmds;
 use devices::virtio::limiter::Limiter;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
+use nix::time::{ClockId, clock_gettime};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::agent::AgentLink;
@@ -117,11 +119,18 @@ pub fn block_signals() -> Result<Signals, LaunchError> {
 pub struct Prepared {
     spec: Spec,
     started: Instant,
+    begin: Times,
     progress: Progress,
     devices: Vec<Plan>,
     ends: ConsoleEnds,
     host: Host,
     source: Source,
+}
+
+/// Time that passed, and processor time of this process.
+fn times() -> Times {
+    [ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_PROCESS_CPUTIME_ID]
+        .map(|clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from))
 }
 
 /// Where a machine's memory and state come from.
@@ -135,7 +144,7 @@ enum Source {
 impl Prepared {
     /// Opens all that `spec` names. This is when its time limit begins.
     pub fn new(spec: Spec, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
-        let started = Instant::now();
+        let (started, begin) = (Instant::now(), times());
         let progress = Progress::new();
         let (mut devices, ends) = plan(&spec, mmds)?;
         let host = Host::open(&spec, open_files(&devices))?;
@@ -150,6 +159,7 @@ impl Prepared {
         Ok(Self {
             spec,
             started,
+            begin,
             progress,
             devices,
             ends,
@@ -160,13 +170,14 @@ impl Prepared {
 
     /// Opens all that `spec`, the machine of `saved`, names.
     pub fn load(spec: Spec, saved: Saved, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
-        let started = Instant::now();
+        let (started, begin) = (Instant::now(), times());
         let (mut devices, ends) = plan(&spec, mmds)?;
         let host = Host::open(&spec, open_files(&devices))?;
         fit(&mut devices, window_size(), &saved.snapshot.guest.release);
         Ok(Self {
             spec,
             started,
+            begin,
             progress: Progress::new(),
             devices,
             ends,
@@ -197,6 +208,7 @@ impl Session {
         let Prepared {
             spec,
             started,
+            begin,
             progress,
             devices,
             ends,
@@ -221,6 +233,10 @@ impl Session {
             },
             watchdog: spec.config().watchdog,
             io: Vec::new(),
+            boot_timer: spec
+                .config()
+                .boot_timer
+                .then(|| BootTimer::new(times, begin)),
             devices,
         };
         let (vm, saver, runs) = match source {

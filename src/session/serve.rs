@@ -22,8 +22,8 @@ use super::snapshots::Saved;
 use crate::api::{ApiThread, Counts, ServerError};
 use crate::config::{Config, Logger, Metrics};
 use crate::control::{
-    Action, ActionError, Event, Preboot, Reply, Requests, SnapshotLoad, State, chain, channel,
-    startable,
+    Action, ActionError, Event, Instance, Preboot, Reply, Requests, SnapshotLoad, State, chain,
+    channel, startable,
 };
 use crate::registry::{About, Claim, Place, RegistryError};
 
@@ -40,14 +40,16 @@ const ENDING: [Signal; 4] = [
 pub struct Serve {
     /// Path of the API's socket; `None`: no API.
     pub socket: Option<PathBuf>,
-    /// Name of the microVM.
-    pub id: String,
+    /// Name of the microVM, and the version that it says.
+    pub instance: Instance,
     /// Most bytes of a request's body.
     pub max_body: usize,
     /// What is known of its configuration; a complete one is started at once.
     pub config: Option<Config>,
     /// Virtio devices on a PCI bus.
     pub pci: bool,
+    /// The log says how long the guest takes to boot.
+    pub boot_timer: bool,
     /// The log, in place of what the configuration says.
     pub logger: Logger,
     /// The metadata.
@@ -88,7 +90,10 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
     let mut config = options.config;
     let sections = config.as_mut();
     let (logger, metrics) = sections.map_or((None, None), |c| (c.logger.take(), c.metrics.take()));
-    let mut preboot = Preboot::new(options.id, config, options.pci, options.mmds);
+    let mut preboot = Preboot::new(options.instance, config, options.pci, options.mmds);
+    if options.boot_timer {
+        preboot.time_boot();
+    }
     let asked = Some(options.logger).filter(|logger| *logger != Logger::default());
     for logger in logger.iter().chain(&asked) {
         preboot.logger(logger)?;

@@ -4,11 +4,13 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 
-use crate::common;
+use crate::client::Client;
+use crate::common::{self, Input, Running};
 use crate::served::Served;
 
 const AFTER: &str = "The requested operation is not supported after starting the microVM.";
@@ -172,7 +174,7 @@ fn under_firecrackers_name_it_has_its_arguments_and_codes() {
     let version = firecracker(&["--version"]);
     assert!(version.status.success());
     let text = String::from_utf8(version.stdout).unwrap();
-    assert!(text.starts_with("Firecracker v1."), "{text}");
+    assert!(text.starts_with("Firecracker v1.17.0\n"), "{text}");
     let help = firecracker(&["--help"]);
     assert!(help.status.success());
     let text = String::from_utf8(help.stdout).unwrap();
@@ -189,7 +191,6 @@ fn under_firecrackers_name_it_has_its_arguments_and_codes() {
         (&["--nonsense"][..], 153, "--nonsense"),
         (&["--no-api"], 153, "--config-file"),
         (&["--id", "a_b"], 153, "letters"),
-        (&["--boot-timer"], 1, "boot timer"),
         (&["--metadata", "/x"], 1, "Cannot read the metadata /x"),
         (&["--config-file", "/nowhere", "--no-api"], 152, "/nowhere"),
     ] {
@@ -245,4 +246,48 @@ fn without_an_api_the_configuration_says_all() {
         first["process_startup_time_cpu_us"].as_u64().unwrap() > 1_000_000,
         "{first}"
     );
+}
+
+#[test]
+fn the_log_says_how_long_the_guest_took_to_boot() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, file) = (dir.path().join("log"), dir.path().join("vm.json"));
+    let log_path = log.to_str().unwrap();
+    let kernel = common::payload("boot_timer");
+    let mut vm = Served::with(&["--boot-timer", "--log-path", log_path, "--level", "Info"]);
+    vm.put("/boot-source", json!({ "kernel_image_path": kernel }))
+        .done();
+    assert_eq!(vm.get("/vm/config").value()["boot-timer"], true);
+    vm.start().finish().exits(0).prints("reads 0");
+    let text = fs::read_to_string(&log).unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.contains("Guest-boot-time = "));
+    let line = line.unwrap_or_else(|| panic!("{text}"));
+    let (_, times) = line.split_once("= ").unwrap();
+    let words: Vec<_> = times.split_whitespace().collect();
+    assert_eq!(
+        (words[1], words[3], words[5], words[6]),
+        ("us", "ms,", "CPU", "us")
+    );
+    let micros: u64 = words[0].parse().unwrap();
+    assert!((1..290_000_000).contains(&micros), "{line}");
+    // Without it, nothing is there.
+    let config = json!({ "boot-source": { "kernel_image_path": kernel } });
+    fs::write(&file, config.to_string()).unwrap();
+    let run = common::Bulle::run().arg("--config").arg(&file);
+    run.outcome().exits(0).prints("reads 255");
+}
+
+#[test]
+fn under_firecrackers_name_it_says_firecrackers_version() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("api");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    command.arg0("firecracker").arg("--api-sock").arg(&socket);
+    let _running = Running::start(command, Input::Null, Duration::from_secs(60));
+    let mut client = Client::connect(&socket);
+    let version = client.ask("GET", "/version", "").value();
+    assert_eq!(version, json!({ "firecracker_version": "1.17.0" }));
+    assert_eq!(client.ask("GET", "/", "").value()["vmm_version"], "1.17.0");
 }

@@ -88,6 +88,7 @@ impl Machine {
             agent: end(Box::new(io::sink())),
             watchdog: None,
             io: Vec::new(),
+            boot_timer: None,
             devices,
         };
         let initrd = Initrd::open(Path::new(&initrd)).unwrap();

@@ -55,6 +55,10 @@ pub const HIMEM_START: u64 = 0x10_0000;
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// End of the hole, where high RAM starts.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+/// The boot timer, where Firecracker has it.
+pub const BOOT_TIMER_START: u64 = MMIO_HOLE_START;
+/// Size of its window.
+pub const BOOT_TIMER_SIZE: u64 = 0x1000;
 /// virtio-mmio windows, `VIRTIO_MMIO_SIZE` bytes each.
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 /// Size of one virtio-mmio window.

@@ -5,6 +5,7 @@
 
 use crate::bus::Effect;
 
+pub mod boot_timer;
 mod calendar;
 pub mod debug_exit;
 pub mod i8042;

@@ -7,7 +7,7 @@ use devices::mmds::Mmds;
 
 use super::*;
 use crate::api::http::MAX_BODY;
-use crate::control::{Preboot, channel};
+use crate::control::{Instance, Preboot, channel};
 
 /// A server whose microVM only answers before its start.
 struct Fixture {
@@ -22,7 +22,12 @@ impl Fixture {
         let path = dir.path().join("api");
         let (caller, requests) = channel().unwrap();
         thread::spawn(move || {
-            let mut preboot = Preboot::new("x".into(), None, false, Arc::new(Mmds::new(1000)));
+            let mut preboot = Preboot::new(
+                Instance::new("x".into()),
+                None,
+                false,
+                Arc::new(Mmds::new(1000)),
+            );
             loop {
                 let mut fds = [PollFd::new(requests.as_fd(), PollFlags::POLLIN)];
                 poll(&mut fds, PollTimeout::NONE).unwrap();
