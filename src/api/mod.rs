@@ -7,9 +7,9 @@
 mod connection;
 mod counts;
 mod error;
-mod http;
+pub mod http;
 mod prometheus;
-mod router;
+pub mod router;
 mod routes;
 mod server;
 

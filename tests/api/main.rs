@@ -15,6 +15,7 @@ mod http;
 mod jailer;
 mod lifecycle;
 mod manage;
+mod many;
 mod mmds;
 mod served;
 mod snapshots;

@@ -4,8 +4,10 @@
 //! this file and replays the committed corpus with a stable toolchain.
 
 pub mod agent_protocol;
+pub mod api;
 pub mod config;
 pub mod devices;
+pub mod http;
 mod input;
 pub mod kernel_image;
 pub mod list;
@@ -19,8 +21,10 @@ pub type Target = fn(&[u8]);
 /// Every target by the name of its directory in `corpus/`.
 pub const TARGETS: &[(&str, Target)] = &[
     ("agent_protocol", agent_protocol::run),
+    ("api", api::run),
     ("config", config::run),
     ("devices", devices::run),
+    ("http", http::run),
     ("kernel_image", kernel_image::run),
     ("list", list::run),
     ("mmds", mmds::run),
