@@ -82,6 +82,7 @@ pub fn wiring(spec: &Spec, output: &Output) -> Wiring {
         console: end(Box::new(output.clone())),
         agent: end(Box::new(io::sink())),
         watchdog: None,
+        boot_timer: None,
         io: Vec::new(),
         devices: plan(spec, &Arc::new(Mmds::new(0))).unwrap().0,
     }
