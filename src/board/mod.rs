@@ -184,12 +184,7 @@ impl Board {
 
         let mut mmio = Bus::new();
         place_ioapic(irqchip, &mut mmio)?;
-        if let Some(timer) = wiring.boot_timer {
-            let (start, size) = (layout::BOOT_TIMER_START, layout::BOOT_TIMER_SIZE);
-            let placed = mmio.insert(start, size, Arc::new(timer));
-            let device = "the boot timer";
-            placed.map_err(|source| BoardError::Place { device, source })?;
-        }
+        place_boot_timer(wiring.boot_timer, &mut mmio)?;
         let mut buses = Buses {
             pio: &mut pio,
             mmio: &mut mmio,
@@ -284,6 +279,17 @@ impl Board {
             }),
         }
     }
+}
+
+/// The boot timer, where it was asked for.
+fn place_boot_timer(timer: Option<BootTimer>, mmio: &mut Bus) -> Result<(), BoardError> {
+    let Some(timer) = timer else { return Ok(()) };
+    let (start, size) = (layout::BOOT_TIMER_START, layout::BOOT_TIMER_SIZE);
+    let placed = mmio.insert(start, size, Arc::new(timer));
+    placed.map_err(|source| BoardError::Place {
+        device: "the boot timer",
+        source,
+    })
 }
 
 /// bulle's own I/O APIC, where the machine has one.
