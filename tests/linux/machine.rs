@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,34 @@ impl Write for Console {
     }
 }
 
+/// An initial RAM disk that loads `modules` of the `flavour` kernel and then is `script`, with busybox
+/// and what is in `tree/bin` of `dir`.
+pub fn initrd_with(dir: &Path, flavour: &str, modules: &[&str], script: &str) -> PathBuf {
+    let image = KernelImage::open(&debian_kernel(flavour)).unwrap();
+    let tree = dir.join("tree");
+    fs::create_dir_all(tree.join("modules")).unwrap();
+    let release = image.version().unwrap();
+    let wanted = modules.iter().map(|name| Wanted {
+        name,
+        required: true,
+    });
+    let wanted: Vec<_> = wanted.collect();
+    let resolved = resolve(&default_directory(&release), &release, &wanted).unwrap();
+    for (index, module) in resolved.modules.iter().enumerate() {
+        let name = format!("modules/{index:02}.ko");
+        fs::write(tree.join(name), &module.data).unwrap();
+    }
+    let script = format!(
+        "for dir in bin proc sys dev; do /bin/busybox mkdir -p /$dir; done
+        /bin/busybox --install -s /bin; export PATH=/bin
+        mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
+        exec >/dev/console 2>&1
+        for module in /modules/*.ko; do insmod $module; done
+        {script}"
+    );
+    crate::initrd(dir, &script)
+}
+
 /// A running guest, on its own.
 pub struct Machine {
     vm: Vm,
@@ -46,28 +74,7 @@ impl Machine {
         let dir = tempfile::tempdir().unwrap();
         let kernel = debian_kernel(flavour);
         let image = KernelImage::open(&kernel).unwrap();
-        let tree = dir.path().join("tree");
-        fs::create_dir_all(tree.join("modules")).unwrap();
-        let release = image.version().unwrap();
-        let wanted = modules.iter().map(|name| Wanted {
-            name,
-            required: true,
-        });
-        let wanted: Vec<_> = wanted.collect();
-        let resolved = resolve(&default_directory(&release), &release, &wanted).unwrap();
-        for (index, module) in resolved.modules.iter().enumerate() {
-            let name = format!("modules/{index:02}.ko");
-            fs::write(tree.join(name), &module.data).unwrap();
-        }
-        let script = format!(
-            "for dir in bin proc sys dev; do /bin/busybox mkdir -p /$dir; done
-            /bin/busybox --install -s /bin; export PATH=/bin
-            mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
-            exec >/dev/console 2>&1
-            for module in /modules/*.ko; do insmod $module; done
-            {script}"
-        );
-        let initrd = crate::initrd(dir.path(), &script);
+        let initrd = initrd_with(dir.path(), flavour, modules, script);
         let mut config: Config = serde_json::from_str(&config.replacen(
             '{',
             &format!(r#"{{"boot-source":{{"kernel_image_path":{kernel:?}}},"#),

@@ -17,7 +17,7 @@ use crate::common::{Bulle, Input};
 use crate::{linux, tool_root};
 
 /// Ports that the guest tool serves.
-const ECHO: u32 = 1001;
+pub const ECHO: u32 = 1001;
 const SUM: u32 = 1002;
 const MESSAGES: u32 = 1003;
 const END: u32 = 1004;
@@ -43,7 +43,7 @@ fn host_port(path: &Path, port: u32) -> PathBuf {
 }
 
 /// Says CONNECT and reads the answer, byte by byte since data may follow.
-fn dial(path: &Path, port: u32) -> Option<UnixStream> {
+pub fn dial(path: &Path, port: u32) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(path).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(250)))

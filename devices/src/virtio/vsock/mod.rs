@@ -5,6 +5,7 @@
 //! `mux`, system calls in `host`. The device is owned by its I/O thread.
 
 mod conn;
+mod event;
 mod host;
 mod mux;
 mod packet;
@@ -22,12 +23,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::conn::Packet;
+use self::event::Reset;
 use self::mux::{Mux, TIMER};
 use self::packet::Header;
 use super::device::{
     ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice, read_config,
 };
-use super::io::{Io, write_at};
+use super::io::Io;
 use super::uds::{ListenError, Listener, MAX_PATH, SocketType};
 
 /// Size of the queues.
@@ -120,8 +122,8 @@ pub struct Vsock {
     timer: TimerFd,
     /// What the timer is set to.
     timer_at: Option<Instant>,
-    /// The driver has to forget its connections.
-    reset_due: bool,
+    /// Whether the driver has to forget its connections.
+    reset: Reset,
 }
 
 fn host(what: &'static str) -> impl Fn(io::Error) -> VsockError {
@@ -197,22 +199,11 @@ impl Vsock {
             mux,
             timer,
             timer_at: None,
-            reset_due: state.connected || state.cid != 0 && state.cid != cid,
+            reset: match state.connected || state.cid != 0 && state.cid != cid {
+                true => Reset::Due,
+                false => Reset::Known,
+            },
         })
-    }
-
-    /// Tells the driver that its connections are gone (section 5.10.6.7).
-    fn send_event(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        while self.reset_due {
-            let Some(chain) = io.pop(EVENT)? else {
-                return Ok(());
-            };
-            // VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
-            let written = write_at(io.ram(), chain.writable(), 0, &0_u32.to_le_bytes())?;
-            io.complete(chain, written as u32)?;
-            self.reset_due = written < 4;
-        }
-        Ok(())
     }
 
     fn take_packets(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -225,11 +216,7 @@ impl Vsock {
                     ram,
                     chain: &chain,
                 };
-                // What was on its way as the device was saved belongs to what the driver has to forget.
-                match self.reset_due {
-                    true => self.mux.refuse(&packet.header),
-                    false => self.mux.take(packet, seqpacket)?,
-                }
+                self.mux.take(packet, seqpacket)?;
             }
             io.complete(chain, 0)?;
         }
@@ -238,7 +225,9 @@ impl Vsock {
 
     /// Gives the guest what there is, and sets the timer.
     fn settle(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        self.mux.pump(RX, io)?;
+        if !self.reset.holds() {
+            self.mux.pump(RX, io)?;
+        }
         let at = self.mux.deadline();
         if let Some(at) = at.filter(|_| at != self.timer_at) {
             // Zero would disarm it.
@@ -274,9 +263,10 @@ impl VirtioDevice for Vsock {
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.reset.proceed(EVENT, io)?;
         match queue {
             TX => self.take_packets(io)?,
-            EVENT => self.send_event(io)?,
+            EVENT => {}
             _ => self.mux.accept(),
         }
         self.settle(io)
@@ -301,15 +291,22 @@ impl VirtioDevice for Vsock {
         self.settle(io)
     }
 
+    fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if self.reset.holds() {
+            self.reset.release(io);
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) {
         self.mux.clear();
-        self.reset_due = false;
+        self.reset = Reset::Known;
     }
 
     fn save(&self) -> DeviceState {
         DeviceState::Vsock(VsockState {
             cid: self.cid,
-            connected: self.reset_due || !self.mux.is_empty(),
+            connected: self.reset.is_pending() || !self.mux.is_empty(),
         })
     }
 }

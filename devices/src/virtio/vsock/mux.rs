@@ -186,7 +186,7 @@ impl Mux {
     }
 
     /// Answers with a reset, except to one.
-    pub fn refuse(&mut self, header: &Header) {
+    fn refuse(&mut self, header: &Header) {
         if header.op != op::RST {
             self.reset(header.reset());
         }

@@ -1,4 +1,5 @@
 mod limits;
+mod restored;
 mod streams;
 
 use std::io::{Read, Write};
@@ -493,96 +494,4 @@ fn credit_is_kept_in_both_directions() {
         (header.op, header.buf_alloc, header.fwd_cnt),
         (op::CREDIT_UPDATE, 256 << 10, 0)
     );
-}
-
-#[test]
-fn restored_guests_are_told() {
-    let mut guest = Guest::new(options());
-    let idle = guest.rig.core.save().device;
-    let state = VsockState {
-        cid: CID,
-        connected: false,
-    };
-    assert_eq!(idle, DeviceState::Vsock(state));
-    let _stream = guest.connect((1, 2));
-    let state = VsockState {
-        connected: true,
-        ..state
-    };
-    assert_eq!(guest.rig.core.save().device, DeviceState::Vsock(state));
-    // The saved one goes on as if nothing happened.
-    guest.op(op::CREDIT_REQUEST, (1, 2));
-    assert_eq!(guest.packet().0.op, op::CREDIT_UPDATE);
-
-    for (state, told) in [
-        (state, true),
-        (
-            VsockState {
-                cid: 99,
-                connected: false,
-            },
-            true,
-        ),
-        (
-            VsockState {
-                cid: CID,
-                connected: false,
-            },
-            false,
-        ),
-    ] {
-        let mut guest = Guest::restored(options(), state);
-        guest.rig.start(None);
-        // The driver's reset made it forget; a resumed driver is told.
-        let vsock = made(options(), state).unwrap();
-        assert_eq!(vsock.reset_due, told);
-        assert_eq!(
-            vsock.save(),
-            DeviceState::Vsock(VsockState {
-                cid: CID,
-                connected: told
-            })
-        );
-        guest.vqs = guest.rig.start(None);
-    }
-}
-
-#[test]
-fn the_event_goes_before_what_was_on_its_way() {
-    let state = VsockState {
-        cid: CID,
-        connected: true,
-    };
-    // With a buffer for the event already there.
-    let mut guest = Guest::new(options());
-    let mut saved = guest.rig.core.save();
-    saved.device = DeviceState::Vsock(state);
-    // And with a packet on its way, of one of the connections that are gone.
-    let ram = &guest.rig.ram;
-    let request = Guest::header(op::REQUEST, (9, 8)).bytes();
-    ram.write_slice(&request, GuestAddress(TX_BASE)).unwrap();
-    guest.vqs[TX].add(&[(TX_BASE, HEADER as u32, false)]);
-    guest.rig.core.pause();
-    let mut event = Vq::new(guest.rig.ram.clone(), 2, 16);
-    event.add(&[(EVENTS, 8, true)]);
-    let ram = &guest.rig.ram;
-    ram.write_obj(7_u64, GuestAddress(EVENTS)).unwrap();
-    let vsock = Box::new(made(options(), state).unwrap());
-    let rig = Rig::with(Transport::Mmio, vsock, ram.clone(), saved);
-    rig.core.resume();
-    assert_eq!(event.used().into_values().collect::<Vec<_>>(), [4]);
-    assert_eq!(ram.read_obj::<u64>(GuestAddress(EVENTS)).unwrap(), 0);
-    let used: Vec<_> = guest.vqs[RX].used().into_keys().collect();
-    let [head] = used[..] else {
-        panic!("{used:?}");
-    };
-    let mut answer = [0; HEADER as usize];
-    let at = GuestAddress(guest.slots[&head]);
-    ram.read_slice(&mut answer, at).unwrap();
-    let answer = Header::parse(answer);
-    assert_eq!((answer.op, answer.dst_port), (op::RST, 8));
-    let DeviceState::Vsock(after) = rig.core.save().device else {
-        panic!("another device");
-    };
-    assert!(!after.connected);
 }

@@ -1,0 +1,138 @@
+//! A loaded guest is where it was when it was saved: memory, registers, timers, devices.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::saved::{Files, Story, machine, save, try_load};
+use crate::served::Served;
+
+const IRQCHIPS: [&str; 2] = ["split", "kernel"];
+const TRANSPORTS: [&str; 2] = ["mmio", "pci"];
+
+/// Saves and loads `vm` so often, each time in a process of its own.
+fn cycles(mut vm: Served, story: &mut Story, cycles: usize) {
+    let dir = tempfile::tempdir().unwrap();
+    story.follow(&mut vm, 5);
+    for cycle in 0..cycles {
+        let files = Files::named(dir.path(), &format!("cycle{cycle}"));
+        save(&mut vm, &files);
+        story.hear_out(&vm);
+        drop(vm);
+        let (loaded, answer) = try_load(&files, json!({}));
+        answer.done();
+        vm = loaded;
+        assert_eq!(vm.state(), "Running");
+        story.follow(&mut vm, 5 + cycle);
+    }
+    story.check();
+}
+
+#[test]
+fn memory_and_registers_are_as_they_were() {
+    for irqchip in IRQCHIPS {
+        let vm = machine("carry_on", "", json!({ "irqchip": irqchip })).start();
+        let mut story = Story::default();
+        cycles(vm, &mut story, 10);
+    }
+}
+
+#[test]
+fn a_disk_goes_on_amid_its_requests_on_both_transports() {
+    for transport in TRANSPORTS {
+        for irqchip in IRQCHIPS {
+            let mut vm = machine(
+                "carry_on",
+                "disk=1",
+                json!({ "irqchip": irqchip, "virtio_transport": transport }),
+            );
+            // The machine's own directory goes with its process.
+            let kept = tempfile::tempdir().unwrap();
+            let disk = kept.path().join("disk");
+            fs::File::create(&disk).unwrap().set_len(4 << 20).unwrap();
+            // A request waits for its tokens most of the time, so that it is under way when all stops.
+            let drive = json!({
+                "drive_id": "d",
+                "path_on_host": disk,
+                "rate_limiter": { "ops": { "size": 1, "refill_time": 20 } },
+            });
+            vm.put("/drives/d", drive).done();
+            let mut story = Story::default();
+            cycles(vm.start(), &mut story, 5);
+        }
+    }
+}
+
+#[test]
+fn the_timer_of_the_local_apic_goes_on() {
+    for irqchip in IRQCHIPS {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::named(dir.path(), "ticking");
+        let mut vm = machine("ticking", "", json!({ "irqchip": irqchip })).start();
+        vm = vm.wait_for("...");
+        save(&mut vm, &files);
+        std::thread::sleep(Duration::from_millis(50));
+        let dots = 3 + vm.running.more_output().len();
+        drop(vm);
+        let (vm, answer) = try_load(&files, json!({}));
+        answer.done();
+        let outcome = vm.finish().exits(0).prints("100 ticks");
+        let more = outcome.stdout.matches('.').count();
+        // Some of the first dots may have come together.
+        assert!(
+            (1..=100 - 3).contains(&more),
+            "{dots} and then {outcome:#?}"
+        );
+        let least = Duration::from_millis(50) * (more as u32 / 2);
+        assert!(
+            outcome.elapsed > least,
+            "{more} dots too fast: {outcome:#?}"
+        );
+    }
+}
+
+#[test]
+fn a_machine_is_loaded_standing_still_where_that_is_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = Files::named(dir.path(), "still");
+    let mut story = Story::default();
+    let mut vm = machine("carry_on", "", json!({})).start();
+    story.follow(&mut vm, 3);
+    save(&mut vm, &files);
+    story.hear_out(&vm);
+    let (mut loaded, answer) = try_load(&files, json!({ "resume_vm": false }));
+    answer.done();
+    assert_eq!(loaded.state(), "Paused");
+    assert_eq!(loaded.running.more_output(), "");
+    loaded.patch("/vm", json!({ "state": "Resumed" })).done();
+    story.follow(&mut loaded, 10);
+    story.check();
+    // The one that was saved goes on too, on its own.
+    vm.patch("/vm", json!({ "state": "Resumed" })).done();
+    vm = vm.wait_for("tick");
+    assert!(vm.running.is_running());
+}
+
+#[test]
+fn many_are_made_of_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = Files::named(dir.path(), "one");
+    let mut first = Story::default();
+    let mut vm = machine("carry_on", "", json!({})).start();
+    first.follow(&mut vm, 3);
+    save(&mut vm, &files);
+    first.hear_out(&vm);
+    drop(vm);
+    let (memory, state) = (fs::read(&files.memory), fs::read(&files.state));
+    let clones: Vec<_> = (0..4).map(|_| try_load(&files, json!({}))).collect();
+    for (mut clone, answer) in clones {
+        answer.done();
+        let mut story = first.clone();
+        story.follow(&mut clone, 10);
+        story.check();
+    }
+    // None of them changed what they were made of.
+    assert_eq!(fs::read(&files.memory).unwrap(), memory.unwrap());
+    assert_eq!(fs::read(&files.state).unwrap(), state.unwrap());
+}

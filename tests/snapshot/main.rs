@@ -1,0 +1,17 @@
+//! Saved and loaded machines on this machine's /dev/kvm, with bare-metal guests.
+//!
+//! Not part of a plain `cargo test`, since it needs KVM: `cargo test --test snapshot`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod board;
+mod broken;
+#[path = "../api/client.rs"]
+mod client;
+#[path = "../common/mod.rs"]
+mod common;
+mod goes_on;
+mod killed;
+mod rebind;
+mod saved;
+#[path = "../api/served.rs"]
+mod served;
