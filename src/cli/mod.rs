@@ -14,6 +14,7 @@ mod pause;
 mod ps;
 mod run;
 mod share;
+mod snapshot;
 mod stop;
 mod table;
 mod target;
@@ -51,6 +52,8 @@ enum Command {
     Pause(pause::PauseArgs),
     /// Let the vCPUs of paused microVMs go on
     Resume(pause::PauseArgs),
+    /// Save microVMs to directories, and make microVMs of what was saved
+    Snapshot(Box<snapshot::SnapshotArgs>),
     /// Have guests switch themselves off, and kill those that do not
     Stop(stop::StopArgs),
     /// End microVMs at once, or send their processes another signal
@@ -92,6 +95,7 @@ impl Command {
             Self::Inspect(args) => inspect::run(&args),
             Self::Pause(args) => pause::pause(&args),
             Self::Resume(args) => pause::resume(&args),
+            Self::Snapshot(args) => snapshot::run(*args),
             Self::Stop(args) => stop::run(&args),
             Self::Kill(args) => kill::run(&args),
         }

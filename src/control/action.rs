@@ -247,6 +247,27 @@ pub struct SnapshotLoad {
     pub huge_pages: Option<LoadPages>,
 }
 
+impl SnapshotLoad {
+    /// The snapshot in these two files, as it was saved.
+    pub fn new(state: PathBuf, memory: PathBuf) -> Self {
+        Self {
+            snapshot_path: state,
+            mem_backend: None,
+            mem_file_path: Some(memory),
+            enable_diff_snapshots: false,
+            track_dirty_pages: false,
+            resume_vm: true,
+            network_overrides: Vec::new(),
+            vsock_override: None,
+            drive_overrides: Vec::new(),
+            pmem_overrides: Vec::new(),
+            share_overrides: Vec::new(),
+            clock_realtime: true,
+            huge_pages: None,
+        }
+    }
+}
+
 /// Page size of loaded memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum LoadPages {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,8 +31,8 @@ use super::snapshots::{Saved, Saver};
 use super::terminal::{RawTerminal, window_size};
 use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
-use crate::config::{Console, RateLimiter, Spec};
-use crate::control::{Instance, State, channel};
+use crate::config::{Config, Console, RateLimiter, Spec};
+use crate::control::{ActionError, Instance, SnapshotLoad, State, channel, startable};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::registry::{Place, RegistryError};
@@ -78,6 +79,9 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// A snapshot.
+    #[error(transparent)]
+    Load(#[from] ActionError),
     /// The event loop.
     #[error("The event loop failed")]
     Loop(#[source] event_manager::Error),
@@ -87,6 +91,26 @@ pub enum LaunchError {
 /// the exit code. The guest finds `mmds` where the configuration has a metadata service; others find
 /// the machine at `place` meanwhile.
 pub fn launch(spec: Spec, mmds: &Arc<Mmds>, place: Option<Place>) -> Result<u8, LaunchError> {
+    launch_with(spec, mmds, place, |spec| Prepared::new(spec, mmds))
+}
+
+/// Makes a machine of the snapshot that `load` names and runs it to its end, as [`launch`] does.
+pub fn launch_saved(
+    load: &SnapshotLoad,
+    mmds: &Arc<Mmds>,
+    place: Option<Place>,
+) -> Result<u8, LaunchError> {
+    let (saved, config) = Saved::open(load, &Config::new(PathBuf::new()))?;
+    let spec = startable(&config)?;
+    launch_with(spec, mmds, place, |spec| Prepared::load(spec, saved, mmds))
+}
+
+fn launch_with(
+    spec: Spec,
+    mmds: &Arc<Mmds>,
+    place: Option<Place>,
+    prepare: impl FnOnce(Spec) -> Result<Prepared, LaunchError>,
+) -> Result<u8, LaunchError> {
     let metrics = spec.config().metrics.as_ref();
     let metrics = metrics.map(Metrics::open).transpose()?;
     let (caller, requests) = channel().map_err(|error| session("the control channel", error))?;
@@ -101,11 +125,11 @@ pub fn launch(spec: Spec, mmds: &Arc<Mmds>, place: Option<Place>) -> Result<u8, 
     };
     let instance = Instance::new(String::new());
     let config = spec.config().clone();
-    let prepared = Prepared::new(spec, mmds)?;
+    let prepared = prepare(spec)?;
     let signals = block_signals()?;
     let mut session = Session::build(prepared)?;
     let machine = (config, session.take_saver());
-    let runtime = Runtime::new(requests, (instance, State::Running), machine, parts)
+    let runtime = Runtime::new(requests, (instance, session.state()), machine, parts)
         .map_err(|error| self::session("the control channel", error))?;
     session.run(signals, runtime, door)
 }
@@ -265,8 +289,11 @@ impl Session {
     }
 
     /// Whether it runs at once, or waits to be told.
-    pub fn runs(&self) -> bool {
-        self.runs
+    pub fn state(&self) -> State {
+        match self.runs {
+            true => State::Running,
+            false => State::Paused,
+        }
     }
 
     /// What saves the machine, for its runtime.

@@ -26,7 +26,7 @@ mod statistics;
 mod terminal;
 mod token;
 
-pub use launch::{LaunchError, launch};
+pub use launch::{LaunchError, launch, launch_saved};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };

@@ -22,8 +22,8 @@ use super::snapshots::Saved;
 use crate::api::{ApiThread, Counts, ServerError};
 use crate::config::{Config, Logger, Metrics};
 use crate::control::{
-    Action, ActionError, Event, Instance, Preboot, Reply, Requests, SnapshotLoad, State, chain,
-    channel, startable,
+    Action, ActionError, Event, Instance, Preboot, Reply, Requests, SnapshotLoad, chain, channel,
+    startable,
 };
 use crate::registry::{About, Claim, Place, RegistryError};
 
@@ -210,11 +210,7 @@ impl Serving {
             events,
             mmds: preboot.mmds().clone(),
         };
-        let state = match session.runs() {
-            true => State::Running,
-            false => State::Paused,
-        };
-        let instance = (preboot.instance().clone(), state);
+        let instance = (preboot.instance().clone(), session.state());
         let machine = (preboot.config().clone(), session.take_saver());
         let runtime =
             Runtime::new(requests, instance, machine, parts).map_err(ServeError::Event)?;

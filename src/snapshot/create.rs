@@ -69,7 +69,31 @@ pub struct Created {
 /// # Errors
 /// [`SnapshotError`]; files that were there before are untouched.
 pub fn create(request: &Request<'_>) -> Result<Created, SnapshotError> {
-    let (state_path, memory_path) = (request.state_path, request.memory_path);
+    let paths = (request.state_path, request.memory_path);
+    let parts = Parts {
+        config: request.config,
+        machine: request.machine,
+        guest: request.guest,
+    };
+    write(paths, &parts, |file, id| write_memory(request, id, file))
+}
+
+/// What goes into the state file, beside the map of the memory file.
+pub struct Parts<'a> {
+    /// The machine's configuration.
+    pub config: &'a Config,
+    /// Its state.
+    pub machine: &'a MachineState,
+    /// What is known of the guest.
+    pub guest: &'a GuestFacts,
+}
+
+/// Writes the state file of `parts` and the memory file that `fill` fills, to these two paths.
+pub fn write(
+    (state_path, memory_path): (&Path, &Path),
+    parts: &Parts<'_>,
+    fill: impl FnOnce(&fs::File, [u8; 16]) -> io::Result<MemoryMap>,
+) -> Result<Created, SnapshotError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| SnapshotError::Write { path, source }
@@ -82,8 +106,8 @@ pub fn create(request: &Request<'_>) -> Result<Created, SnapshotError> {
     let mut state = Unpublished::new(state_path).map_err(failed(state_path))?;
     let mut memory = Unpublished::new(memory_path).map_err(failed(memory_path))?;
     let id = random_id().map_err(SnapshotError::Random)?;
-    let map = write_memory(request, id, &mut memory).map_err(failed(memory_path))?;
-    let bytes = encode(request, id, &map).map_err(SnapshotError::Encode)?;
+    let map = fill(memory.file(), id).map_err(failed(memory_path))?;
+    let bytes = encode(parts, id, &map).map_err(SnapshotError::Encode)?;
     io::Write::write_all(state.file(), &bytes).map_err(failed(state_path))?;
     state.sync().map_err(failed(state_path))?;
     let absolute = |path: &Path| std::path::absolute(path).map_err(failed(path));
@@ -130,12 +154,7 @@ fn publish(
     Ok(memory)
 }
 
-fn write_memory(
-    request: &Request<'_>,
-    id: [u8; 16],
-    memory: &mut Unpublished,
-) -> io::Result<MemoryMap> {
-    let file = memory.file();
+fn write_memory(request: &Request<'_>, id: [u8; 16], file: &fs::File) -> io::Result<MemoryMap> {
     let mut writer = ImageWriter::new(file, id);
     let part = match request.base {
         Some(_) => Part::Changes,
@@ -156,20 +175,16 @@ fn write_memory(
     writer.finish(regions, request.base.clone())
 }
 
-fn encode(
-    request: &Request<'_>,
-    id: [u8; 16],
-    map: &MemoryMap,
-) -> Result<Vec<u8>, super::FormatError> {
+fn encode(parts: &Parts<'_>, id: [u8; 16], map: &MemoryMap) -> Result<Vec<u8>, super::FormatError> {
     let mut writer = Writer::new(id);
-    let config = serde_json::to_vec(request.config).map_err(|error| {
+    let config = serde_json::to_vec(parts.config).map_err(|error| {
         let (name, why) = (CONFIG.name, error.to_string());
         super::FormatError::Content { name, why }
     })?;
     writer.section(CONFIG, &config);
-    writer.value(MACHINE, request.machine)?;
+    writer.value(MACHINE, parts.machine)?;
     writer.value(MEMORY, map)?;
-    writer.value(GUEST, request.guest)?;
+    writer.value(GUEST, parts.guest)?;
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let kernel = uname().map(|name| name.release().to_string_lossy().into_owned());
     let origin = Origin {

@@ -7,6 +7,7 @@
 mod create;
 pub mod format;
 pub mod image;
+mod merge;
 mod pages;
 mod publish;
 pub mod ram;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 pub use self::create::{Created, Plugged, Request, create};
 use self::format::{FormatError, Kind, MAX_FILE, Reader};
 use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
+pub use self::merge::merge;
 pub use self::rebind::{NetworkRebind, Overrides, RebindError};
 use crate::board::BoardState;
 use crate::config::{Config, MAX_VCPUS};

@@ -18,5 +18,6 @@ mod manage;
 mod many;
 mod mmds;
 mod served;
+mod snapshot_command;
 mod snapshots;
 mod telemetry;

@@ -250,6 +250,13 @@ impl Running {
         self.child.stdin.take().unwrap()
     }
 
+    /// Writes to its standard input, which is [`Input::Open`].
+    pub fn types(mut self, text: &str) -> Self {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        stdin.write_all(text.as_bytes()).unwrap();
+        self
+    }
+
     /// Sends a signal.
     pub fn signal(self, signal: Signal) -> Self {
         kill(self.pid(), signal).unwrap();

@@ -1,0 +1,300 @@
+//! `bulle snapshot`: microVMs to directories of two files, and back.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use devices::mmds::DEFAULT_LIMIT;
+use serde_json::json;
+
+use super::api::parse_id;
+use super::metadata;
+use super::target::{RuntimeArgs, Target};
+use crate::control::{
+    DriveOverride, NetworkOverride, PmemOverride, ShareOverride, SnapshotLoad, VsockOverride,
+};
+use crate::remote::Remote;
+use crate::session;
+use crate::snapshot::{Snapshot, merge};
+
+/// How long the files may take to be written.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Arguments of `bulle snapshot`.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    command: SnapshotCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum SnapshotCommand {
+    /// Save a microVM to a directory
+    Create(CreateArgs),
+    /// Make a microVM of a snapshot and run it to its end
+    Restore(Box<RestoreArgs>),
+    /// Print what a snapshot is of
+    Info(InfoArgs),
+    /// Compare all of a snapshot with its checksums
+    Verify(DirectoryArgs),
+    /// Write a snapshot of changes as one that needs nothing else
+    Rebase(RebaseArgs),
+}
+
+/// A snapshot.
+#[derive(Debug, Args)]
+struct DirectoryArgs {
+    /// Directory of the snapshot, which has the files `state` and `memory`
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+}
+
+impl DirectoryArgs {
+    fn open(&self) -> Result<Snapshot> {
+        Ok(Snapshot::open(
+            &state(&self.directory),
+            &memory(&self.directory),
+        )?)
+    }
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Directory for it, made where it is not there; a snapshot in it is replaced
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Only what changed since the snapshot that it was made of, or that was taken last
+    #[arg(long)]
+    diff: bool,
+    /// Leave the microVM paused
+    #[arg(long)]
+    pause: bool,
+    /// End the microVM when it is saved
+    #[arg(long, conflicts_with = "pause")]
+    kill: bool,
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    #[command(flatten)]
+    snapshot: DirectoryArgs,
+    /// Name by which other commands find it: 1 to 64 letters, digits and '-' [default: eight digits]
+    #[arg(long, value_name = "NAME", value_parser = parse_id)]
+    name: Option<String>,
+    /// Leave it paused
+    #[arg(long)]
+    paused: bool,
+    /// The guest's clocks go on where they stopped, instead of jumping to now
+    #[arg(long)]
+    frozen_clock: bool,
+    /// Another image for a drive
+    #[arg(long, value_name = "ID=FILE", value_parser = pair)]
+    drive: Vec<(String, PathBuf)>,
+    /// Another file for persistent memory
+    #[arg(long, value_name = "ID=FILE", value_parser = pair)]
+    pmem: Vec<(String, PathBuf)>,
+    /// Another directory for a share
+    #[arg(long, value_name = "TAG=DIR", value_parser = pair)]
+    share: Vec<(String, PathBuf)>,
+    /// Another tap interface for a network interface
+    #[arg(long, value_name = "ID=TAP", value_parser = pair)]
+    tap: Vec<(String, PathBuf)>,
+    /// Another path for the sockets of the vsock device
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+}
+
+#[derive(Debug, Args)]
+struct InfoArgs {
+    #[command(flatten)]
+    snapshot: DirectoryArgs,
+    /// For programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct RebaseArgs {
+    #[command(flatten)]
+    snapshot: DirectoryArgs,
+    /// Directory for the whole snapshot [default: that of the changes]
+    #[arg(value_name = "TO")]
+    to: Option<PathBuf>,
+}
+
+/// Runs the subcommand.
+pub fn run(args: SnapshotArgs) -> Result<u8> {
+    match args.command {
+        SnapshotCommand::Create(args) => create(&args),
+        SnapshotCommand::Restore(args) => restore(*args),
+        SnapshotCommand::Info(args) => info(&args),
+        SnapshotCommand::Verify(args) => {
+            args.open()?.verify()?;
+            Ok(0)
+        }
+        SnapshotCommand::Rebase(args) => rebase(&args),
+    }
+}
+
+fn state(directory: &Path) -> PathBuf {
+    directory.join("state")
+}
+
+fn memory(directory: &Path) -> PathBuf {
+    directory.join("memory")
+}
+
+/// A directory that only its owner reads, since guests have secrets.
+fn make(directory: &Path) -> Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(directory);
+    made.with_context(|| format!("Cannot make the directory {}", directory.display()))
+}
+
+fn create(args: &CreateArgs) -> Result<u8> {
+    let entry = args.target.find()?;
+    make(&args.directory)?;
+    let directory = std::path::absolute(&args.directory)?;
+    let mut vm = Remote::connect(&entry)?.patience(PATIENCE);
+    let was_paused = vm.state()? == "Paused";
+    let set = |vm: &mut Remote, state: &str| {
+        vm.ask("PATCH", "/vm", &json!({ "state": state }).to_string())
+    };
+    set(&mut vm, "Paused")?;
+    let body = json!({
+        "snapshot_path": state(&directory),
+        "mem_file_path": memory(&directory),
+        "snapshot_type": if args.diff { "Diff" } else { "Full" },
+    });
+    let created = vm.ask("PUT", "/snapshot/create", &body.to_string());
+    if args.kill && created.is_ok() {
+        super::kill::kill(&entry, &super::kill::open(&entry)?)?;
+    } else if !(was_paused || args.pause && created.is_ok()) {
+        set(&mut vm, "Resumed")?;
+    }
+    created?;
+    Ok(0)
+}
+
+fn restore(args: RestoreArgs) -> Result<u8> {
+    let directory = &args.snapshot.directory;
+    let mut load = SnapshotLoad::new(state(directory), memory(directory));
+    load.resume_vm = !args.paused;
+    load.clock_realtime = !args.frozen_clock;
+    let drives = args.drive.into_iter();
+    load.drive_overrides = drives
+        .map(|(drive_id, path_on_host)| DriveOverride {
+            drive_id,
+            path_on_host,
+        })
+        .collect();
+    let pmem = args.pmem.into_iter();
+    load.pmem_overrides = pmem
+        .map(|(id, path_on_host)| PmemOverride { id, path_on_host })
+        .collect();
+    let shares = args.share.into_iter();
+    load.share_overrides = shares
+        .map(|(tag, path_on_host)| ShareOverride { tag, path_on_host })
+        .collect();
+    for (iface_id, tap) in args.tap {
+        let Some(tap) = tap.to_str() else {
+            bail!("the tap interface's name {} is no text", tap.display());
+        };
+        load.network_overrides.push(NetworkOverride {
+            iface_id,
+            host_dev_name: Some(tap.to_owned()),
+            fd: None,
+            publish: None,
+        });
+    }
+    load.vsock_override = args.vsock.map(|uds_path| VsockOverride { uds_path });
+    let place = args.runtime.place(args.name);
+    let mmds = metadata::read(None, DEFAULT_LIMIT)?;
+    Ok(session::launch_saved(&load, &mmds, place)?)
+}
+
+fn info(args: &InfoArgs) -> Result<u8> {
+    let snapshot = args.snapshot.open()?;
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&facts(&snapshot))? + "\n",
+        false => lines(&snapshot),
+    };
+    let printed = io::stdout().write_all(text.as_bytes());
+    printed.context("Cannot print to stdout")?;
+    Ok(0)
+}
+
+/// Bytes of data in each file of the chain.
+fn sizes(snapshot: &Snapshot) -> impl Iterator<Item = (&Path, u64)> {
+    snapshot.layers.iter().map(|layer| {
+        let bytes = layer.map.runs.iter().map(|run| run.len).sum();
+        (layer.image.path.as_path(), bytes)
+    })
+}
+
+fn facts(snapshot: &Snapshot) -> serde_json::Value {
+    let files = sizes(snapshot).map(|(path, bytes)| json!({ "path": path, "data_bytes": bytes }));
+    json!({
+        "id": hex(&snapshot.id),
+        "config": snapshot.config,
+        "origin": snapshot.origin,
+        "guest": snapshot.guest,
+        "memory_files": files.collect::<Vec<_>>(),
+    })
+}
+
+fn lines(snapshot: &Snapshot) -> String {
+    let machine = &snapshot.config.machine_config;
+    let mut text = format!(
+        "id       {}\nvCPUs    {}\nmemory   {} MiB\n",
+        hex(&snapshot.id),
+        machine.vcpu_count,
+        machine.mem_size_mib
+    );
+    if !snapshot.guest.release.is_empty() {
+        text += &format!("kernel   {}\n", snapshot.guest.release);
+    }
+    if let Some(origin) = &snapshot.origin {
+        let time = std::time::UNIX_EPOCH + Duration::from_secs(origin.time);
+        let time = humantime::format_rfc3339_seconds(time);
+        text += &format!(
+            "taken    {time} by bulle {} on Linux {}\n",
+            origin.bulle, origin.kernel
+        );
+    }
+    for (path, bytes) in sizes(snapshot) {
+        text += &format!(
+            "file     {} ({} KiB of data)\n",
+            path.display(),
+            bytes >> 10
+        );
+    }
+    text
+}
+
+fn hex(id: &[u8; 16]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn rebase(args: &RebaseArgs) -> Result<u8> {
+    let snapshot = args.snapshot.open()?;
+    let to = args.to.as_ref().unwrap_or(&args.snapshot.directory);
+    make(to)?;
+    merge(&snapshot, &state(to), &memory(to))?;
+    Ok(0)
+}
+
+fn pair(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((id, path)) if !id.is_empty() && !path.is_empty() => Ok((id.to_owned(), path.into())),
+        _ => Err(format!("'{text}' is not of the form ID=PATH")),
+    }
+}
