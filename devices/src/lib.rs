@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod bus;
 pub mod console;
+pub mod counters;
 pub mod ioapic;
 pub mod irq;
 pub mod legacy;

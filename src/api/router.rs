@@ -230,7 +230,7 @@ mod tests {
                 Method::Put,
                 "/entropy",
                 "{}",
-                Action::PutEntropy(Entropy {}),
+                Action::PutEntropy(Entropy::default()),
             ),
         ] {
             assert_eq!(request(method, path, body).unwrap(), expected, "{path}");
@@ -289,7 +289,7 @@ mod tests {
                 "/entropy",
                 r#"{"x":1}"#,
                 "An error occurred when deserializing the json body of a request: unknown field \
-                 `x`, there are no fields at line 1 column 4.",
+                 `x`, expected `rate_limiter` at line 1 column 4.",
             ),
         ] {
             let response = request(method, path, body).unwrap_err().response();

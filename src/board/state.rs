@@ -218,7 +218,7 @@ mod tests {
             id: (*id).to_owned(),
             config: match id.starts_with("clock") {
                 true => DeviceConfig::Rtc(RtcOptions::default()),
-                false => DeviceConfig::Entropy,
+                false => DeviceConfig::Entropy(None),
             },
         });
         Wiring {

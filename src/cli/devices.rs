@@ -7,9 +7,8 @@ use serde::de::DeserializeOwned;
 
 use super::share::parse_share;
 use crate::config::{
-    Balloon, Config, Drive, Entropy, ListError, MemoryHotplug, MmdsConfig, NetMode,
-    NetworkInterface, Pmem, Port, Publish, Rtc, Share, Transport, Vsock, Watchdog, parse_list,
-    parse_net,
+    Balloon, Config, Drive, ListError, MemoryHotplug, MmdsConfig, NetMode, NetworkInterface, Pmem,
+    Port, Publish, Rtc, Share, Transport, Vsock, Watchdog, parse_list, parse_net,
 };
 
 /// Arguments that add devices to a machine.
@@ -111,7 +110,7 @@ impl DeviceArgs {
         }
         self.networks(config);
         if self.entropy {
-            config.entropy = Some(Entropy {});
+            config.entropy.get_or_insert_default();
         }
         config.ports.extend(self.port.iter().cloned());
         if self.vsock.is_some() {

@@ -267,8 +267,14 @@ impl Config {
             let limiters = [&net.rx_rate_limiter, &net.tx_rate_limiter];
             limiters.map(|limiter| (net.iface_id.as_str(), limiter))
         });
+        let pmem = self.pmem.iter();
+        let pmem = pmem.map(|pmem| (pmem.id.as_str(), &pmem.rate_limiter));
+        let entropy = self.entropy.iter();
+        let entropy = entropy.map(|entropy| ("entropy", &entropy.rate_limiter));
         drives
             .chain(nets)
+            .chain(pmem)
+            .chain(entropy)
             .filter_map(|(id, limiter)| Some((id, limiter.as_ref()?)))
     }
 

@@ -256,13 +256,16 @@ impl Preboot {
     }
 }
 
-/// What is started of a configuration that came over the API. Network interfaces have limiters that
-/// limit nothing where none were asked for, so that limits can come later.
+/// What is started of a configuration that came over the API. Network interfaces and persistent
+/// memory have limiters that limit nothing where none were asked for, so that limits can come later.
 pub fn startable(config: &Config) -> Result<Spec, ActionError> {
     let mut config = config.clone();
     for net in &mut config.network_interfaces {
         net.rx_rate_limiter.get_or_insert_default();
         net.tx_rate_limiter.get_or_insert_default();
+    }
+    for pmem in &mut config.pmem {
+        pmem.rate_limiter.get_or_insert_default();
     }
     Ok(config.validate()?)
 }

@@ -144,21 +144,35 @@ pub fn network(
     Ok(Reply::Done)
 }
 
-/// Persistent memory has no limits.
-pub fn pmem(config: &Config, update: &PmemUpdate) -> Result<Reply, ActionError> {
-    if !config.pmem.iter().any(|pmem| pmem.id == update.id) {
-        return Err(no_device("pmem", &update.id));
-    }
-    match &update.rate_limiter {
-        None => Err(ActionError::NothingToChange {
+/// Changes the limits of persistent memory.
+pub fn pmem(
+    devices: &Devices,
+    config: &mut Config,
+    update: &PmemUpdate,
+) -> Result<Reply, ActionError> {
+    let id = &update.id;
+    let mut all = devices.list().iter();
+    let pace = all.find_map(|device| match &device.handle {
+        DeviceHandle::Pmem(handle) if device.id == *id => handle.pace(),
+        _ => None,
+    });
+    let mut settings = config.pmem.iter_mut();
+    let (Some(pmem), Some(pace)) = (settings.find(|pmem| pmem.id == *id), pace) else {
+        return Err(no_device("pmem", id));
+    };
+    let Some(update) = &update.rate_limiter else {
+        return Err(ActionError::NothingToChange {
             kind: "pmem",
-            id: update.id.clone(),
-        }),
-        Some(_) => Err(ActionError::NotYet {
-            what: "limits of persistent memory",
-            why: "does not limit its flushes",
-        }),
-    }
+            id: id.clone(),
+        });
+    };
+    let mut limits = pmem.rate_limiter.clone().unwrap_or_default();
+    let changes = changes(id, &limits, update)?;
+    pace.limiter().update(changes);
+    pace.limits_changed().map_err(|error| failed(&error))?;
+    merge(&mut limits, update);
+    pmem.rate_limiter = Some(limits);
+    Ok(Reply::Done)
 }
 
 /// Sets the balloon's size.

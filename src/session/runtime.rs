@@ -289,7 +289,7 @@ impl Runtime {
             }
             Action::PatchDrive(update) => commands::drive(devices, config, update),
             Action::PatchNetwork(update) => commands::network(devices, config, update),
-            Action::PatchPmem(update) => commands::pmem(config, update),
+            Action::PatchPmem(update) => commands::pmem(devices, config, update),
             Action::GetBalloon => match config.balloon {
                 Some(balloon) => Ok(Reply::Balloon(balloon)),
                 None => Err(no_balloon()),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use devices::counters::Values;
 use devices::virtio::registry::DeviceHandle;
 
 use crate::board::attach::Attached;
@@ -55,13 +56,25 @@ fn device(device: &Attached) -> DeviceStatistics {
     totals.insert("failures".to_owned(), failures.into());
     let mut value = |name: &str, value: u64| values.insert(name.to_owned(), value);
     let kind = match &device.handle {
-        DeviceHandle::Entropy => "entropy",
-        DeviceHandle::Block(_) => "block",
+        DeviceHandle::Entropy(entropy) => {
+            totals.extend(plain(entropy.counters()));
+            "entropy"
+        }
+        DeviceHandle::Block(block) => {
+            totals.extend(plain(block.counters()));
+            "block"
+        }
         DeviceHandle::Console(_) => "console",
-        DeviceHandle::Vsock => "vsock",
+        DeviceHandle::Vsock(vsock) => {
+            totals.extend(plain(vsock.counters()));
+            "vsock"
+        }
         DeviceHandle::Fs => "fs",
         DeviceHandle::Rtc(_) => "rtc",
-        DeviceHandle::Pmem => "pmem",
+        DeviceHandle::Pmem(pmem) => {
+            totals.extend(plain(pmem.counters()));
+            "pmem"
+        }
         DeviceHandle::Balloon(balloon) => {
             let status = balloon.status();
             value("target_bytes", u64::from(status.target_pages) * PAGE);
@@ -92,6 +105,20 @@ fn device(device: &Attached) -> DeviceStatistics {
     }
 }
 
+/// Counters without the words that only Firecracker's names have, and without those that are no sums.
+fn plain(counters: Values) -> impl Iterator<Item = (String, u64)> {
+    let sums = counters.into_iter().filter(|(name, _)| !is_bound(name));
+    sums.map(|(name, value)| {
+        let name = name.strip_suffix("_count").unwrap_or(name);
+        (name.replace('.', "_"), value)
+    })
+}
+
+/// The shortest and the longest of all are no sum.
+fn is_bound(name: &str) -> bool {
+    name.ends_with(".min_us") || name.ends_with(".max_us")
+}
+
 /// The same in the shape of Firecracker's figures, as far as those have them.
 pub fn figures(vm: &Vm) -> Figures {
     let mut figures = Figures::default();
@@ -101,18 +128,40 @@ pub fn figures(vm: &Vm) -> Figures {
         }
     }
     for device in vm.board().devices.list() {
-        let DeviceHandle::Net(net) = &device.handle else {
-            continue;
-        };
-        let own = format!("net_{}", device.id);
-        let [rx, tx] = net.traffic();
-        for group in ["net", &own] {
-            for (direction, traffic) in [("rx", &rx), ("tx", &tx)] {
-                let count = |what: &str| format!("{direction}_{what}_count");
-                figures.total(group, &count("bytes"), traffic.bytes);
-                figures.total(group, &count("packets"), traffic.frames);
+        device_figures(device, &mut figures);
+    }
+    figures
+}
+
+/// What a device counted, for all of its kind and, where there may be several, by its name.
+fn device_figures(device: &Attached, figures: &mut Figures) {
+    let (kind, values) = match &device.handle {
+        DeviceHandle::Block(block) => ("block", block.counters()),
+        DeviceHandle::Pmem(pmem) => ("pmem", pmem.counters()),
+        DeviceHandle::Vsock(vsock) => ("vsock", vsock.counters()),
+        DeviceHandle::Entropy(entropy) => ("entropy", entropy.counters()),
+        DeviceHandle::Net(net) => {
+            let [rx, tx] = net.traffic();
+            let values = vec![
+                ("rx_bytes_count", rx.bytes),
+                ("rx_packets_count", rx.frames),
+                ("tx_bytes_count", tx.bytes),
+                ("tx_packets_count", tx.frames),
+            ];
+            ("net", values)
+        }
+        _ => return,
+    };
+    let own = format!("{kind}_{}", device.id);
+    let several = matches!(kind, "block" | "pmem" | "net");
+    for (name, value) in values {
+        match (several, is_bound(name)) {
+            (false, _) => figures.total(kind, name, value),
+            (true, true) => figures.value(&own, name, value),
+            (true, false) => {
+                figures.total(kind, name, value);
+                figures.total(&own, name, value);
             }
         }
     }
-    figures
 }

@@ -23,7 +23,8 @@ enum Figure {
 }
 
 impl Figures {
-    /// A counter, since the start. What is told twice is summed up.
+    /// A counter, since the start. What is told twice is summed up. A name with a dot is one of a group in
+    /// the group.
     pub fn total(&mut self, group: &str, name: &str, value: u64) {
         let key = (group.to_owned(), name.to_owned());
         let figure = self.0.entry(key).or_insert(Figure::Total(0));
@@ -87,7 +88,15 @@ impl Metrics {
                 }
             };
             let group = groups.entry(group).or_default();
-            group.insert(name.clone(), value.into());
+            match name.split_once('.') {
+                None => drop(group.insert(name.clone(), value.into())),
+                Some((outer, inner)) => {
+                    let entry = group.entry(outer).or_insert_with(|| Map::new().into());
+                    if let Value::Object(entry) = entry {
+                        entry.insert(inner.to_owned(), value.into());
+                    }
+                }
+            }
         }
         let mut all = Map::new();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -116,6 +125,7 @@ mod tests {
             figures.total("vcpu", "exit_io_in", total);
             figures.total("vcpu", "exit_io_in", 1);
             figures.value("latencies_us", "pause_vm", 5);
+            figures.total("block", "read_agg.sum_us", total);
             figures
         };
         metrics.write(figures(10)).unwrap();
@@ -137,6 +147,7 @@ mod tests {
         };
         assert_eq!(of("/vcpu/exit_io_in"), [11, 5, 6]);
         assert_eq!(of("/latencies_us/pause_vm"), [5, 5, 5]);
+        assert_eq!(of("/block/read_agg/sum_us"), [10, 5, 6]);
         assert_eq!(of("/logger/metrics_fails"), [0, 0, 1]);
         assert!(of("/utc_timestamp_ms").iter().all(|ms| *ms > 1 << 40));
     }

@@ -340,8 +340,30 @@ fn persistent_memory_is_one_root_of_several() {
     let mut vm = vm.start();
     vm.patch("/pmem/a", json!({ "id": "a" }))
         .refused(&["nothing is to change"]);
-    vm.patch("/pmem/a", json!({ "id": "a", "rate_limiter": {} }))
-        .refused(&["cannot be had yet"]);
+    let limits = json!({ "ops": { "size": 5, "refill_time": 100, "one_time_burst": 0 } });
+    vm.patch("/pmem/a", json!({ "id": "a", "rate_limiter": limits }))
+        .done();
+    assert_eq!(
+        vm.get("/vm/config").value()["pmem"][0]["rate_limiter"],
+        limits
+    );
+    vm.patch("/pmem/b", json!({ "id": "b", "rate_limiter": limits }))
+        .refused(&["Device not found"]);
+}
+
+#[test]
+fn an_entropy_device_has_limits() {
+    let mut vm = Served::payload("serial_echo");
+    let limits = json!({ "bandwidth": { "size": 1000, "refill_time": 100, "one_time_burst": 0 } });
+    vm.put("/entropy", json!({ "rate_limiter": { "size": 1 } }))
+        .refused(&["unknown field `size`"]);
+    vm.put("/entropy", json!({ "rate_limiter": limits })).done();
+    assert_eq!(
+        vm.get("/vm/config").value()["entropy"]["rate_limiter"],
+        limits
+    );
+    let mut vm = vm.start().wait_for("ready");
+    vm.put("/entropy", json!({})).refused(&[AFTER]);
 }
 
 #[test]

@@ -291,3 +291,36 @@ fn under_firecrackers_name_it_says_firecrackers_version() {
     assert_eq!(version, json!({ "firecracker_version": "1.17.0" }));
     assert_eq!(client.ask("GET", "/", "").value()["vmm_version"], "1.17.0");
 }
+
+#[test]
+fn a_disk_has_figures_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, disk) = (dir.path().join("metrics"), dir.path().join("disk"));
+    fs::write(&disk, [0; 4096]).unwrap();
+    let mut vm = Served::with(&["--metrics-path", path.to_str().unwrap()]);
+    let kernel = common::payload("virtio_disk");
+    let boot = json!({ "kernel_image_path": kernel, "boot_args": "reads=50 log=3" });
+    vm.put("/boot-source", boot).done();
+    let drive = json!({ "drive_id": "d", "path_on_host": disk });
+    vm.put("/drives/d", drive).done();
+    vm.start().finish().exits(0);
+    let lines = lines(&path);
+    let last = lines.last().unwrap();
+    for group in ["block", "block_d"] {
+        let of = |name: &str| last[group][name].as_u64().unwrap();
+        assert!(of("read_count") > 50 && of("write_count") > 3, "{last}");
+        assert_eq!(of("read_bytes"), 512 * of("read_count"));
+        assert_eq!(of("write_bytes"), 512 * of("write_count"));
+        assert!(
+            of("flush_count") >= 3 && of("queue_event_count") > 0,
+            "{last}"
+        );
+        // It asks for a sector beyond the end.
+        assert_eq!((of("invalid_reqs_count"), of("execute_fails")), (1, 0));
+        assert!(last[group]["read_agg"]["sum_us"].is_u64());
+    }
+    let aggregate = &last["block_d"]["write_agg"];
+    let of = |name: &str| aggregate[name].as_u64().unwrap();
+    assert!(of("min_us") <= of("max_us") && of("max_us") <= of("sum_us"));
+    assert!(of("sum_us") > 0, "{last}");
+}

@@ -1,16 +1,6 @@
 //! What the service counts, under the names that Firecracker's metrics have.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// One counter.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    pub(super) fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-}
+use crate::counters::Counter;
 
 /// What happened since the start.
 #[derive(Debug, Default)]
@@ -53,7 +43,6 @@ impl Counters {
             ("connections_created", &self.connections_created),
             ("connections_destroyed", &self.connections_destroyed),
         ];
-        all.into_iter()
-            .map(|(name, counter)| (name, counter.0.load(Ordering::Relaxed)))
+        all.into_iter().map(|(name, counter)| (name, counter.get()))
     }
 }

@@ -39,7 +39,7 @@ fn devices() -> Vec<(&'static str, Make)> {
         })
     };
     vec![
-        ("entropy", make(|| DeviceConfig::Entropy)),
+        ("entropy", make(|| DeviceConfig::Entropy(None))),
         (
             "vsock",
             make(|| DeviceConfig::Vsock(VsockEnd::bind(vsock_options()).unwrap())),

@@ -20,6 +20,7 @@ pub mod limiter;
 pub mod mem;
 pub mod net;
 pub mod notifier;
+pub mod pace;
 pub mod pmem;
 mod poll;
 pub mod registry;

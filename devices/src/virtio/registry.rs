@@ -2,23 +2,26 @@
 //!
 //! A new device is its module, an arm of [`DeviceConfig`] and one of [`DeviceState`].
 
+use std::sync::Arc;
+
 use super::balloon::{Balloon, BalloonError, BalloonHandle, BalloonOptions};
 use super::block::{Block, BlockError, BlockHandle, BlockOptions, Disk};
 use super::console::{Console, ConsoleError, ConsoleHandle, ConsoleOptions};
 use super::device::{DeviceState, VirtioDevice};
-use super::entropy::{Entropy, EntropyState};
+use super::entropy::{Entropy, EntropyHandle, EntropyState};
 use super::fs::{Fs, FsError, FsOptions, FsState};
+use super::limiter::Limiter;
 use super::mem::{Mem, MemError, MemHandle, MemOptions, MemState};
 use super::net::{Net, NetError, NetHandle, NetOptions};
-use super::pmem::{Pmem, PmemError, PmemOptions};
+use super::pmem::{Pmem, PmemError, PmemHandle, PmemOptions};
 use super::rtc::{Rtc, RtcHandle, RtcOptions};
-use super::vsock::{Vsock, VsockEnd, VsockError};
+use super::vsock::{Vsock, VsockEnd, VsockError, VsockHandle};
 
 /// What a device is made of, one arm per device type.
 #[derive(Debug)]
 pub enum DeviceConfig {
-    /// Entropy source.
-    Entropy,
+    /// Entropy source, with its limits.
+    Entropy(Option<Arc<Limiter>>),
     /// Block device.
     Block(Disk, BlockOptions),
     /// Console device.
@@ -43,7 +46,7 @@ impl DeviceConfig {
     /// The type of device in a word.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Entropy => "entropy",
+            Self::Entropy(_) => "entropy",
             Self::Block(..) => "block",
             Self::Console(_) => "console",
             Self::Vsock(_) => "vsock",
@@ -60,22 +63,22 @@ impl DeviceConfig {
 /// What the VMM keeps of a device to command it, one arm per device type.
 #[derive(Clone, Debug)]
 pub enum DeviceHandle {
-    /// Entropy sources take no commands.
-    Entropy,
+    /// What it has done.
+    Entropy(EntropyHandle),
     /// Resizing and limits.
     Block(BlockHandle),
     /// Sizes and ports.
     Console(ConsoleHandle),
-    /// Socket devices take no commands.
-    Vsock,
+    /// What it has done.
+    Vsock(VsockHandle),
     /// Shared directories take no commands.
     Fs,
     /// The distance of the guest's counter.
     Rtc(RtcHandle),
     /// Target size, statistics and hints.
     Balloon(BalloonHandle),
-    /// Persistent memory takes no commands.
-    Pmem,
+    /// Limits, and what it has done.
+    Pmem(PmemHandle),
     /// How much memory is to be plugged.
     Mem(MemHandle),
     /// Traffic and limits.
@@ -91,6 +94,9 @@ pub enum BuildError {
         /// What is to be made.
         device: &'static str,
     },
+    /// An entropy device.
+    #[error("cannot create a timer for an entropy device")]
+    Entropy(#[source] std::io::Error),
     /// A block device.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -125,13 +131,15 @@ pub fn build(
     state: &DeviceState,
 ) -> Result<(Box<dyn VirtioDevice>, DeviceHandle), BuildError> {
     match config {
-        DeviceConfig::Entropy => {
+        DeviceConfig::Entropy(limiter) => {
             let state = match state {
                 DeviceState::Reset => EntropyState::default(),
                 DeviceState::Entropy(state) => *state,
                 _ => return Err(BuildError::State { device: "entropy" }),
             };
-            Ok((Box::new(Entropy::new(state)), DeviceHandle::Entropy))
+            let (entropy, handle) =
+                Entropy::limited(limiter, state).map_err(BuildError::Entropy)?;
+            Ok((Box::new(entropy), DeviceHandle::Entropy(handle)))
         }
         DeviceConfig::Block(disk, options) => {
             let state = match state {
@@ -158,7 +166,8 @@ pub fn build(
                 _ => return Err(BuildError::State { device: "vsock" }),
             };
             let vsock = Vsock::new(end, state)?;
-            Ok((Box::new(vsock), DeviceHandle::Vsock))
+            let handle = vsock.handle();
+            Ok((Box::new(vsock), DeviceHandle::Vsock(handle)))
         }
         DeviceConfig::Fs(options) => {
             let fs = match state {
@@ -192,8 +201,8 @@ pub fn build(
                 DeviceState::Pmem(state) => *state,
                 _ => return Err(BuildError::State { device: "pmem" }),
             };
-            let pmem = Pmem::new(options, state)?;
-            Ok((Box::new(pmem), DeviceHandle::Pmem))
+            let (pmem, handle) = Pmem::new(options, state)?;
+            Ok((Box::new(pmem), DeviceHandle::Pmem(handle)))
         }
         DeviceConfig::Mem(options) => {
             let (mem, handle) = match state {

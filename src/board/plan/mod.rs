@@ -142,10 +142,11 @@ pub fn plan(spec: &Spec, mmds: &Arc<Mmds>) -> Result<(Vec<Plan>, ConsoleEnds), P
         let detour = net::metadata(config, interface, mmds);
         plans.push(net::plan(interface, index, &limiters, detour)?);
     }
-    if config.entropy.is_some() {
+    if let Some(entropy) = &config.entropy {
+        let limiter = limiters.get(entropy.rate_limiter.as_ref());
         plans.push(Plan {
             id: "entropy".to_string(),
-            config: DeviceConfig::Entropy,
+            config: DeviceConfig::Entropy(limiter),
         });
     }
     if let Some(vsock) = &config.vsock {
@@ -157,7 +158,7 @@ pub fn plan(spec: &Spec, mmds: &Arc<Mmds>) -> Result<(Vec<Plan>, ConsoleEnds), P
         plans.push(memory_hotplug::plan(memory, spec, &mut addresses)?);
     }
     for pmem in &config.pmem {
-        plans.push(pmem::plan(pmem, &mut addresses)?);
+        plans.push(pmem::plan(pmem, &mut addresses, &limiters)?);
     }
     if let Some(balloon) = &config.balloon {
         plans.push(balloon::plan(balloon, spec));

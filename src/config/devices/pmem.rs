@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::RateLimiter;
+
 /// A file of the host as memory of the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -20,4 +22,7 @@ pub struct Pmem {
     /// The guest cannot write to it.
     #[serde(alias = "ro", default)]
     pub read_only: bool,
+    /// Limits of flushes, each of which counts as the whole file.
+    #[serde(alias = "rate", default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }

@@ -28,7 +28,7 @@ fn function(
     state: &PciState,
     core: VirtioState,
 ) -> (Arc<VirtioPci>, Arc<PciInterrupt>) {
-    let built = build(DeviceConfig::Entropy, &core.device);
+    let built = build(DeviceConfig::Entropy(None), &core.device);
     let (device, _) = built.expect("a saved state is valid");
     let traits = device.traits();
     let interrupt = PciInterrupt::new(Arc::new(Messages), None, &traits, state);

@@ -5,6 +5,7 @@
 //! driver that flushes is on the disk; a driver that does not know flushes gets every write
 //! synchronously (section 5.2.6.2). All requests under way are finished before queues leave.
 
+mod counters;
 mod disk;
 pub(super) mod lock;
 mod options;
@@ -33,6 +34,7 @@ use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use self::counters::Counters;
 pub use self::disk::{Cache, Disk, DiskError, DiskOptions, Format, SECTOR};
 pub use self::lock::Holder;
 pub use self::options::{BlockError, BlockOptions, BlockState, EngineKind, MAX_QUEUES};
@@ -43,6 +45,7 @@ use self::uring::{Finished, Ring, Rings};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Chain, Io, total, write_at};
 use super::limiter::{Limiter, LimiterConfig};
+use crate::counters::Values;
 
 /// The timer's source; those of rings have their queue's index.
 const TIMER: u32 = 1 << 16;
@@ -90,6 +93,7 @@ pub struct Block {
     wake: Arc<EventFd>,
     new_limits: Arc<AtomicBool>,
     errors: u32,
+    counters: Arc<Counters>,
 }
 
 /// The side of a block device that the VMM keeps.
@@ -100,13 +104,20 @@ pub struct BlockHandle {
     limiter: Arc<OnceLock<Arc<Limiter>>>,
     wake: Arc<EventFd>,
     new_limits: Arc<AtomicBool>,
+    counters: Arc<Counters>,
 }
 
 impl BlockHandle {
+    /// What the device has done.
+    pub fn counters(&self) -> Values {
+        self.counters.values()
+    }
+
     /// Looks at the disk's size again, and tells the driver of a new one. Returns it in sectors.
     pub fn resize(&self) -> io::Result<u64> {
         let sectors = self.disk.sectors()?;
         if self.space.resize(sectors) {
+            self.counters.updates.one();
             self.wake.write(1)?;
         }
         Ok(sectors)
@@ -183,6 +194,7 @@ impl Block {
             limiter: Arc::new(limiter.map_or_else(OnceLock::new, OnceLock::from)),
             wake: Arc::new(wake),
             new_limits: Arc::default(),
+            counters: Arc::default(),
         };
         // The disk may have another size than the saved driver knows.
         handle.resize().map_err(host("find the size of the disk"))?;
@@ -198,6 +210,7 @@ impl Block {
             wake: Arc::clone(&handle.wake),
             new_limits: Arc::clone(&handle.new_limits),
             errors: 0,
+            counters: Arc::clone(&handle.counters),
         };
         Ok((block, handle))
     }
@@ -271,6 +284,7 @@ impl Block {
                     let limiter = self.limiter.get();
                     let at = limiter.and_then(|l| l.charge(Instant::now(), request.bytes()));
                     if let Some(at) = at {
+                        self.counters.throttled.one();
                         let held = Held { chain, request, at };
                         return self.hold(queue, held, io).map(|()| Taken::All);
                     }
@@ -316,7 +330,10 @@ impl Block {
     ) -> Result<(), DeviceError> {
         let ram = io.share_ram();
         let task = match request {
-            Request::Refused(status) => return answer(io, chain, status, 0),
+            Request::Refused(status) => {
+                self.counters.invalid.one();
+                return answer(io, chain, status, 0);
+            }
             Request::Id => {
                 // The status comes last, whatever room there is.
                 let room = total(chain.writable()) - 1;
@@ -325,6 +342,7 @@ impl Block {
                 return answer(io, chain, Status::Ok, written as u64);
             }
             Request::Flush if self.disk.cache() == Cache::Unsafe => {
+                self.counters.flushes.one();
                 return answer(io, chain, Status::Ok, 0);
             }
             Request::Flush => Task::control(chain, Op::Flush, ram),
@@ -407,6 +425,7 @@ impl Block {
                 log::warn!("disk {path:?}: {error}; the guest gets an I/O error");
             }
         }
+        self.counters.ended(&task, status);
         let produced = match status {
             Status::Ok => task.produced,
             Status::IoError | Status::Unsupported => 0,
@@ -471,6 +490,7 @@ impl VirtioDevice for Block {
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.counters.queue_events.one();
         self.process(queue, io)
     }
 

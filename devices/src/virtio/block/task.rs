@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::request::{HEADER, Range, Status};
 use crate::virtio::GuestRam;
@@ -55,6 +56,8 @@ pub(super) struct Task {
     pub left: u64,
     /// Bytes in all, for the account of what is under way.
     pub weight: u64,
+    /// When a transfer began.
+    pub begun: Option<Instant>,
     buffers: Buffers,
     retries: u32,
     /// Keeps the buffers mapped.
@@ -111,6 +114,7 @@ impl Task {
             offset,
             left: len,
             weight: len,
+            begun: Some(Instant::now()),
             buffers: Buffers { iovecs, next: 0 },
             retries: 0,
             ram,
@@ -126,6 +130,7 @@ impl Task {
             offset: 0,
             left: 0,
             weight: 0,
+            begun: None,
             buffers: Buffers::default(),
             retries: 0,
             ram,

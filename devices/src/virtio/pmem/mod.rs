@@ -18,8 +18,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
 pub use self::file::{ALIGN, Mapping};
 use super::block::Holder;
-use super::device::{ConfigSpace, DeviceError, DeviceState, Traits, VirtioDevice, read_config};
+use super::device::{
+    ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice, read_config,
+};
 use super::io::{Chain, Io, read_at, total, write_at};
+use super::limiter::Limiter;
+use super::pace::{Pace, PaceHandle};
+use crate::counters::{Counter, Values};
 
 /// Size of the one queue.
 const QUEUE_SIZE: u16 = 64;
@@ -98,14 +103,19 @@ pub struct PmemOptions {
     pub mapping: Arc<Mapping>,
     /// Guest physical address, a multiple of [`ALIGN`].
     pub address: u64,
+    /// Limits of flushes, each of which counts as the whole file.
+    pub limiter: Option<Arc<Limiter>>,
 }
 
 impl PmemOptions {
     /// Opens, locks and maps a file, which is to be at `address` once that is known.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, PmemError> {
         let mapping = Arc::new(Mapping::open(path, read_only)?);
-        let address = 0;
-        Ok(Self { mapping, address })
+        Ok(Self {
+            mapping,
+            address: 0,
+            limiter: None,
+        })
     }
 
     fn place(&self) -> PmemPlace {
@@ -136,23 +146,74 @@ pub struct PmemPlace {
 #[derive(Debug)]
 pub struct Pmem {
     options: PmemOptions,
+    pace: Option<Pace>,
+    counters: Arc<Counters>,
     failures: u32,
 }
 
+/// What a persistent memory has done.
+#[derive(Debug, Default)]
+struct Counters {
+    queue_event_count: Counter,
+    throttled: Counter,
+}
+
+/// The side of a persistent memory that the VMM keeps.
+#[derive(Clone, Debug)]
+pub struct PmemHandle {
+    pace: Option<PaceHandle>,
+    counters: Arc<Counters>,
+}
+
+impl PmemHandle {
+    /// The limits, where there are any.
+    pub fn pace(&self) -> Option<&PaceHandle> {
+        self.pace.as_ref()
+    }
+
+    /// What the device has done.
+    pub fn counters(&self) -> Values {
+        vec![
+            ("queue_event_count", self.counters.queue_event_count.get()),
+            (
+                "rate_limiter_throttled_events",
+                self.counters.throttled.get(),
+            ),
+        ]
+    }
+}
+
 impl Pmem {
-    /// Makes the device.
+    /// Makes the device and its handle.
     ///
     /// # Errors
-    /// A saved state of another size or place.
-    pub fn new(options: PmemOptions, state: PmemState) -> Result<Self, PmemError> {
+    /// A saved state of another size or place; no timer.
+    pub fn new(options: PmemOptions, state: PmemState) -> Result<(Self, PmemHandle), PmemError> {
         let now = options.place();
         if let Some(saved) = state.place.filter(|saved| *saved != now) {
             let path = options.mapping.path().to_path_buf();
             return Err(PmemError::Place { path, saved, now });
         }
         options.mapping.warn_of_tail();
-        let failures = 0;
-        Ok(Self { options, failures })
+        let limits = options.limiter.clone().map(Pace::new).transpose();
+        let (pace, pace_handle) = limits
+            .map_err(|source| PmemError::Host {
+                path: options.mapping.path().to_path_buf(),
+                what: "create a timer for",
+                source,
+            })?
+            .unzip();
+        let handle = PmemHandle {
+            pace: pace_handle,
+            counters: Arc::default(),
+        };
+        let pmem = Self {
+            options,
+            pace,
+            counters: Arc::clone(&handle.counters),
+            failures: 0,
+        };
+        Ok((pmem, handle))
     }
 
     fn flush(&mut self) -> u32 {
@@ -193,7 +254,23 @@ impl VirtioDevice for Pmem {
         Arc::new(Place([address, len]))
     }
 
+    fn sources(&self) -> Vec<Source> {
+        self.pace.iter().flat_map(Pace::sources).collect()
+    }
+
+    fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let pace = self.pace.as_mut();
+        pace.map_or(Ok(()), |pace| pace.on_source(token))?;
+        self.on_queue(0, io)
+    }
+
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.counters.queue_event_count.one();
+        if let Some(pace) = &mut self.pace
+            && pace.must_wait(&self.counters.throttled)?
+        {
+            return Ok(());
+        }
         let mut flushes: Vec<Chain> = Vec::new();
         while let Some(chain) = io.pop(queue)? {
             let mut request = [0; WORD];
@@ -210,6 +287,9 @@ impl VirtioDevice for Pmem {
             return Ok(());
         }
         let result = self.flush();
+        if let Some(pace) = &mut self.pace {
+            pace.charge(self.options.mapping.len());
+        }
         for chain in flushes {
             answer(chain, result, io)?;
         }

@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt;
 use super::*;
 use crate::virtio::core::{NEEDS_RESET, Reg};
 use crate::virtio::driver::{Rig, TRANSPORTS, Transport, Vq};
+use crate::virtio::limiter::{BucketConfig, LimiterConfig};
 use vm_memory::{Bytes, GuestAddress};
 
 const DATA: u64 = 0x8000;
@@ -63,7 +64,7 @@ fn the_file_is_the_memory() {
     write(&mapping, 5, 9);
     let rig = Rig::new(
         Transport::Mmio,
-        Box::new(Pmem::new(options, PmemState::default()).unwrap()),
+        Box::new(Pmem::new(options, PmemState::default()).unwrap().0),
     );
     let mut vqs = rig.start(None);
     assert_eq!(request(&rig, &mut vqs[0], FLUSH), OK);
@@ -75,7 +76,7 @@ fn the_file_is_the_memory() {
 #[test]
 fn the_guest_finds_it() {
     for transport in TRANSPORTS {
-        let pmem = Pmem::new(options(1, true), PmemState::default()).unwrap();
+        let pmem = Pmem::new(options(1, true), PmemState::default()).unwrap().0;
         let rig = Rig::new(transport, Box::new(pmem));
         let mut data = [0; 16];
         rig.port.read_config(0, &mut data);
@@ -91,7 +92,9 @@ fn requests_without_room_for_an_answer_stop_the_device() {
         vec![(DATA, 4, false), (DATA + 8, 3, true)],
         vec![(DATA, 4, false)],
     ] {
-        let pmem = Pmem::new(options(1, false), PmemState::default()).unwrap();
+        let pmem = Pmem::new(options(1, false), PmemState::default())
+            .unwrap()
+            .0;
         let rig = Rig::new(Transport::Mmio, Box::new(pmem));
         let mut vqs = rig.start(None);
         vqs[0].add(&buffers);
@@ -121,7 +124,7 @@ fn a_file_that_becomes_shorter_reads_zeros_from_there() {
     // What was written is not all kept, and the guest is told so.
     let rig = Rig::new(
         Transport::Mmio,
-        Box::new(Pmem::new(options, PmemState::default()).unwrap()),
+        Box::new(Pmem::new(options, PmemState::default()).unwrap().0),
     );
     let mut vqs = rig.start(None);
     assert_eq!(request(&rig, &mut vqs[0], FLUSH), FAILED);
@@ -136,7 +139,7 @@ fn a_flush_of_a_shorter_file_fails_before_anyone_meets_its_end() {
     let options = PmemOptions::open(&path, false).unwrap();
     let rig = Rig::new(
         Transport::Mmio,
-        Box::new(Pmem::new(options, PmemState::default()).unwrap()),
+        Box::new(Pmem::new(options, PmemState::default()).unwrap().0),
     );
     let mut vqs = rig.start(None);
     assert_eq!(request(&rig, &mut vqs[0], FLUSH), OK);
@@ -170,4 +173,41 @@ fn files_that_cannot_be_memory() {
     let mut byte = [0];
     file.read_exact_at(&mut byte, 0).unwrap();
     assert_eq!(byte, [b'x']);
+}
+
+#[test]
+fn flushes_wait_for_their_limits_and_for_new_ones() {
+    let limits = LimiterConfig {
+        ops: Some(BucketConfig {
+            size: 1,
+            refill_time: 3_600_000,
+            one_time_burst: 0,
+        }),
+        bandwidth: None,
+    };
+    let options = PmemOptions {
+        limiter: Some(Arc::new(Limiter::new(limits))),
+        ..options(1, false)
+    };
+    let (pmem, handle) = Pmem::new(options, PmemState::default()).unwrap();
+    let rig = Rig::new(Transport::Mmio, Box::new(pmem));
+    let mut vqs = rig.start(None);
+    assert_eq!(request(&rig, &mut vqs[0], FLUSH), OK);
+    assert_eq!(
+        request(&rig, &mut vqs[0], FLUSH),
+        OK,
+        "the debt comes after it"
+    );
+    rig.ram.write_obj(FLUSH, GuestAddress(DATA)).unwrap();
+    vqs[0].add(&[(DATA, 4, false), (DATA + 8, 4, true)]);
+    rig.kick(&vqs[0]);
+    rig.run(20);
+    assert!(vqs[0].used().is_empty());
+    let throttled = ("rate_limiter_throttled_events", 1);
+    assert_eq!(handle.counters()[1], throttled);
+    let pace = handle.pace().unwrap();
+    pace.limiter().set(LimiterConfig::default());
+    pace.limits_changed().unwrap();
+    rig.run(20);
+    assert_eq!(vqs[0].used().len(), 1);
 }

@@ -24,13 +24,14 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use self::conn::Packet;
 use self::event::Reset;
-use self::mux::{Mux, TIMER};
+use self::mux::{Counters, Mux, TIMER};
 use self::packet::Header;
 use super::device::{
     ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice, read_config,
 };
 use super::io::Io;
 use super::uds::{ListenError, Listener, MAX_PATH, SocketType};
+use crate::counters::Values;
 
 /// Size of the queues.
 const QUEUE_SIZE: u16 = 256;
@@ -176,6 +177,28 @@ impl VsockEnd {
     }
 }
 
+/// The side of a socket device that the VMM keeps.
+#[derive(Clone, Debug)]
+pub struct VsockHandle(Arc<Counters>);
+
+impl VsockHandle {
+    /// What the device has done.
+    pub fn counters(&self) -> Values {
+        let all = [
+            ("rx_queue_event_count", &self.0.rx_queue_event_count),
+            ("tx_queue_event_count", &self.0.tx_queue_event_count),
+            ("rx_bytes_count", &self.0.rx_bytes_count),
+            ("tx_bytes_count", &self.0.tx_bytes_count),
+            ("rx_packets_count", &self.0.rx_packets_count),
+            ("tx_packets_count", &self.0.tx_packets_count),
+            ("conns_added", &self.0.conns_added),
+            ("conns_killed", &self.0.conns_killed),
+            ("conns_removed", &self.0.conns_removed),
+        ];
+        all.map(|(name, counter)| (name, counter.get())).into()
+    }
+}
+
 impl Vsock {
     /// Makes the device on the sockets of `end`.
     pub fn new(end: VsockEnd, state: VsockState) -> Result<Self, VsockError> {
@@ -206,11 +229,19 @@ impl Vsock {
         })
     }
 
+    /// The side of the device that the VMM keeps.
+    pub fn handle(&self) -> VsockHandle {
+        VsockHandle(Arc::clone(self.mux.counters()))
+    }
+
     fn take_packets(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let seqpacket = self.seqpacket && io.has(F_SEQPACKET);
         while let Some(chain) = io.pop(TX)? {
             let ram = io.ram();
             if let Some(header) = Header::read(ram, &chain)? {
+                let counters = self.mux.counters();
+                counters.tx_packets_count.one();
+                counters.tx_bytes_count.add(header.len.into());
                 let packet = Packet {
                     header,
                     ram,
@@ -264,6 +295,12 @@ impl VirtioDevice for Vsock {
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         self.reset.proceed(EVENT, io)?;
+        let counters = self.mux.counters();
+        match queue {
+            TX => counters.tx_queue_event_count.one(),
+            RX => counters.rx_queue_event_count.one(),
+            _ => {}
+        }
         match queue {
             TX => self.take_packets(io)?,
             EVENT => {}

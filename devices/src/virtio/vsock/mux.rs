@@ -7,11 +7,13 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::conn::{Conn, Packet, Produced, State, Verdict};
 use super::host::{grow, read_connect};
 use super::packet::{HEADER, HOST_CID, Header, Kind, op};
+use crate::counters::Counter;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Io, total};
 use crate::virtio::iovecs::would_block;
@@ -103,6 +105,21 @@ pub struct Mux {
     next_handshake: u32,
     /// Clients wait to be accepted.
     waiting: bool,
+    counters: Arc<Counters>,
+}
+
+/// What a socket device has done.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub rx_queue_event_count: Counter,
+    pub tx_queue_event_count: Counter,
+    pub rx_bytes_count: Counter,
+    pub tx_bytes_count: Counter,
+    pub rx_packets_count: Counter,
+    pub tx_packets_count: Counter,
+    pub conns_added: Counter,
+    pub conns_killed: Counter,
+    pub conns_removed: Counter,
 }
 
 impl Mux {
@@ -127,6 +144,7 @@ impl Mux {
             next_port: 0,
             next_handshake: 0,
             waiting: false,
+            counters: Arc::default(),
         })
     }
 
@@ -136,6 +154,11 @@ impl Mux {
         conns.filter(|c| c.state != State::Draining).count()
     }
 
+    /// What happened.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
     /// Whether the guest has connections.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -143,6 +166,8 @@ impl Mux {
 
     /// Drops all connections, and says nothing.
     pub fn clear(&mut self) {
+        let gone = self.conns.len() as u64;
+        self.counters.conns_removed.add(gone);
         self.conns.clear();
         self.handshakes.clear();
         self.ready.clear();
@@ -231,6 +256,7 @@ impl Mux {
         self.memory += conn.cost;
         let key = key(ports.0, ports.1);
         self.conns.insert(key, conn);
+        self.counters.conns_added.one();
         key
     }
 
@@ -322,6 +348,10 @@ impl Mux {
                 }
                 self.set_deadline(key, None);
                 self.conns.remove(&key);
+                self.counters.conns_removed.one();
+                if verdict == Verdict::Reset {
+                    self.counters.conns_killed.one();
+                }
                 if let Some(reset) = reset {
                     self.reset(reset);
                 }
@@ -473,6 +503,7 @@ impl Mux {
             }
             if let Some(reset) = self.resets.pop_front() {
                 reset.write(ram, &chain)?;
+                self.counters.rx_packets_count.one();
                 io.complete(chain, HEADER as u32)?;
                 continue;
             }
@@ -484,7 +515,12 @@ impl Mux {
             conn.queued = false;
             let (produced, verdict) = conn.produce(ram, &chain)?;
             match produced {
-                Produced::Packet(len) => io.complete(chain, len)?,
+                Produced::Packet(len) => {
+                    let bytes = u64::from(len).saturating_sub(HEADER);
+                    self.counters.rx_packets_count.one();
+                    self.counters.rx_bytes_count.add(bytes);
+                    io.complete(chain, len)?;
+                }
                 // A buffer for a header only would be taken again and again.
                 Produced::Nothing if total(chain.writable()) == HEADER => io.complete(chain, 0)?,
                 Produced::Nothing => spare = Some(chain),

@@ -43,7 +43,7 @@ fn fresh() -> PathBuf {
 
 /// Entropy device.
 pub fn entropy(data: &[u8]) {
-    let make = |state: &DeviceState| made(DeviceConfig::Entropy, state);
+    let make = |state: &DeviceState| made(DeviceConfig::Entropy(None), state);
     drive(&make, &mut |_| (), Input(data));
 }
 

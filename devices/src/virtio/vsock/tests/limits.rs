@@ -150,3 +150,23 @@ fn a_listener_with_many_waiting_is_tried_again() {
     assert_eq!(answers, [op::RESPONSE, op::RESPONSE]);
     assert_eq!(wait(&mut guest), [op::RST]);
 }
+
+#[test]
+fn what_passes_is_counted() {
+    let options = options();
+    let path = options.path.clone();
+    let vsock = made(options, VsockState::default()).unwrap();
+    let handle = vsock.handle();
+    let mut guest = Guest::with(path, vsock);
+    let (mut stream, ports) = guest.accept(9);
+    stream.write_all(b"12345").unwrap();
+    assert_eq!(guest.packet().1, b"12345");
+    guest.data(ports, b"123");
+    guest.op(op::RST, ports);
+    let counted = handle.counters();
+    let of = |name: &str| counted.iter().find(|(one, _)| *one == name).unwrap().1;
+    assert_eq!((of("rx_packets_count"), of("rx_bytes_count")), (2, 5));
+    assert_eq!((of("tx_packets_count"), of("tx_bytes_count")), (3, 3));
+    assert_eq!((of("conns_added"), of("conns_removed")), (1, 1));
+    assert_eq!(of("conns_killed"), 0);
+}

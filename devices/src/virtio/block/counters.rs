@@ -1,0 +1,79 @@
+//! What a block device counts.
+
+use std::time::Instant;
+
+use super::request::Status;
+use super::task::{Op, Task};
+use crate::counters::{Counter, Latency, Values};
+
+/// What a block device has done.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    /// Requests that are none.
+    pub invalid: Counter,
+    /// Requests that the host failed at.
+    pub failed: Counter,
+    pub flushes: Counter,
+    pub queue_events: Counter,
+    /// Requests that waited for the limits.
+    pub throttled: Counter,
+    /// New sizes.
+    pub updates: Counter,
+    reads: Transfers,
+    writes: Transfers,
+}
+
+#[derive(Debug, Default)]
+struct Transfers {
+    count: Counter,
+    bytes: Counter,
+    latency: Latency,
+}
+
+impl Transfers {
+    fn note(&self, task: &Task) {
+        self.count.one();
+        self.bytes.add(task.weight);
+        self.latency.note(
+            task.begun
+                .map_or_else(Default::default, |begun: Instant| begun.elapsed()),
+        );
+    }
+}
+
+impl Counters {
+    /// A task has come to its end.
+    pub fn ended(&self, task: &Task, status: Status) {
+        match (status, &task.op) {
+            (Status::IoError | Status::Unsupported, _) => self.failed.one(),
+            (Status::Ok, Op::Read) => self.reads.note(task),
+            (Status::Ok, Op::Write { .. }) => self.writes.note(task),
+            (Status::Ok, Op::Flush) => self.flushes.one(),
+            (Status::Ok, Op::Discard(_) | Op::Zero { .. }) => {}
+        }
+    }
+
+    /// All of them.
+    pub fn values(&self) -> Values {
+        let [read_sum, read_min, read_max] = self.reads.latency.get();
+        let [write_sum, write_min, write_max] = self.writes.latency.get();
+        vec![
+            ("invalid_reqs_count", self.invalid.get()),
+            ("execute_fails", self.failed.get()),
+            ("flush_count", self.flushes.get()),
+            ("queue_event_count", self.queue_events.get()),
+            ("rate_limiter_throttled_events", self.throttled.get()),
+            ("update_count", self.updates.get()),
+            ("read_bytes", self.reads.bytes.get()),
+            ("read_count", self.reads.count.get()),
+            ("write_bytes", self.writes.bytes.get()),
+            ("write_count", self.writes.count.get()),
+            ("read_agg.sum_us", read_sum),
+            ("read_agg.min_us", read_min),
+            ("read_agg.max_us", read_max),
+            ("write_agg.sum_us", write_sum),
+            ("write_agg.min_us", write_min),
+            ("write_agg.max_us", write_max),
+        ]
+    }
+}
