@@ -4,6 +4,7 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
+use super::vcpu::get_cpuid;
 use super::{Feature, MissingFeatures, StateError, VcpuState};
 use crate::cpuid::CpuidError;
 
@@ -36,8 +37,7 @@ impl<'a> HostCpuid<'a> {
         let vcpu = self.kvm?.create_vm().ok()?.create_vcpu(0).ok()?;
         let supported = CpuId::from_entries(&self.supported).ok()?;
         vcpu.set_cpuid2(&supported).ok()?;
-        let given = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ok()?;
-        Some(given.as_slice().to_vec())
+        get_cpuid(&vcpu).ok()
     }
 
     #[cfg(test)]

@@ -87,9 +87,6 @@ impl VcpuState {
         // The deadline before the local APIC: a timer that expires in between is then in both, and
         // rather fires twice than never.
         let (tsc, msrs) = save_msrs(fd, index, context)?;
-        let cpuid = fd
-            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("KVM_GET_CPUID2"))?;
         let xcrs = if context.xcrs {
             fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?
         } else {
@@ -97,7 +94,7 @@ impl VcpuState {
         };
         Ok(Self {
             index,
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: get_cpuid(fd).map_err(failed("KVM_GET_CPUID2"))?,
             tsc,
             mp_state,
             events,
@@ -259,6 +256,18 @@ fn failed(vcpu: u16, ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> S
         ioctl,
         source,
     }
+}
+
+/// What the vCPU's CPUID instruction answers.
+pub(super) fn get_cpuid(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Error> {
+    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)?;
+    let mut entries = cpuid.as_slice().to_vec();
+    // KVM before Linux 6.8 does not say how many there are. No real one is all zero: leaf 0 is not.
+    while entries
+        .pop_if(|last| last.as_bytes().iter().all(|b| *b == 0))
+        .is_some()
+    {}
+    Ok(entries)
 }
 
 /// An empty extended state of this many bytes, rounded up to four.
