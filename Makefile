@@ -3,6 +3,7 @@
 TARGET := x86_64-unknown-linux-gnu
 BULLE := target/$(TARGET)/release/bulle
 PREFIX ?= /usr/local
+SHARE := $(PREFIX)/share
 COMMAND ?= uname -a
 
 # Statically linked: a dynamic loader takes longer than bulle takes to enter a guest.
@@ -34,10 +35,16 @@ bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths), and I
 	@$(MAKE) --no-print-directory build
 	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench clone --bench io
 
-install: build ## Install the binary below PREFIX (/usr/local), and links of the names firecracker and jailer
+install: build ## Install below PREFIX (/usr/local): the binary, links named firecracker and jailer, man pages, completions
 	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle
 	ln -sf bulle $(DESTDIR)$(PREFIX)/bin/firecracker
 	ln -sf bulle $(DESTDIR)$(PREFIX)/bin/jailer
+	install -d $(DESTDIR)$(SHARE)/man/man1 $(DESTDIR)$(SHARE)/bash-completion/completions \
+		$(DESTDIR)$(SHARE)/zsh/site-functions $(DESTDIR)$(SHARE)/fish/vendor_completions.d
+	$(BULLE) man $(DESTDIR)$(SHARE)/man/man1
+	$(BULLE) completion bash > $(DESTDIR)$(SHARE)/bash-completion/completions/bulle
+	$(BULLE) completion zsh > $(DESTDIR)$(SHARE)/zsh/site-functions/_bulle
+	$(BULLE) completion fish > $(DESTDIR)$(SHARE)/fish/vendor_completions.d/bulle.fish
 
 setup: ## Install what is missing for all of these
 	@tests/setup all

@@ -87,6 +87,8 @@ pub struct LastLines {
     ring: VecDeque<u8>,
     capacity: usize,
     cut: bool,
+    /// Bytes so far, with those that are dropped.
+    total: u64,
 }
 
 impl LastLines {
@@ -96,11 +98,22 @@ impl LastLines {
             ring: VecDeque::new(),
             capacity,
             cut: false,
+            total: 0,
         }
+    }
+
+    /// What came from `position` on, counted in bytes since the beginning, and how many of those bytes are
+    /// dropped already.
+    pub fn since(&self, position: u64) -> (Vec<u8>, u64) {
+        let first = self.total - self.ring.len() as u64;
+        let dropped = first.saturating_sub(position);
+        let at = usize::try_from(position.saturating_sub(first)).unwrap_or(usize::MAX);
+        (self.ring.iter().skip(at).copied().collect(), dropped)
     }
 
     /// Takes console output.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.total += bytes.len() as u64;
         let kept = bytes
             .get(bytes.len().saturating_sub(self.capacity)..)
             .unwrap_or_default();

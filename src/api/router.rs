@@ -12,6 +12,9 @@ use super::routes::{METRICS, ROUTES, Route};
 use crate::config::MachineUpdate;
 use crate::control::{Action, Reply};
 
+/// Content type of plain text.
+const TEXT: &str = "text/plain; charset=utf-8";
+
 /// Where in [`ROUTES`] the endpoint is that `request` is for.
 pub fn find(request: &Request) -> Result<usize, ApiError> {
     let path: Vec<_> = segments(&request.path).collect();
@@ -162,6 +165,7 @@ pub fn respond(reply: &Reply) -> Result<Response, ApiError> {
         Reply::Metadata(Value::Null) => "{}".to_owned(),
         Reply::Metadata(document) => document.to_string(),
         Reply::MemoryHotplug(status) => serde_json::to_string(status)?,
+        Reply::Text(text) => return Ok(Response::text(TEXT, text.clone())),
         Reply::Stream(stream) => return Ok(Response::stream(stream.content_type)),
         Reply::Vm(statistics) => serde_json::to_string(statistics)?,
     };

@@ -39,6 +39,8 @@ pub const ROUTES: &[Route] = &[
     route(Get, "/version", |_| Ok(Action::Version)),
     route(Get, "/vm/config", |_| Ok(Action::GetConfig)),
     route(Get, "/vm/statistics", |_| Ok(Action::GetStatistics)),
+    route(Get, "/console", |_| Ok(Action::ReadConsole)),
+    route(Get, "/console/log", |_| Ok(Action::GetLog)),
     route(Get, "/events", |_| Ok(Action::Listen)),
     route(Get, METRICS, |_| Ok(Action::GetStatistics)),
     route(Patch, "/vm", vm),

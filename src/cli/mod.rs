@@ -2,12 +2,16 @@
 
 mod api;
 mod caller;
+mod completion;
+mod console;
 mod devices;
 mod firecracker;
 mod inspect;
 mod jailer;
 mod kernel;
 mod kill;
+mod logs;
+mod man;
 mod memory;
 mod metadata;
 mod pause;
@@ -15,6 +19,7 @@ mod ps;
 mod run;
 mod share;
 mod snapshot;
+mod stats;
 mod stop;
 mod table;
 mod target;
@@ -56,8 +61,19 @@ enum Command {
     Snapshot(Box<snapshot::SnapshotArgs>),
     /// Have guests switch themselves off, and kill those that do not
     Stop(stop::StopArgs),
+    /// Print what a guest wrote to its console
+    Logs(logs::LogsArgs),
+    /// Attach to a guest's console
+    Console(console::ConsoleArgs),
+    /// Print what microVMs take and do
+    Stats(stats::StatsArgs),
     /// End microVMs at once, or send their processes another signal
     Kill(kill::KillArgs),
+    /// Print a script that completes bulle's arguments in a shell
+    Completion(completion::CompletionArgs),
+    /// Write manual pages
+    #[command(hide = true)]
+    Man(man::ManArgs),
 }
 
 /// Parses the process's arguments, runs the command and says with which code to exit. Errors are
@@ -98,6 +114,11 @@ impl Command {
             Self::Snapshot(args) => snapshot::run(*args),
             Self::Stop(args) => stop::run(&args),
             Self::Kill(args) => kill::run(&args),
+            Self::Logs(args) => logs::run(&args),
+            Self::Console(args) => console::run(&args),
+            Self::Stats(args) => stats::run(&args),
+            Self::Completion(args) => completion::run(&args),
+            Self::Man(args) => man::run(&args),
         }
     }
 }

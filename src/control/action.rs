@@ -23,6 +23,10 @@ pub enum Action {
     GetStatistics,
     /// Listens to what happens to it from now on.
     Listen,
+    /// Reads the guest's console, from what is kept of it on, and types into it.
+    ReadConsole,
+    /// What is kept of the guest's console.
+    GetLog,
     /// Processors and memory.
     GetMachine,
     /// Sets processors and memory.

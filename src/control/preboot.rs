@@ -143,6 +143,8 @@ impl Preboot {
             | Action::LoadSnapshot(_)
             | Action::FlushMetrics
             | Action::Listen
+            | Action::ReadConsole
+            | Action::GetLog
             | Action::SendCtrlAltDel
             | Action::Shutdown
             | Action::Pause

@@ -30,6 +30,8 @@ pub enum Reply {
     MemoryHotplug(MemoryHotplugStatus),
     /// What the microVM has done so far.
     Vm(Box<VmStatistics>),
+    /// Plain text.
+    Text(String),
     /// An answer that goes on.
     Stream(Stream),
     /// The metadata; null where there are none.

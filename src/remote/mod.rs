@@ -2,12 +2,17 @@
 //!
 //! One request at a time, answered within [`PATIENCE`]; nothing is kept of an answer beyond [`MAX_ANSWER`] bytes.
 
+mod stream;
+
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+pub use stream::{Heard, RemoteStream};
 
 use crate::registry::Entry;
 
@@ -136,7 +141,32 @@ impl Remote {
     /// As [`ask`](Self::ask), for what is answered with JSON.
     pub fn get(&mut self, path: &str) -> Result<Value, RemoteError> {
         let body = self.ask("GET", path, "")?;
-        serde_json::from_slice(&body).map_err(|_| self.strange("no JSON"))
+        self.parse(&body)
+    }
+
+    /// An answer, as JSON.
+    pub fn parse<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, RemoteError> {
+        serde_json::from_slice(body).map_err(|_| self.strange("no JSON"))
+    }
+
+    /// Asks for what is answered with a stream, which goes on until either side ends it.
+    pub fn stream(
+        mut self,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> Result<RemoteStream, RemoteError> {
+        let answered = self.request(method, path, body).and_then(|()| self.head());
+        let (status, length) =
+            answered.map_err(|error| failed(&self.name, self.patience, error))?;
+        if status != 200 {
+            let mut body = vec![0; length.unwrap_or(0)];
+            let read = self.stream.read_exact(&mut body);
+            read.map_err(|error| failed(&self.name, self.patience, error))?;
+            return Err(self.refusal(&body));
+        }
+        let (name, patience) = (self.name.clone(), self.patience);
+        RemoteStream::new(self.name, self.stream).map_err(|error| failed(&name, patience, error))
     }
 
     /// As [`ask`](Self::ask), for an action.
@@ -169,17 +199,21 @@ impl Remote {
     }
 
     fn exchange(&mut self, method: &str, path: &str, body: &str) -> io::Result<(u16, Vec<u8>)> {
+        self.request(method, path, body)?;
+        let (status, length) = self.head()?;
+        let mut body = vec![0; length.unwrap_or(0)];
+        self.stream.read_exact(&mut body)?;
+        Ok((status, body))
+    }
+
+    fn request(&mut self, method: &str, path: &str, body: &str) -> io::Result<()> {
         self.stream.set_write_timeout(Some(self.patience))?;
         self.stream.set_read_timeout(Some(self.patience))?;
         let length = body.len();
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"
         );
-        self.stream.write_all(request.as_bytes())?;
-        let (status, length) = self.head()?;
-        let mut body = vec![0; length.unwrap_or(0)];
-        self.stream.read_exact(&mut body)?;
-        Ok((status, body))
+        self.stream.write_all(request.as_bytes())
     }
 
     /// Reads the head of an answer: its status, and the length of what follows, where that is said.

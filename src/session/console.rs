@@ -19,8 +19,8 @@ use devices::virtio::limiter::Limiter;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Bytes of console kept for reports.
-const KEPT: usize = 16 * 1024;
+/// Bytes of console kept for reports and later readers: a kernel's messages at boot fit.
+pub const KEPT: usize = 64 * 1024;
 /// Lines of it that a report shows: a kernel's oops with its stack fits.
 const SHOWN: usize = 60;
 
@@ -104,17 +104,24 @@ pub struct ConsoleTap {
     ended: AtomicBool,
     closing: AtomicBool,
     event: EventFd,
+    /// Somebody reads along.
+    followed: AtomicBool,
+    /// Written at output while somebody does.
+    output: EventFd,
 }
 
 impl ConsoleTap {
-    /// `event` is written when a panic is noticed and again when its text is complete.
-    pub fn new(event: EventFd) -> Arc<Self> {
+    /// `event` is written when a panic is noticed and again when its text is complete, `output` at output while
+    /// somebody [`follow`](Self::follow)s.
+    pub fn new(event: EventFd, output: EventFd) -> Arc<Self> {
         Arc::new(Self {
             lines: Mutex::new((LastLines::new(KEPT), PanicDetector::new())),
             panicked: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             event,
+            followed: AtomicBool::new(false),
+            output,
         })
     }
 
@@ -125,6 +132,17 @@ impl ConsoleTap {
             .unwrap_or_else(PoisonError::into_inner)
             .0
             .lines(SHOWN)
+    }
+
+    /// Output from `position` on, and how many bytes of it are not kept any more.
+    pub fn since(&self, position: u64) -> (Vec<u8>, u64) {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.0.since(position)
+    }
+
+    /// Whether output is announced from now on.
+    pub fn follow(&self, so: bool) {
+        self.followed.store(so, Ordering::SeqCst);
     }
 
     /// Whether the console showed a kernel panic.
@@ -148,6 +166,10 @@ impl ConsoleTap {
             lines.0.push(bytes);
             lines.1.feed(bytes)
         };
+        if self.followed.load(Ordering::SeqCst) {
+            // Full: announced often enough.
+            let _ = self.output.write(1);
+        }
         let flag = match mark {
             Some(PanicMark::Begin) => &self.panicked,
             Some(PanicMark::End) => &self.ended,

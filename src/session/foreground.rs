@@ -9,21 +9,23 @@ use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::signal::Signal;
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::timerfd::TimerFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::agent::AgentLink;
 use super::console::ConsoleTap;
-use super::escape::{Escapes, HELP, Request};
+use super::escape::{HELP, Request};
 use super::hvc::{self, Hvc};
+use super::input::Input;
 use super::managed::{Door, Managed};
 use super::outcome::Outcome;
 use super::output::{Output, read_input};
 use super::progress::Progress;
+use super::readers::Console;
 use super::runtime::Runtime;
 use super::signals::Signals;
 use super::terminal::window_size;
+use super::timer::{arm, timer, timer_fd};
 use super::token::{Token, watch};
 use crate::board::BoardWatchdog;
 use crate::vm::{Vm, VmExit};
@@ -35,6 +37,8 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 const PANIC_GRACE: Duration = Duration::from_secs(2);
 /// How long a guest with pvpanic may take to report a panic that its console shows.
 const PVPANIC_GRACE: Duration = Duration::from_secs(10);
+/// How long after the start commands find the machine. One that ends before has nothing of it.
+const DOOR_AFTER: Duration = Duration::from_millis(10);
 /// Bytes of stdin taken at once.
 const INPUT_CHUNK: usize = 16 * 1024;
 /// Times that a virtio console is asked for the last words of a guest that ended.
@@ -46,24 +50,12 @@ pub struct GuestEvents {
     pub panic: EventFd,
     /// COM1 has room.
     pub console_room: EventFd,
+    /// COM1 has output, for those who read along.
+    pub console_output: EventFd,
     /// COM2 has room.
     pub agent_room: EventFd,
     /// COM2 has bytes.
     pub agent_data: EventFd,
-}
-
-/// Where stdin's bytes go, and whether they are read at all.
-struct Input {
-    /// Read, but not taken by the guest yet.
-    waiting: Vec<u8>,
-    /// No more will come, or nobody wants it.
-    ended: bool,
-    /// In the epoll set now.
-    watched: bool,
-    /// A regular file, which epoll refuses and which never blocks.
-    unpollable: bool,
-    /// Present on a terminal.
-    escapes: Option<Escapes>,
 }
 
 /// What is left of a foreground run when the VM has ended.
@@ -86,6 +78,9 @@ pub struct Foreground<'a> {
     /// After the runtime, for which its thread may be waiting.
     managed: Option<Managed>,
     client_watched: bool,
+    /// Becomes `managed` when the timer says so, which stays: the loop knows it.
+    door: Option<Door>,
+    door_timer: Option<TimerFd>,
     /// Somebody asked the guest to switch itself off.
     stop_asked: bool,
     events: GuestEvents,
@@ -123,19 +118,15 @@ impl<'a> Foreground<'a> {
             runtime,
             managed: None,
             client_watched: false,
+            door: None,
+            door_timer: None,
             stop_asked: false,
             events,
             signals,
             timeout: None,
             grace: timer()?,
             after_grace: None,
-            input: Input {
-                waiting: Vec::new(),
-                ended: false,
-                watched: false,
-                unpollable: false,
-                escapes: raw.then(Escapes::default),
-            },
+            input: Input::new(raw),
             stdout,
             stderr,
             outputs_watched: [false; 2],
@@ -167,11 +158,29 @@ impl<'a> Foreground<'a> {
         self.runtime.begun(self.vm);
     }
 
-    /// Lets others find the machine at its control socket.
-    pub fn open(&mut self, door: Door) {
+    /// Lets others find the machine at its control socket, soon.
+    pub fn open_soon(&mut self, door: Door) -> io::Result<()> {
+        let timer = timer()?;
+        arm(&timer, DOOR_AFTER)?;
+        (self.door, self.door_timer) = (Some(door), Some(timer));
+        Ok(())
+    }
+
+    fn open_door(&mut self) {
+        // One shot: nothing more comes of it.
+        let _ = self.door_timer.as_ref().map(TimerFd::wait);
+        let Some(door) = self.door.take() else { return };
         self.managed = door.open(self.runtime.config());
         if let Some(managed) = &self.managed {
             self.runtime.set_name(managed.name());
+        }
+    }
+
+    /// Passes on what readers of the console and others at the API wait for.
+    fn serve_streams(&mut self) {
+        if self.runtime.has_streams() {
+            let console = console(self.vm, &self.tap, &self.hvc);
+            self.runtime.serve_streams(console);
         }
     }
 
@@ -183,6 +192,7 @@ impl<'a> Foreground<'a> {
     /// Hands over what output is left, and what may cut its writing short.
     pub fn into_rest(mut self) -> Rest {
         self.write_figures();
+        self.serve_streams();
         Rest {
             outputs: [self.stdout, self.stderr],
             signals: self.signals,
@@ -238,7 +248,9 @@ impl<'a> Foreground<'a> {
 
     /// Passes on the output of hvc0, where its reader takes it; says whether there was any.
     fn on_hvc(&mut self, all: bool) -> bool {
-        let Some(hvc) = &self.hvc else { return false };
+        let Some(hvc) = &mut self.hvc else {
+            return false;
+        };
         if self.stdout.is_waiting() && !all {
             return false;
         }
@@ -505,11 +517,13 @@ impl<'a> Foreground<'a> {
                 self.pump_agent();
             }
             Token::Calls => {
-                self.runtime.serve(self.vm);
+                self.runtime.serve(console(self.vm, &self.tap, &self.hvc));
                 if self.runtime.take_stop() {
                     self.shut_down();
                 }
             }
+            Token::ConsoleOutput => drain(&self.events.console_output),
+            Token::Door => self.open_door(),
             Token::Client => {
                 if let Some(managed) = &mut self.managed {
                     managed.serve();
@@ -528,11 +542,15 @@ impl MutEventSubscriber for Foreground<'_> {
             (timer_fd(&self.grace), Token::Grace),
             (events.panic.as_raw_fd(), Token::Panic),
             (events.console_room.as_raw_fd(), Token::ConsoleRoom),
+            (events.console_output.as_raw_fd(), Token::ConsoleOutput),
             (events.agent_room.as_raw_fd(), Token::AgentRoom),
             (events.agent_data.as_raw_fd(), Token::AgentData),
         ];
         if let Some((timer, _)) = &self.timeout {
             sources.push((timer_fd(timer), Token::Timeout));
+        }
+        if let Some(timer) = &self.door_timer {
+            sources.push((timer_fd(timer), Token::Door));
         }
         if let Some(watchdog) = &self.vm.board().watchdog {
             sources.push((watchdog.as_raw_fd(), Token::Watchdog));
@@ -555,27 +573,19 @@ impl MutEventSubscriber for Foreground<'_> {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if let Some(token) = Token::from_data(events.data()) {
             self.on_token(token);
+            self.serve_streams();
         }
         self.update_interest(ops);
     }
 }
 
+/// The console, beside what else belongs to the foreground.
+fn console<'a>(vm: &'a Vm, tap: &'a ConsoleTap, hvc: &'a Option<Hvc>) -> Console<'a> {
+    let hvc = hvc.as_ref();
+    Console { vm, tap, hvc }
+}
+
 fn drain(event: &EventFd) {
     // Empty is fine: one wake-up may stand for several.
     let _ = event.read();
-}
-
-fn timer() -> io::Result<TimerFd> {
-    let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-    Ok(TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?)
-}
-
-fn arm(timer: &TimerFd, after: Duration) -> io::Result<()> {
-    let once = Expiration::OneShot(TimeSpec::from_duration(after));
-    Ok(timer.set(once, TimerSetTimeFlags::empty())?)
-}
-
-fn timer_fd(timer: &TimerFd) -> i32 {
-    use std::os::fd::AsFd;
-    timer.as_fd().as_raw_fd()
 }

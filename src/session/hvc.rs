@@ -5,11 +5,16 @@
 
 use std::os::fd::AsRawFd;
 
+use devices::console::LastLines;
 use devices::virtio::console::{ConsoleHandle, HostPort};
+
+use super::console::KEPT;
 
 /// hvc0 on bulle's terminal.
 pub struct Hvc {
     port: HostPort,
+    /// Its last output.
+    last: LastLines,
     /// Its output is in the epoll set now.
     pub watched: bool,
 }
@@ -19,6 +24,7 @@ impl Hvc {
     pub fn new(port: HostPort) -> Self {
         Self {
             port,
+            last: LastLines::new(KEPT),
             watched: false,
         }
     }
@@ -39,8 +45,15 @@ impl Hvc {
     }
 
     /// All output that waits.
-    pub fn output(&self) -> Vec<u8> {
-        self.port.take().unwrap_or_default()
+    pub fn output(&mut self) -> Vec<u8> {
+        let bytes = self.port.take().unwrap_or_default();
+        self.last.push(&bytes);
+        bytes
+    }
+
+    /// Output from `position` on, and how many bytes of it are not kept any more.
+    pub fn since(&self, position: u64) -> (Vec<u8>, u64) {
+        self.last.since(position)
     }
 }
 

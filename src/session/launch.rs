@@ -240,7 +240,7 @@ impl Session {
             source,
         } = prepared;
         let events = guest_events()?;
-        let tap = ConsoleTap::new(clone(&events.panic)?);
+        let tap = ConsoleTap::new(clone(&events.panic)?, clone(&events.console_output)?);
         let port = AgentPort::new(clone(&events.agent_data)?);
         let wiring = Wiring {
             console: SerialEnd {
@@ -363,7 +363,9 @@ impl Session {
             }
             foreground.begun();
             if let Some(door) = door {
-                foreground.open(door);
+                foreground
+                    .open_soon(door)
+                    .map_err(|error| session("timers", error))?;
             }
             run(foreground)?
         };
@@ -458,6 +460,7 @@ fn guest_events() -> Result<GuestEvents, LaunchError> {
     Ok(GuestEvents {
         panic: event()?,
         console_room: event()?,
+        console_output: event()?,
         agent_room: event()?,
         agent_data: event()?,
     })

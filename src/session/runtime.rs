@@ -13,6 +13,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 
 use super::events::Events;
 use super::outcome::Outcome;
+use super::readers::{Console, Readers};
 use super::snapshots::Saver;
 use super::{commands, statistics};
 use crate::api::Counts;
@@ -27,6 +28,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Time between two lines of figures.
 const FLUSH_EVERY: Duration = Duration::from_secs(60);
+
+/// What the epoll set says of streams: all of them are looked at.
+pub const STREAM: u64 = 3;
 
 /// Who answers once a microVM has been started, and writes its figures.
 pub struct Runtime {
@@ -46,6 +50,7 @@ pub struct Runtime {
     /// Tells of devices that fail, once somebody listens.
     alarm: Option<Alarm>,
     panicked: bool,
+    readers: Readers,
 }
 
 /// Who announces devices that fail, and how often each did.
@@ -126,6 +131,7 @@ impl Runtime {
             alarm: None,
             panicked: false,
             mmds: parts.mmds,
+            readers: Readers::default(),
         })
     }
 
@@ -212,17 +218,28 @@ impl Runtime {
         }
     }
 
-    /// Answers what is asked of `vm`, and writes figures that are due.
-    pub fn serve(&mut self, vm: &Vm) {
+    /// Answers what is asked of the machine whose console this is, and writes figures that are due.
+    pub fn serve(&mut self, console: Console<'_>) {
+        let vm = console.vm;
         let due = |writer: &FigureWriter| nix::unistd::read(&writer.timer, &mut [0; 8]).is_ok();
         if self.figures.as_ref().is_some_and(due) {
             self.flush(vm);
         }
         self.look_at_devices(vm);
         while let Some(call) = self.requests.next() {
-            let result = self.act(&call.action, vm);
+            let result = self.act(&call.action, console);
             call.answer(result);
         }
+    }
+
+    /// Whether there are streams beside those of events.
+    pub fn has_streams(&self) -> bool {
+        !self.readers.is_empty()
+    }
+
+    /// Passes on what those wait for.
+    pub fn serve_streams(&mut self, console: Console<'_>) {
+        self.readers.serve(console, &self.ready);
     }
 
     /// Writes a line of figures, where there is a place for them.
@@ -250,7 +267,8 @@ impl Runtime {
     }
 
     /// Table: an arm for each action.
-    fn act(&mut self, action: &Action, vm: &Vm) -> Result<Reply, ActionError> {
+    fn act(&mut self, action: &Action, console: Console<'_>) -> Result<Reply, ActionError> {
+        let vm = console.vm;
         let devices = &vm.board().devices;
         let config = &mut self.config;
         match action {
@@ -266,6 +284,11 @@ impl Runtime {
                 self.watch_devices(vm);
                 let state = self.instance.state;
                 Ok(Reply::Stream(self.events.listen(&Event::State { state })?))
+            }
+            Action::ReadConsole => Ok(Reply::Stream(self.readers.begin(console, &self.ready)?)),
+            Action::GetLog => {
+                let (bytes, _) = console.since(0);
+                Ok(Reply::Text(String::from_utf8_lossy(&bytes).into_owned()))
             }
             Action::GetMachine => Ok(Reply::Machine(config.machine_config.clone())),
             Action::Pause => self.pause(vm),

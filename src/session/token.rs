@@ -36,11 +36,15 @@ pub enum Token {
     Calls,
     /// A first client is at the control socket.
     Client,
+    /// It is time to have a control socket.
+    Door,
+    /// The console has output for those who read along.
+    ConsoleOutput,
 }
 
 impl Token {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Exit,
         Self::Signal,
         Self::Timeout,
@@ -56,6 +60,8 @@ impl Token {
         Self::Watchdog,
         Self::Calls,
         Self::Client,
+        Self::Door,
+        Self::ConsoleOutput,
     ];
 
     /// The one that travels as `data`.

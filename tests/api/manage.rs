@@ -223,7 +223,76 @@ fn what_is_served_at_a_socket_of_its_own_is_listed_too() {
 
 #[test]
 fn without_a_place_a_microvm_runs_all_the_same() {
-    let bulle = Bulle::payload("hello").args(["--runtime-dir", "/proc/nowhere"]);
-    let outcome = bulle.args(["--log", "debug"]).outcome().exits(7);
+    let bulle = Bulle::payload("serial_echo").args(["--runtime-dir", "/proc/nowhere"]);
+    let bulle = bulle.args(["--log", "debug"]).input(Input::Open);
+    let mut vm = bulle.start().wait_for("ready");
+    std::thread::sleep(Duration::from_millis(200));
+    let mut stdin = vm.take_stdin();
+    std::io::Write::write_all(&mut stdin, b"\n").unwrap();
+    let outcome = vm.finish().exits(0).prints("0 bytes");
     outcome.complains("commands do not find this machine: Cannot use /proc/nowhere");
+}
+
+#[test]
+fn a_console_is_read_by_several_and_typed_into() {
+    let place = Place::new();
+    let vm = place.start("a", "serial_echo").wait_for("ready");
+    place.wait_for("a");
+    let log = place.bulle(&["logs", "a"]).exits(0).stdout;
+    assert!(log.contains("ready"), "{log:?}");
+    let start = |words: &[&str], input: Input| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+        command.args(words).env("BULLE_RUNTIME_DIR", place.base());
+        Running::start(command, input, Duration::from_secs(60))
+    };
+    let follower = start(&["logs", "--follow", "a"], Input::Null).wait_for("ready");
+    let mut silent = start(&["console", "a"], Input::Open).wait_for("ready");
+    let _stdin = silent.take_stdin();
+    let typist = start(&["console", "a"], Input::Bytes(b"abc".to_vec())).wait_for("abc");
+    let typist_ends = start(&["console", "a"], Input::Bytes(b"de\n".to_vec()));
+    vm.finish().exits(0).prints("5 bytes");
+    for reader in [follower, silent, typist, typist_ends] {
+        reader.finish().exits(0).prints("abcde").prints("5 bytes");
+    }
+}
+
+#[test]
+fn statistics_are_a_table_or_json_once_or_again() {
+    let place = Place::new();
+    let vm = place.start("a", "spin_forever").wait_for("spinning");
+    place.wait_for("a");
+    let table = place.bulle(&["stats"]).exits(0).stdout;
+    assert!(table.starts_with("NAME  CPU%"), "{table}");
+    assert_eq!(table.lines().count(), 2, "{table}");
+    let json = place.bulle(&["stats", "--json", "a"]).exits(0).stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json[0]["name"], "a");
+    assert!(json[0]["process"]["rss_bytes"].as_u64().unwrap() > 1 << 20);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    command
+        .args(["stats", "--watch=200ms"])
+        .env("BULLE_RUNTIME_DIR", place.base());
+    let watch = Running::start(command, Input::Null, Duration::from_secs(60)).wait_for("/s");
+    place.bulle(&["kill", "a"]).exits(0);
+    vm.finish().exits(128 + 9);
+    watch.finish().exits(0);
+}
+
+#[test]
+fn who_has_ended_meanwhile_is_said_to_have_ended() {
+    let place = Place::new();
+    let vm = place.start("a", "hlt_forever").wait_for("\n");
+    place.wait_for("a");
+    // A process that lives, and a socket that nobody listens at.
+    fs::remove_file(place.base().join("a/api.sock")).unwrap();
+    for words in [
+        &["inspect", "a"][..],
+        &["pause", "a"],
+        &["logs", "a"],
+        &["stats", "a"],
+    ] {
+        let outcome = place.bulle(words).exits(125);
+        outcome.complains("The microVM 'a' has ended meanwhile");
+    }
+    drop(vm);
 }

@@ -117,3 +117,18 @@ proptest! {
         prop_assert_eq!(whole.lines(9), parts.lines(9));
     }
 }
+
+#[test]
+fn a_reader_goes_on_where_it_was_and_learns_what_it_missed() {
+    let mut lines = LastLines::new(8);
+    assert_eq!(lines.since(0), (Vec::new(), 0));
+    lines.push(b"abcdef");
+    assert_eq!(lines.since(0), (b"abcdef".to_vec(), 0));
+    assert_eq!(lines.since(4), (b"ef".to_vec(), 0));
+    lines.push(b"ghijk");
+    assert_eq!(lines.since(6), (b"ghijk".to_vec(), 0));
+    assert_eq!(lines.since(0), (b"defghijk".to_vec(), 3));
+    assert_eq!(lines.since(11), (Vec::new(), 0));
+    lines.push(&[b'x'; 100]);
+    assert_eq!(lines.since(11), (vec![b'x'; 8], 92));
+}
