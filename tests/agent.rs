@@ -377,3 +377,116 @@ fn without_a_channel_it_says_how_it_is_used() {
     assert_eq!(output.status.code(), Some(125));
     assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/tty"));
 }
+
+/// The output of the command `number` beside the first, and how it ended.
+fn beside(talk: &mut Talk, number: u8) -> (Vec<u8>, AgentEvent) {
+    let mut output = Vec::new();
+    loop {
+        talk.until(|talk| {
+            let mut events = talk.events.iter();
+            events.any(|event| matches!(event, AgentEvent::Extra(n, _) if *n == number))
+        });
+        let is_it = |event: &AgentEvent| matches!(event, AgentEvent::Extra(n, _) if *n == number);
+        let at = talk.events.iter().position(is_it).unwrap();
+        let AgentEvent::Extra(_, event) = talk.events.remove(at) else {
+            unreachable!()
+        };
+        match *event {
+            AgentEvent::Stdout(bytes) | AgentEvent::Stderr(bytes) => {
+                talk.client.with(number, |job| job.consumed(bytes.len()));
+                output.extend(bytes);
+            }
+            AgentEvent::Started { .. } => {}
+            end => return (output, end),
+        }
+    }
+}
+
+#[test]
+fn commands_run_beside_the_first() {
+    let mut talk = Talk::start(&request(&["cat"]));
+    talk.until(|talk| {
+        talk.events
+            .iter()
+            .any(|e| matches!(e, AgentEvent::Started { .. }))
+    });
+    let echo = request(&["sh", "-c", "echo $0 $A; exit 3", "beside"]);
+    let mut with_env = echo.clone();
+    with_env.env.push("A=b".into());
+    let number = talk.client.begin(&with_env).unwrap();
+    let (output, end) = beside(&mut talk, number);
+    assert_eq!(String::from_utf8_lossy(&output), "beside b\n");
+    assert_eq!(end, AgentEvent::Exited(Exit::Code(3)));
+    let number = talk.client.begin(&request(&["/nothing"])).unwrap();
+    let (_, end) = beside(&mut talk, number);
+    assert!(matches!(end, AgentEvent::Failed(f) if f.exit_code() == 127));
+    // The first goes on meanwhile.
+    talk.input.extend(b"still here\n");
+    talk.stdout_has("still here");
+    talk.client.stdin_eof();
+    assert_eq!(talk.finish(), AgentEvent::Exited(Exit::Code(0)));
+}
+
+#[test]
+fn seven_at_once_have_their_own_input_and_output() {
+    let mut talk = Talk::start(&request(&["sleep", "600"]));
+    talk.until(|talk| {
+        talk.events
+            .iter()
+            .any(|e| matches!(e, AgentEvent::Started { .. }))
+    });
+    let numbers: Vec<u8> = (0..7)
+        .map(|_| talk.client.begin(&request(&["cat"])).unwrap())
+        .collect();
+    talk.client.begin(&request(&["cat"])).unwrap_err();
+    let input = |number: u8| vec![b'0' + number; 100_000];
+    let mut given = [0usize; 8];
+    let mut outputs = vec![Vec::new(); 8];
+    let mut ended = 0;
+    while ended < numbers.len() {
+        for number in &numbers {
+            let at = &mut given[usize::from(*number)];
+            let bytes = &input(*number)[*at..];
+            *at += talk
+                .client
+                .with(*number, |job| {
+                    if bytes.is_empty() {
+                        job.stdin_eof();
+                    }
+                    job.stdin(bytes)
+                })
+                .unwrap_or(0);
+        }
+        talk.step();
+        for event in std::mem::take(&mut talk.events) {
+            let AgentEvent::Extra(number, event) = event else {
+                continue;
+            };
+            match *event {
+                AgentEvent::Stdout(bytes) => {
+                    talk.client.with(number, |job| job.consumed(bytes.len()));
+                    outputs[usize::from(number)].extend(bytes);
+                }
+                AgentEvent::Exited(exit) => {
+                    assert_eq!(exit, Exit::Code(0));
+                    ended += 1;
+                }
+                _ => {}
+            }
+        }
+        assert!(talk.begun.elapsed() < LIMIT, "{given:?}");
+    }
+    for number in numbers {
+        assert_eq!(outputs[usize::from(number)], input(number), "{number}");
+    }
+    // Numbers are free again, and signals reach the one that they are for.
+    let number = talk.client.begin(&request(&["sleep", "600"])).unwrap();
+    talk.until(|talk| {
+        talk.events
+            .iter()
+            .any(|e| matches!(e, AgentEvent::Extra(_, _)))
+    });
+    talk.client.with(number, |job| job.signal(15));
+    let (_, end) = beside(&mut talk, number);
+    assert_eq!(end, AgentEvent::Exited(Exit::Signal(15)));
+}

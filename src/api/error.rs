@@ -42,6 +42,15 @@ pub enum ApiError {
     Action(#[from] ActionError),
 }
 
+/// What is at the bottom of an error, where that is another one.
+fn root_cause(error: &dyn std::error::Error) -> Option<String> {
+    let mut cause = error.source()?;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    Some(cause.to_string())
+}
+
 impl ApiError {
     /// A word for programs, which stays when the sentence changes. bulle's own.
     fn code(&self) -> &'static str {
@@ -62,9 +71,11 @@ impl ApiError {
             Self::Action(ActionError::MmdsLimit(_)) => 413,
             _ => 400,
         };
+        let cause = root_cause(self).map(|cause| format!(r#","cause":{}"#, json!(cause)));
+        let cause = cause.unwrap_or_default();
         Response::json(
             status,
-            format!(r#"{{"fault_message":{text},"code":"{code}"}}"#),
+            format!(r#"{{"fault_message":{text},"code":"{code}"{cause}}}"#),
         )
     }
 }

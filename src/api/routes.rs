@@ -39,6 +39,7 @@ pub const ROUTES: &[Route] = &[
     route(Get, "/version", |_| Ok(Action::Version)),
     route(Get, "/vm/config", |_| Ok(Action::GetConfig)),
     route(Get, "/vm/statistics", |_| Ok(Action::GetStatistics)),
+    route(Put, "/exec", |input| Ok(Action::Exec(input.parse()?))),
     route(Get, "/console", |_| Ok(Action::ReadConsole)),
     route(Get, "/console/log", |_| Ok(Action::GetLog)),
     route(Get, "/events", |_| Ok(Action::Listen)),

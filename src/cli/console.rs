@@ -39,12 +39,12 @@ pub fn run(args: &ConsoleArgs) -> Result<u8> {
     let mut listening = true;
     let mut out = io::stdout().lock();
     loop {
-        match stream.hear(listening)? {
+        match stream.hear(listening, None)? {
             Heard::Remote(bytes) => {
                 let printed = out.write_all(&bytes).and_then(|()| out.flush());
                 printed.context("Cannot print to stdout")?;
             }
-            Heard::End => break,
+            Heard::End | Heard::Other => break,
             Heard::Input(bytes) if bytes.is_empty() => {
                 stream.finish()?;
                 listening = false;

@@ -5,6 +5,7 @@ mod caller;
 mod completion;
 mod console;
 mod devices;
+mod exec;
 mod firecracker;
 mod inspect;
 mod jailer;
@@ -65,6 +66,8 @@ enum Command {
     Logs(logs::LogsArgs),
     /// Attach to a guest's console
     Console(console::ConsoleArgs),
+    /// Run a command in a guest that runs, beside its first one
+    Exec(exec::ExecArgs),
     /// Print what microVMs take and do
     Stats(stats::StatsArgs),
     /// End microVMs at once, or send their processes another signal
@@ -116,6 +119,7 @@ impl Command {
             Self::Kill(args) => kill::run(&args),
             Self::Logs(args) => logs::run(&args),
             Self::Console(args) => console::run(&args),
+            Self::Exec(args) => exec::run(&args),
             Self::Stats(args) => stats::run(&args),
             Self::Completion(args) => completion::run(&args),
             Self::Man(args) => man::run(&args),

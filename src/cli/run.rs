@@ -135,10 +135,24 @@ pub struct RunArgs {
 
 /// When something is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum When {
+pub enum When {
+    /// When both stdin and stdout are one.
     Auto,
+    /// In any case.
     Yes,
+    /// Never.
     No,
+}
+
+impl When {
+    /// Whether it is, with `auto` for the case that nothing is said.
+    pub fn is_wanted(self, auto: impl FnOnce() -> bool) -> bool {
+        match self {
+            Self::Auto => auto(),
+            Self::Yes => true,
+            Self::No => false,
+        }
+    }
 }
 
 fn parse_console(text: &str) -> Result<Console, String> {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::ExecRequest;
 use crate::config::{
     Balloon, BootSource, CustomCpuTemplate, Drive, Entropy, Logger, MachineUpdate, MemoryHotplug,
     Metrics, MmdsConfig, NetworkInterface, Pmem, Publish, RateLimiter, Serial, Vsock,
@@ -23,6 +24,8 @@ pub enum Action {
     GetStatistics,
     /// Listens to what happens to it from now on.
     Listen,
+    /// Runs a command in the guest.
+    Exec(ExecRequest),
     /// Reads the guest's console, from what is kept of it on, and types into it.
     ReadConsole,
     /// What is kept of the guest's console.

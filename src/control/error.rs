@@ -8,6 +8,7 @@ use devices::virtio::balloon::BalloonError;
 use devices::virtio::mem::MemError;
 
 use crate::config::{ConfigError, MachineError};
+use crate::guest::client::ExtraError;
 use crate::telemetry::LogFileError;
 
 /// An action cannot be done.
@@ -96,6 +97,15 @@ pub enum ActionError {
         /// Why.
         why: &'static str,
     },
+    /// A guest without bulle's agent.
+    #[error(
+        "this guest has no agent of bulle's, which runs commands: start it with `bulle run -- COMMAND`, or with a \
+         guest section in its configuration"
+    )]
+    NoAgent,
+    /// A command in the guest.
+    #[error(transparent)]
+    Exec(#[from] ExtraError),
     /// More at a time than there may be.
     #[error("there are {most} {what} already, which is the most: end one of them first")]
     TooMany {
@@ -176,7 +186,11 @@ impl ActionError {
             | Self::BalloonSize { .. }
             | Self::StatisticsSwitch
             | Self::Limits { .. } => "bad-update",
-            Self::TooMany { .. } => "too-many",
+            Self::NoAgent => "no-agent",
+            Self::Exec(ExtraError::NotRunning) => "not-ready",
+            Self::Exec(ExtraError::Unsupported) => "no-agent",
+            Self::Exec(ExtraError::Request(_)) => "bad-config",
+            Self::Exec(ExtraError::TooMany) | Self::TooMany { .. } => "too-many",
             Self::NotYet { .. } => "not-yet",
             Self::Mmds(_) => "no-metadata",
             Self::MmdsLimit(_) => "too-large",

@@ -8,6 +8,7 @@ mod action;
 mod call;
 mod error;
 mod event;
+mod exec;
 mod preboot;
 mod reply;
 mod statistics;
@@ -23,6 +24,7 @@ pub use action::{
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};
 pub use event::{Event, Stream};
+pub use exec::{ExecInput, ExecRequest, TerminalSize};
 pub use preboot::{DEFAULT_MEMORY_MIB, Preboot, no_balloon, startable};
 pub use reply::{BalloonStatistics, HintingStatus, Instance, MemoryHotplugStatus, Reply, State};
 pub use statistics::{DeviceStatistics, ProcessStatistics, VcpuStatistics, VmStatistics};

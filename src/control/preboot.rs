@@ -143,6 +143,7 @@ impl Preboot {
             | Action::LoadSnapshot(_)
             | Action::FlushMetrics
             | Action::Listen
+            | Action::Exec(_)
             | Action::ReadConsole
             | Action::GetLog
             | Action::SendCtrlAltDel

@@ -5,63 +5,44 @@
 //! is limited by the credit given, input by the room in a small buffer. A guest that breaks the
 //! protocol is reported once and not listened to any more.
 
+mod job;
 mod types;
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
-
 use agent_protocol::{
-    Decoder, FromGuest, FromHost, HOST_WINDOW, MAX_GUEST_WINDOW, MAX_HOST_WINDOW, MAX_PAYLOAD,
-    OVERHEAD, Start, StartError, VERSION,
+    Decoder, EXTRA_WINDOW, FromGuest, FromHost, MAX_EXTRA, MAX_GUEST_WINDOW, MAX_HOST_WINDOW,
+    MAX_PAYLOAD, OVERHEAD, VERSION,
 };
 pub use agent_protocol::{Exit, Level, Power, Stage, WinSize, features};
 use devices::console::clean;
-pub use types::{AgentEvent, AgentFailure, ProtocolError, RequestError, StartRequest};
+pub use job::Job;
+use job::Outgoing;
+pub use types::{AgentEvent, AgentFailure, ExtraError, ProtocolError, RequestError, StartRequest};
 
-/// Largest piece of input in one frame.
-const PIECE: usize = MAX_PAYLOAD;
-/// Bytes of input held here; what the guest may have on its way comes on top.
-const STDIN_BUFFER: usize = 32 * 1024;
 /// Bytes waiting for the channel.
-const OUTGOING: usize = 4 * (PIECE + OVERHEAD);
-/// Signals waiting to be sent; more are dropped.
-const MAX_SIGNALS: usize = 32;
+const OUTGOING: usize = 4 * (MAX_PAYLOAD + OVERHEAD);
 /// Noise accepted before Hello: firmware or a boot loader may have used the UART.
 const MAX_NOISE: u64 = 64 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum State {
     AwaitHello,
-    /// Start is being sent or executed.
-    Starting,
-    Running,
-    /// Exited or Failed has come.
-    Ended,
+    Talking,
     Dead,
 }
 
-/// The conversation with one agent about one command.
+/// The conversation with one agent about one command, and some beside it.
 pub struct AgentClient {
     state: State,
     decoder: Box<Decoder>,
-    start: Vec<u8>,
-    start_sent: usize,
-    stdin: Vec<u8>,
-    stdin_eof: bool,
-    eof_sent: bool,
-    signals: Vec<u8>,
-    resize: Option<WinSize>,
+    /// See [`features`].
+    features: u32,
+    main: Job,
+    extra: Vec<Job>,
+    /// Which command may say something next.
+    turn: usize,
     shutdown: Option<Power>,
-    /// Input bytes that the guest takes now, and the most that it ever does.
-    credit: u32,
-    guest_window: u32,
-    /// The most output bytes that may be on their way here.
-    window: u32,
-    /// Output bytes received and not consumed.
-    unconsumed: u32,
-    /// Output bytes consumed and not yet granted again.
-    owed: u32,
-    outgoing: Vec<u8>,
+    widened: bool,
+    outgoing: Outgoing,
 }
 
 impl AgentClient {
@@ -70,47 +51,23 @@ impl AgentClient {
     /// # Errors
     /// When the request does not fit the protocol's limits.
     pub fn new(request: &StartRequest) -> Result<Self, RequestError> {
-        let bytes = |list: &[OsString]| list.iter().map(|s| s.as_bytes().to_vec()).collect();
-        let (argv, env): (Vec<Vec<u8>>, Vec<Vec<u8>>) = (bytes(&request.argv), bytes(&request.env));
-        let cwd = request
-            .cwd
-            .as_deref()
-            .map(OsStr::as_bytes)
-            .unwrap_or_default()
-            .to_vec();
-        let layout = Start {
-            window: HOST_WINDOW,
-            tty: request.tty,
-            cwd,
-            argv: &argv,
-            env: &env,
-        };
-        let length = layout.encoded_len().map_err(request_error)?;
-        let mut start = vec![0; length];
-        layout.encode(&mut start).map_err(request_error)?;
         Ok(Self {
             state: State::AwaitHello,
             decoder: Box::default(),
-            start,
-            start_sent: 0,
-            stdin: Vec::new(),
-            stdin_eof: false,
-            eof_sent: false,
-            signals: Vec::new(),
-            resize: None,
+            features: 0,
+            main: Job::new(0, request, 0)?,
+            extra: Vec::new(),
+            turn: 0,
             shutdown: None,
-            credit: 0,
-            guest_window: 0,
-            window: HOST_WINDOW,
-            unconsumed: 0,
-            owed: 0,
-            outgoing: Vec::with_capacity(OUTGOING),
+            widened: false,
+            outgoing: Outgoing::new(OUTGOING),
         })
     }
 
     /// Takes bytes from the channel and appends what they mean to `events`.
     ///
-    /// At most [`HOST_WINDOW`] bytes of output, or [`MAX_HOST_WINDOW`] after [`Self::widen`], are in events that have not been consumed.
+    /// At most [`HOST_WINDOW`](agent_protocol::HOST_WINDOW) bytes of output, or [`MAX_HOST_WINDOW`] after
+    /// [`Self::widen`], are in events that have not been consumed.
     pub fn received(&mut self, mut bytes: &[u8], events: &mut Vec<AgentEvent>) {
         // Apart from self while a frame lies in it.
         let mut decoder = std::mem::take(&mut self.decoder);
@@ -120,12 +77,13 @@ impl AgentClient {
             } else {
                 decoder.skipped()
             };
-            let result = decoder
-                .decode(&mut bytes)
-                .map(|frame| match FromGuest::parse(frame) {
-                    Ok(message) => self.on_message(message),
+            let result = decoder.decode(&mut bytes).map(|frame| {
+                let job = frame.job();
+                match FromGuest::parse(frame) {
+                    Ok(message) => self.on_message(job, message),
                     Err(bad) => Err(ProtocolError::Malformed { kind: bad.kind }),
-                });
+                }
+            });
             let noise = decoder.skipped();
             match result {
                 _ if noise > noise_allowed => {
@@ -148,59 +106,36 @@ impl AgentClient {
         }
     }
 
-    fn on_message(&mut self, message: FromGuest<'_>) -> Result<Option<AgentEvent>, ProtocolError> {
-        use State::{AwaitHello, Ended, Running, Starting};
-        let started = self.start_sent == self.start.len();
-        let event = match (message, self.state) {
-            (FromGuest::Hello(hello), AwaitHello) => {
+    fn on_message(
+        &mut self,
+        job: u8,
+        message: FromGuest<'_>,
+    ) -> Result<Option<AgentEvent>, ProtocolError> {
+        let talking = self.state == State::Talking;
+        let event = match message {
+            FromGuest::Hello(hello) if !talking => {
                 if hello.version != VERSION {
                     return Err(ProtocolError::Version {
                         guest: hello.version,
                     });
                 }
-                self.state = Starting;
-                self.guest_window = hello.window.min(MAX_GUEST_WINDOW);
-                self.credit = self.guest_window;
+                self.state = State::Talking;
+                self.features = hello.features;
+                let window = hello.window.min(MAX_GUEST_WINDOW);
+                self.main.set_guest_window(window);
                 AgentEvent::Hello {
                     features: hello.features,
                     release: clean(hello.release),
                 }
             }
-            (FromGuest::Started { pid }, Starting) if started => {
-                self.state = Running;
-                AgentEvent::Started { pid }
-            }
-            (FromGuest::Stdout(bytes), Running) => {
-                self.take_output(bytes)?;
-                AgentEvent::Stdout(bytes.to_vec())
-            }
-            (FromGuest::Stderr(bytes), Running) => {
-                self.take_output(bytes)?;
-                AgentEvent::Stderr(bytes.to_vec())
-            }
-            (FromGuest::Exited(exit), Running) => {
-                self.state = Ended;
-                AgentEvent::Exited(exit)
-            }
-            (FromGuest::Failed { stage, errno, text }, Starting | Running) => {
-                self.state = Ended;
-                AgentEvent::Failed(AgentFailure {
-                    stage,
-                    errno,
-                    text: clean(text),
-                })
-            }
-            (FromGuest::Log { level, text }, Starting | Running | Ended) => AgentEvent::Log {
+            FromGuest::Log { level, text } if talking => AgentEvent::Log {
                 level,
                 text: clean(text),
             },
-            (FromGuest::Stopping(power), Starting | Running | Ended) => AgentEvent::Stopping(power),
-            (FromGuest::Credit(n), Starting | Running | Ended) => {
-                // Never more than the window, whatever the guest says.
-                self.credit = self.credit.saturating_add(n).min(self.guest_window);
-                return Ok(None);
-            }
-            (message, _) => {
+            FromGuest::Stopping(power) if talking => AgentEvent::Stopping(power),
+            message if talking && job == 0 => return self.main.on_message(message),
+            message if talking => return self.on_extra(job, message),
+            message => {
                 return Err(ProtocolError::OutOfPlace {
                     message: name(&message),
                 });
@@ -209,43 +144,48 @@ impl AgentClient {
         Ok(Some(event))
     }
 
-    fn take_output(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
-        // A frame's payload has at most 4096 bytes.
-        let total = self.unconsumed + self.owed + bytes.len() as u32;
-        if total > self.window {
-            return Err(ProtocolError::Window {
-                excess: total - self.window,
+    fn on_extra(
+        &mut self,
+        number: u8,
+        message: FromGuest<'_>,
+    ) -> Result<Option<AgentEvent>, ProtocolError> {
+        let Some(at) = self.extra.iter().position(|job| job.number() == number) else {
+            return Err(ProtocolError::OutOfPlace {
+                message: name(&message),
             });
+        };
+        let Some(job) = self.extra.get_mut(at) else {
+            return Ok(None);
+        };
+        let event = job.on_message(message)?;
+        if job.has_ended() {
+            self.extra.remove(at);
         }
-        self.unconsumed += bytes.len() as u32;
-        Ok(())
+        Ok(event.map(|event| AgentEvent::Extra(number, Box::new(event))))
     }
 
     /// The channel loses nothing, so more may be on its way. Once.
     pub fn widen(&mut self) {
-        self.owed += MAX_HOST_WINDOW - self.window;
-        self.window = MAX_HOST_WINDOW;
-        self.fill();
+        if !std::mem::replace(&mut self.widened, true) {
+            self.main.widen(MAX_HOST_WINDOW);
+            self.fill();
+        }
     }
 
     /// So many bytes of Stdout and Stderr have been written: the guest may send as many more.
     pub fn consumed(&mut self, bytes: usize) {
-        let bytes = u32::try_from(bytes)
-            .unwrap_or(u32::MAX)
-            .min(self.unconsumed);
-        self.unconsumed -= bytes;
-        self.owed += bytes;
+        self.main.consumed(bytes);
         self.fill();
     }
 
     /// Bytes for the channel; a bounded number. Report with [`Self::sent`] what it took.
     pub fn outgoing(&self) -> &[u8] {
-        &self.outgoing
+        self.outgoing.bytes()
     }
 
     /// The channel took the first `n` bytes of [`Self::outgoing`].
     pub fn sent(&mut self, n: usize) {
-        self.outgoing.drain(..n.min(self.outgoing.len()));
+        self.outgoing.sent(n);
         self.fill();
     }
 
@@ -255,34 +195,31 @@ impl AgentClient {
         if !self.wants_stdin() {
             return 0;
         }
-        let n = bytes.len().min(STDIN_BUFFER - self.stdin.len());
-        self.stdin.extend_from_slice(&bytes[..n]);
+        let taken = self.main.stdin(bytes);
         self.fill();
-        n
+        taken
     }
 
     /// There is room for input, and the command may still read it.
     pub fn wants_stdin(&self) -> bool {
-        self.state < State::Ended && !self.stdin_eof && self.stdin.len() < STDIN_BUFFER
+        self.state != State::Dead && self.main.wants_stdin()
     }
 
     /// There is no more input.
     pub fn stdin_eof(&mut self) {
-        self.stdin_eof = true;
+        self.main.stdin_eof();
         self.fill();
     }
 
     /// The terminal has a new size. Of several, the last is sent.
     pub fn resize(&mut self, size: WinSize) {
-        self.resize = Some(size);
+        self.main.resize(size);
         self.fill();
     }
 
     /// Sends a signal to the command's process group, once it runs.
     pub fn signal(&mut self, signal: u8) {
-        if self.signals.len() < MAX_SIGNALS {
-            self.signals.push(signal);
-        }
+        self.main.signal(signal);
         self.fill();
     }
 
@@ -294,86 +231,73 @@ impl AgentClient {
 
     /// The agent has said Hello.
     pub fn is_connected(&self) -> bool {
-        self.state > State::AwaitHello && self.state < State::Dead
+        self.state == State::Talking
+    }
+
+    /// Has another command run beside the main one; returns its number, which its events have.
+    ///
+    /// # Errors
+    /// The main command does not run, the agent knows no others, or there are enough.
+    pub fn begin(&mut self, request: &StartRequest) -> Result<u8, ExtraError> {
+        if !self.is_connected() || !self.main.is_running() {
+            return Err(ExtraError::NotRunning);
+        }
+        if self.features & features::EXTRA == 0 {
+            return Err(ExtraError::Unsupported);
+        }
+        let is_free = |number: &u8| self.extra.iter().all(|job| job.number() != *number);
+        let Some(number) = (1..=MAX_EXTRA as u8).find(is_free) else {
+            return Err(ExtraError::TooMany);
+        };
+        let window = self.main.guest_window().min(EXTRA_WINDOW);
+        self.extra.push(Job::new(number, request, window)?);
+        self.fill();
+        Ok(number)
+    }
+
+    /// Does something with the command `number`; `None` once it has ended.
+    pub fn with<R>(&mut self, number: u8, act: impl FnOnce(&mut Job) -> R) -> Option<R> {
+        let mut extra = self.extra.iter_mut();
+        let result = extra.find(|job| job.number() == number).map(act);
+        self.fill();
+        result
     }
 
     /// Moves what may be sent now into the outgoing buffer, most urgent first.
     fn fill(&mut self) {
         if self.is_connected() {
-            while self.outgoing.len() + PIECE + OVERHEAD <= OUTGOING && self.send_next() {}
+            while self.outgoing.fits() && self.send_next() {}
         }
     }
 
     /// Sends one message if there is one to send.
     fn send_next(&mut self) -> bool {
-        // Not for every byte: a frame costs more than it grants. The rest of the window still moves.
-        if self.owed >= self.window / 4 {
-            let owed = std::mem::take(&mut self.owed);
-            return self.send(FromHost::Credit(owed));
+        let out = &mut self.outgoing;
+        if self.main.grant(out) {
+            return true;
         }
         if let Some(power) = self.shutdown.take() {
-            return self.send(FromHost::Shutdown(power));
+            out.send(0, FromHost::Shutdown(power));
+            return true;
         }
-        if self.state == State::Ended {
-            return false;
-        }
-        let room = PIECE.min(self.credit as usize);
-        if self.start_sent < self.start.len() {
-            return self.send_start(room);
-        }
-        if !self.signals.is_empty() {
-            let signal = self.signals.remove(0);
-            return self.send(FromHost::Signal(signal));
-        }
-        if let Some(size) = self.resize.take() {
-            return self.send(FromHost::Resize(size));
-        }
-        if !self.stdin.is_empty() && room > 0 {
-            let n = self.stdin.len().min(room);
-            self.credit -= n as u32;
-            let piece = self.stdin.get(..n).unwrap_or_default().to_vec();
-            self.stdin.drain(..n);
-            return self.send(FromHost::Stdin(&piece));
-        }
-        if self.stdin_eof && !self.eof_sent && self.stdin.is_empty() {
-            self.eof_sent = true;
-            return self.send(FromHost::StdinEof);
+        // The agent takes one Start after the other.
+        let starting = self.extra.iter().position(Job::is_starting);
+        let count = 1 + self.extra.len();
+        for place in 0..count {
+            let turn = (self.turn + place) % count;
+            let sent = match turn.checked_sub(1) {
+                None => self.main.send_next(out, true),
+                Some(at) => self
+                    .extra
+                    .get_mut(at)
+                    .is_some_and(|job| job.grant(out) || job.send_next(out, starting == Some(at))),
+            };
+            if sent {
+                self.turn = turn + 1;
+                return true;
+            }
         }
         false
-    }
-
-    fn send_start(&mut self, room: usize) -> bool {
-        if room == 0 {
-            return false;
-        }
-        let end = self.start.len().min(self.start_sent + room);
-        let start = std::mem::take(&mut self.start);
-        let bytes = &start[self.start_sent..end];
-        self.credit -= bytes.len() as u32;
-        self.send(FromHost::Start {
-            last: end == start.len(),
-            bytes,
-        });
-        self.start = start;
-        self.start_sent = end;
-        true
-    }
-
-    fn send(&mut self, message: FromHost<'_>) -> bool {
-        let at = self.outgoing.len();
-        self.outgoing.resize(at + PIECE + OVERHEAD, 0);
-        let n = message.encode(&mut self.outgoing[at..]).unwrap_or_default();
-        self.outgoing.truncate(at + n);
-        true
-    }
-}
-
-fn request_error(error: StartError) -> RequestError {
-    match error {
-        StartError::Empty | StartError::Malformed => RequestError::Empty,
-        StartError::Nul => RequestError::Nul,
-        StartError::TooMany(count) => RequestError::TooMany { count },
-        StartError::TooLong(bytes) => RequestError::TooLong { bytes },
     }
 }
 

@@ -22,6 +22,8 @@ pub enum Heard {
     End,
     /// From stdin; nothing at its end.
     Input(Vec<u8>),
+    /// The other descriptor is readable.
+    Other,
 }
 
 /// A stream with a microVM.
@@ -55,25 +57,40 @@ impl RemoteStream {
         }
     }
 
-    /// Waits for the microVM, and for stdin where `listening` says so.
-    pub fn hear(&mut self, listening: bool) -> Result<Heard, RemoteError> {
+    /// Waits for the microVM, for stdin where `listening` says so, and for another descriptor.
+    pub fn hear(
+        &mut self,
+        listening: bool,
+        other: Option<BorrowedFd<'_>>,
+    ) -> Result<Heard, RemoteError> {
         // SAFETY: descriptor 0 is open for the whole life of the process: Rust's runtime sees to that.
         let stdin = unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) };
         loop {
-            let mut fds = vec![PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-            if listening {
-                fds.push(PollFd::new(stdin, PollFlags::POLLIN));
-            }
+            let in_or_not = |so: bool| {
+                if so {
+                    PollFlags::POLLIN
+                } else {
+                    PollFlags::empty()
+                }
+            };
+            let stream = self.stream.as_fd();
+            let mut fds = [
+                PollFd::new(stream, PollFlags::POLLIN),
+                PollFd::new(if listening { stdin } else { stream }, in_or_not(listening)),
+                PollFd::new(other.unwrap_or(stream), in_or_not(other.is_some())),
+            ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(failed(&self.name, PATIENCE, errno.into())),
             }
-            let ready: Vec<_> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-            drop(fds);
-            if ready.first() == Some(&true) {
+            let [remote, input, other] = fds.map(|fd| fd.any().unwrap_or(false));
+            if remote {
                 return Ok(self.read()?.map_or(Heard::End, Heard::Remote));
             }
-            if ready.get(1) == Some(&true) {
+            if other {
+                return Ok(Heard::Other);
+            }
+            if input {
                 let mut bytes = vec![0; CHUNK];
                 match nix::unistd::read(stdin, &mut bytes) {
                     Ok(len) => {

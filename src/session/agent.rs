@@ -11,8 +11,10 @@ use super::outcome::Outcome;
 use super::output::Output;
 use super::terminal::window_size;
 use crate::config::Guest;
+use crate::control::ExecRequest;
 use crate::guest::client::{
-    AgentClient, AgentEvent, Exit, Level, Power, RequestError, StartRequest, WinSize, features,
+    AgentClient, AgentEvent, Exit, ExtraError, Job, Level, Power, RequestError, StartRequest,
+    WinSize, features,
 };
 use crate::telemetry::Limited;
 
@@ -35,6 +37,8 @@ pub struct AgentLink {
     client: AgentClient,
     channel: Channel,
     features: u32,
+    /// What came about commands beside the first.
+    extra: Vec<(u8, AgentEvent)>,
     running: bool,
     interrupted: bool,
     told_of_no_reader: bool,
@@ -48,6 +52,7 @@ impl AgentLink {
             client,
             channel,
             features: 0,
+            extra: Vec::new(),
             running: false,
             interrupted: false,
             told_of_no_reader: false,
@@ -77,6 +82,30 @@ impl AgentLink {
     /// No more input comes.
     pub fn input_ended(&mut self) {
         self.client.stdin_eof();
+    }
+
+    /// Runs another command, as `request` says and in `guest`'s environment otherwise; returns its number.
+    pub fn begin(&mut self, request: &ExecRequest, guest: &Guest) -> Result<u8, ExtraError> {
+        let own = ENVIRONMENT.iter().map(|entry| entry.to_string());
+        let more = guest.env.iter().chain(&request.env).cloned();
+        let cwd = request.cwd.as_ref().or(guest.cwd.as_ref());
+        let size = request.tty.map(|size| (size.rows, size.cols));
+        self.client.begin(&StartRequest {
+            argv: request.command.iter().map(OsString::from).collect(),
+            env: merge(own.chain(more)),
+            cwd: cwd.map(OsString::from),
+            tty: size.map(win_size),
+        })
+    }
+
+    /// Does something with the command `number`; `None` once it has ended.
+    pub fn with<R>(&mut self, number: u8, act: impl FnOnce(&mut Job) -> R) -> Option<R> {
+        self.client.with(number, act)
+    }
+
+    /// What came about other commands than the first.
+    pub fn take_extra(&mut self) -> Vec<(u8, AgentEvent)> {
+        std::mem::take(&mut self.extra)
     }
 
     /// The terminal has a new size.
@@ -181,6 +210,7 @@ impl AgentLink {
             AgentEvent::ProtocolError(error) => {
                 return Some(Outcome::AgentLost(error.to_string()));
             }
+            AgentEvent::Extra(number, event) => self.extra.push((number, *event)),
             AgentEvent::Stdout(_) | AgentEvent::Stderr(_) => {}
         }
         None

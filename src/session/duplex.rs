@@ -88,6 +88,11 @@ impl Duplex {
         bytes
     }
 
+    /// Whether nothing more comes.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Whether nobody is there any more. Who only sends no more still is.
     pub fn is_gone(&self) -> bool {
         let hung_up = || {

@@ -180,7 +180,8 @@ impl<'a> Foreground<'a> {
     fn serve_streams(&mut self) {
         if self.runtime.has_streams() {
             let console = console(self.vm, &self.tap, &self.hvc);
-            self.runtime.serve_streams(console);
+            self.runtime.serve_streams(console, self.agent.as_mut());
+            self.pump_agent();
         }
     }
 
@@ -517,7 +518,9 @@ impl<'a> Foreground<'a> {
                 self.pump_agent();
             }
             Token::Calls => {
-                self.runtime.serve(console(self.vm, &self.tap, &self.hvc));
+                let console = console(self.vm, &self.tap, &self.hvc);
+                self.runtime.serve(console, self.agent.as_mut());
+                self.pump_agent();
                 if self.runtime.take_stop() {
                     self.shut_down();
                 }

@@ -12,6 +12,7 @@ mod console;
 mod duplex;
 mod escape;
 mod events;
+mod exec;
 mod foreground;
 mod hvc;
 mod input;
@@ -37,4 +38,4 @@ pub use outcome::{
 pub use runtime::Startup;
 pub use serve::{Serve, ServeError, serve};
 pub use terminal::restore as restore_terminal;
-pub use terminal::{RawTerminal, end_on_panic};
+pub use terminal::{RawTerminal, end_on_panic, window_size};

@@ -11,7 +11,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
+use super::agent::AgentLink;
 use super::events::Events;
+use super::exec::Execs;
 use super::outcome::Outcome;
 use super::readers::{Console, Readers};
 use super::snapshots::Saver;
@@ -19,8 +21,8 @@ use super::{commands, statistics};
 use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
-    Action, ActionError, Event, Instance, PAUSE_PATIENCE, Reply, Requests, SnapshotCreate,
-    SnapshotType, State, chain, no_balloon,
+    Action, ActionError, Event, ExecRequest, Instance, PAUSE_PATIENCE, Reply, Requests,
+    SnapshotCreate, SnapshotType, State, chain, no_balloon,
 };
 use crate::telemetry::Metrics;
 use crate::vm::Vm;
@@ -51,6 +53,7 @@ pub struct Runtime {
     alarm: Option<Alarm>,
     panicked: bool,
     readers: Readers,
+    execs: Execs,
 }
 
 /// Who announces devices that fail, and how often each did.
@@ -132,6 +135,7 @@ impl Runtime {
             panicked: false,
             mmds: parts.mmds,
             readers: Readers::default(),
+            execs: Execs::default(),
         })
     }
 
@@ -219,7 +223,7 @@ impl Runtime {
     }
 
     /// Answers what is asked of the machine whose console this is, and writes figures that are due.
-    pub fn serve(&mut self, console: Console<'_>) {
+    pub fn serve(&mut self, console: Console<'_>, mut agent: Option<&mut AgentLink>) {
         let vm = console.vm;
         let due = |writer: &FigureWriter| nix::unistd::read(&writer.timer, &mut [0; 8]).is_ok();
         if self.figures.as_ref().is_some_and(due) {
@@ -227,19 +231,35 @@ impl Runtime {
         }
         self.look_at_devices(vm);
         while let Some(call) = self.requests.next() {
-            let result = self.act(&call.action, console);
+            let result = match &call.action {
+                Action::Exec(request) => self.exec(request, agent.as_deref_mut()),
+                action => self.act(action, console),
+            };
             call.answer(result);
         }
     }
 
     /// Whether there are streams beside those of events.
     pub fn has_streams(&self) -> bool {
-        !self.readers.is_empty()
+        !self.readers.is_empty() || !self.execs.is_empty()
     }
 
     /// Passes on what those wait for.
-    pub fn serve_streams(&mut self, console: Console<'_>) {
+    pub fn serve_streams(&mut self, console: Console<'_>, agent: Option<&mut AgentLink>) {
         self.readers.serve(console, &self.ready);
+        if let Some(agent) = agent {
+            self.execs.serve(agent, &self.ready);
+        }
+    }
+
+    fn exec(
+        &mut self,
+        request: &ExecRequest,
+        agent: Option<&mut AgentLink>,
+    ) -> Result<Reply, ActionError> {
+        let guest = self.config.guest.as_ref();
+        let stream = self.execs.begin(request, (agent, guest), &self.ready)?;
+        Ok(Reply::Stream(stream))
     }
 
     /// Writes a line of figures, where there is a place for them.
@@ -285,6 +305,8 @@ impl Runtime {
                 let state = self.instance.state;
                 Ok(Reply::Stream(self.events.listen(&Event::State { state })?))
             }
+            // It needs the agent: `serve` has it.
+            Action::Exec(_) => Err(ActionError::NoAgent),
             Action::ReadConsole => Ok(Reply::Stream(self.readers.begin(console, &self.ready)?)),
             Action::GetLog => {
                 let (bytes, _) = console.since(0);

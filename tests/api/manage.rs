@@ -296,3 +296,21 @@ fn who_has_ended_meanwhile_is_said_to_have_ended() {
     }
     drop(vm);
 }
+
+#[test]
+fn a_guest_without_agent_runs_no_commands() {
+    let place = Place::new();
+    let _vm = place.start("a", "hlt_forever").wait_for("\n");
+    place.wait_for("a");
+    let outcome = place.bulle(&["exec", "a", "--", "true"]).exits(125);
+    let outcome = outcome.complains("'a' refuses: this guest has no agent of bulle's");
+    assert_eq!(outcome.stderr.lines().count(), 1);
+    let mut vm = Served::new();
+    let early = vm.put("/exec", serde_json::json!({ "command": ["true"] }));
+    early.refused(&["not supported before starting"]);
+    let kernel = vm.put("/boot-source", crate::served::boot("/nothing".as_ref()));
+    let answer = kernel.refused(&["cannot be opened"]).body;
+    let error: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(error["code"], "no-file");
+    assert_eq!(error["cause"], "No such file or directory (os error 2)");
+}

@@ -1,9 +1,10 @@
 use std::ffi::OsString;
 
 use agent_protocol::start::StartView;
-use agent_protocol::{GUEST_WINDOW, Hello, MAX_FRAME};
+use agent_protocol::{GUEST_WINDOW, HOST_WINDOW, Hello, MAX_FRAME};
 use proptest::prelude::*;
 
+use super::job::STDIN_BUFFER;
 use super::*;
 
 fn request() -> StartRequest {
@@ -374,4 +375,96 @@ proptest! {
             take(&mut client, &mut decoder);
         }
     }
+}
+
+fn bytes_for(job: u8, message: FromGuest<'_>) -> Vec<u8> {
+    let mut out = [0; MAX_FRAME];
+    let n = message.encode_for(job, &mut out).unwrap();
+    out[..n].to_vec()
+}
+
+/// A client whose agent runs commands beside the main one.
+fn several() -> (AgentClient, Decoder) {
+    let mut client = AgentClient::new(&request()).unwrap();
+    let mut decoder = Decoder::new();
+    assert_eq!(client.begin(&request()), Err(ExtraError::NotRunning));
+    let FromGuest::Hello(hello) = HELLO else {
+        unreachable!()
+    };
+    let features = hello.features | features::EXTRA;
+    tell(&mut client, FromGuest::Hello(Hello { features, ..hello }));
+    take(&mut client, &mut decoder);
+    tell(&mut client, FromGuest::Started { pid: 7 });
+    (client, decoder)
+}
+
+#[test]
+fn commands_run_beside_the_main_one() {
+    let (mut client, mut decoder) = several();
+    let number = client.begin(&request()).unwrap();
+    assert_eq!(number, 1);
+    let frames = take(&mut client, &mut decoder);
+    assert_eq!((frames[0].0, frames[0].1), (0x81, 0x11));
+    let mut events = Vec::new();
+    client.received(&bytes_for(1, FromGuest::Started { pid: 9 }), &mut events);
+    client.received(&bytes_for(0, FromGuest::Stdout(b"main")), &mut events);
+    client.received(&bytes_for(1, FromGuest::Stdout(b"beside")), &mut events);
+    client.with(1, |job| {
+        job.stdin(b"in");
+        job.stdin_eof();
+        job.signal(15);
+    });
+    let kinds: Vec<_> = take(&mut client, &mut decoder)
+        .into_iter()
+        .map(|f| (f.0, f.1))
+        .collect();
+    assert_eq!(kinds, [(0x85, 0x10), (0x82, 0x10), (0x83, 0x10)]);
+    client.received(&bytes_for(1, FromGuest::Exited(Exit::Code(3))), &mut events);
+    let extra = |event| AgentEvent::Extra(1, Box::new(event));
+    assert_eq!(
+        events,
+        [
+            extra(AgentEvent::Started { pid: 9 }),
+            AgentEvent::Stdout(b"main".to_vec()),
+            extra(AgentEvent::Stdout(b"beside".to_vec())),
+            extra(AgentEvent::Exited(Exit::Code(3))),
+        ]
+    );
+    assert!(client.with(1, |_| ()).is_none());
+    assert_eq!(client.begin(&request()), Ok(1));
+    // Of one that is none, nothing may come.
+    let mut events = Vec::new();
+    client.received(&bytes_for(2, FromGuest::Stdout(b"x")), &mut events);
+    assert!(error_of(&events).is_some(), "{events:?}");
+}
+
+#[test]
+fn starts_go_one_after_the_other_and_there_are_seven_at_most() {
+    let (mut client, mut decoder) = several();
+    let long = StartRequest {
+        env: vec!["A".repeat(9000).into()],
+        ..request()
+    };
+    for number in 1..=7 {
+        assert_eq!(client.begin(&long), Ok(number));
+    }
+    assert_eq!(client.begin(&long), Err(ExtraError::TooMany));
+    let mut starts = Vec::new();
+    for _ in 0..100 {
+        for (kind, flags, payload) in take(&mut client, &mut decoder) {
+            assert_eq!(kind, 0x81);
+            starts.push(flags);
+            let credit = FromGuest::Credit(payload.len() as u32);
+            client.received(&bytes_for(flags >> 4, credit), &mut Vec::new());
+        }
+    }
+    let jobs: Vec<_> = starts.iter().map(|flags| flags >> 4).collect();
+    assert!(jobs.is_sorted(), "{jobs:?}");
+    assert_eq!(starts.iter().filter(|flags| *flags & 1 == 1).count(), 7);
+}
+
+#[test]
+fn an_agent_that_knows_no_others_is_asked_for_none() {
+    let (mut client, _) = running();
+    assert_eq!(client.begin(&request()), Err(ExtraError::Unsupported));
 }

@@ -3,7 +3,9 @@
 use std::ffi::OsString;
 use std::io;
 
-use agent_protocol::{Exit, Level, MAX_START, MAX_STRINGS, Power, Stage, VERSION, WinSize};
+use agent_protocol::{
+    Exit, Level, MAX_EXTRA, MAX_START, MAX_STRINGS, Power, Stage, VERSION, WinSize,
+};
 
 #[cfg(doc)]
 use super::{AgentClient, features};
@@ -44,6 +46,25 @@ pub enum RequestError {
         /// Length with overhead.
         bytes: usize,
     },
+}
+
+/// Why a command does not run beside the main one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExtraError {
+    /// There is no main one.
+    #[error("the guest's first command does not run: try again once it does, and before it ends")]
+    NotRunning,
+    /// The agent is of an older bulle.
+    #[error("the agent in this guest runs one command only: it is that of an older bulle")]
+    Unsupported,
+    /// There are enough.
+    #[error(
+        "{MAX_EXTRA} commands run beside the first already, which is the most: end one of them first"
+    )]
+    TooMany,
+    /// The command does not fit.
+    #[error(transparent)]
+    Request(#[from] RequestError),
 }
 
 /// The guest broke the protocol. Nothing more will come from it.
@@ -165,6 +186,8 @@ pub enum AgentEvent {
     },
     /// The guest goes down without the command having ended by itself.
     Stopping(Power),
+    /// About the command beside the main one that has this number.
+    Extra(u8, Box<AgentEvent>),
     /// The guest broke the protocol; the last event.
     ProtocolError(ProtocolError),
 }

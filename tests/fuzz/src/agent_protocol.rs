@@ -44,10 +44,10 @@ fn message(frame: Frame<'_>) {
     let both = [
         FromHost::parse(frame)
             .ok()
-            .map(|message| message.encode(&mut out)),
+            .map(|message| message.encode_for(frame.job(), &mut out)),
         FromGuest::parse(frame)
             .ok()
-            .map(|message| message.encode(&mut out)),
+            .map(|message| message.encode_for(frame.job(), &mut out)),
     ];
     assert!(
         both.iter().flatten().count() < 2,

@@ -1,7 +1,7 @@
 //! The command: its process, its input and its output.
 
 use agent_protocol::start::StartView;
-use agent_protocol::{Exit, MAX_GUEST_WINDOW, Stage, WinSize};
+use agent_protocol::{Exit, Stage, WinSize};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -267,18 +267,18 @@ impl Command {
 }
 
 /// Input that the command has not taken yet; as much as the host may send.
-pub struct Input {
-    bytes: [u8; MAX_GUEST_WINDOW as usize],
+pub struct Input<const N: usize> {
+    bytes: [u8; N],
     len: usize,
     /// The host has no more.
     pub eof: bool,
 }
 
-impl Input {
+impl<const N: usize> Input<N> {
     /// Nothing yet.
     pub const fn new() -> Self {
         Self {
-            bytes: [0; MAX_GUEST_WINDOW as usize],
+            bytes: [0; N],
             len: 0,
             eof: false,
         }

@@ -102,14 +102,19 @@ impl Link {
         self.end - self.start + MAX_FRAME + RESERVE <= QUEUE
     }
 
-    /// Queues a message; `false` if it does not fit.
+    /// Queues a message about the main command or none; `false` if it does not fit.
     pub fn send(&mut self, message: &FromGuest<'_>) -> bool {
+        self.send_for(0, message)
+    }
+
+    /// Queues a message about the command `job`; `false` if it does not fit.
+    pub fn send_for(&mut self, job: u8, message: &FromGuest<'_>) -> bool {
         if self.start > 0 {
             self.queue.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
-        match message.encode(&mut self.queue[self.end..]) {
+        match message.encode_for(job, &mut self.queue[self.end..]) {
             Some(n) => {
                 self.end += n;
                 true

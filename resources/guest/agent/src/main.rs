@@ -12,6 +12,7 @@
 
 mod command;
 mod exec;
+mod job;
 mod link;
 mod net;
 mod power;

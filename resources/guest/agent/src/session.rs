@@ -5,16 +5,15 @@
 
 use agent_protocol::start::StartView;
 use agent_protocol::{
-    Decoder, Exit, FromGuest, FromHost, Hello, Level, MAX_PAYLOAD, MAX_START, Power, Stage,
-    VERSION, features,
+    Decoder, EXTRA_WINDOW, Exit, FromGuest, FromHost, Hello, Level, MAX_EXTRA, MAX_GUEST_WINDOW,
+    MAX_START, Power, Stage, VERSION, features,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::process::{WaitOptions, WaitStatus, wait};
 
-use crate::command::{Command, Input};
-use crate::exec::Failure;
+use crate::job::{self, Job};
 use crate::link::Link;
 use crate::power::{Buttons, MAX_BUTTONS};
 use crate::root::Trouble;
@@ -37,11 +36,22 @@ const PATIENCE_MS: u64 = 2500;
 /// For the host to end the guest after the command's end; then the guest does it.
 const GOODBYE_MS: u64 = 5000;
 
-/// Files to wait on: channel, signals, input, two outputs, buttons.
-const FIXED_FILES: usize = 5;
-const FILES: usize = FIXED_FILES + MAX_BUTTONS;
+/// Files to wait on: channel, signals, buttons, those of each command.
+const FIXED_FILES: usize = 2 + MAX_BUTTONS;
+const FILES: usize = FIXED_FILES + (1 + MAX_EXTRA) * job::FILES;
 
-/// One command on behalf of one host.
+/// Does the same with every command.
+macro_rules! each_job {
+    ($session:expr, $job:ident => $body:expr) => {{
+        let $job = &mut $session.main;
+        $body;
+        for $job in &mut $session.extra {
+            $body;
+        }
+    }};
+}
+
+/// The commands on behalf of one host.
 pub struct Session {
     link: Link,
     signals: OwnedFd,
@@ -50,14 +60,16 @@ pub struct Session {
     is_init: bool,
     /// Why no command can run.
     trouble: Option<Trouble>,
+    /// What has come of a Start, and for which command.
     start: [u8; MAX_START],
     start_len: usize,
-    command: Option<Command>,
-    input: Input,
-    /// Output bytes that the host still takes.
-    credit: u64,
-    /// Input bytes that the host is to be told are consumed.
-    owed: u32,
+    start_job: u8,
+    /// A first message has come.
+    talking: bool,
+    main: Job<{ MAX_GUEST_WINDOW as usize }>,
+    extra: [Job<{ EXTRA_WINDOW as usize }>; MAX_EXTRA],
+    /// Whose output goes first.
+    turn: usize,
     /// Exited or Failed has been sent at this time.
     done_at: Option<u64>,
     ending: Option<Ending>,
@@ -95,6 +107,7 @@ impl Session {
                 }
             }
         };
+        let window = link.window();
         Self {
             link,
             signals,
@@ -103,10 +116,11 @@ impl Session {
             trouble: None,
             start: [0; MAX_START],
             start_len: 0,
-            command: None,
-            input: Input::new(),
-            credit: 0,
-            owed: 0,
+            start_job: 0,
+            talking: false,
+            main: Job::new(0, window),
+            extra: core::array::from_fn(|i| Job::new(i as u8 + 1, window.min(EXTRA_WINDOW))),
+            turn: 0,
             done_at: None,
             ending: None,
         }
@@ -134,16 +148,22 @@ impl Session {
                 self.on_signals();
             }
             for index in 0..MAX_BUTTONS {
-                if ready[FIXED_FILES + index] && self.buttons.was_pressed(index) {
+                if ready[2 + index] && self.buttons.was_pressed(index) {
                     self.end(Power::Off);
                 }
             }
             if ready[0] && self.receive(&mut decoder).is_err() {
                 return self.lost();
             }
-            for index in [0, 1] {
-                if ready[3 + index] {
-                    self.pass_output(index);
+            // Whoever has most to say leaves the others room.
+            self.turn = (self.turn + 1) % (1 + MAX_EXTRA);
+            for place in 0..=MAX_EXTRA {
+                let number = (self.turn + place) % (1 + MAX_EXTRA);
+                let files = FIXED_FILES + number * job::FILES;
+                for index in [0, 1] {
+                    if ready[files + 1 + index] {
+                        self.pass_output(number, index);
+                    }
                 }
             }
         }
@@ -162,6 +182,7 @@ impl Session {
             (setup::has_pvpanic(), features::PVPANIC),
             (self.buttons.any(), features::POWER_BUTTON),
             (setup::has_pty(), features::PTY),
+            (true, features::EXTRA),
         ] {
             have |= if present { feature } else { 0 };
         }
@@ -182,28 +203,23 @@ impl Session {
 
     /// Does what needs no waiting: input, credit, the ends of things. `Some` when all is over.
     fn advance(&mut self) -> Option<Power> {
-        let stalled = self.is_stalled();
-        let mut outcome = None;
-        if let Some(command) = &mut self.command {
-            self.owed += self.input.pass_to(command) as u32;
-            if self.input.eof && self.input.is_empty() {
-                command.close_stdin();
-            }
-            outcome = command.outcome(stalled).ok();
-        } else if self.done_at.is_some() {
+        let running = self.main.is_running();
+        if !running && self.done_at.is_some() {
             // Nobody reads input any more.
-            self.input.clear();
+            self.main.clear_input();
         }
-        // Not for every byte: each costs the host an exit. The rest of the window still moves.
-        if self.owed >= self.link.window() / 4 && self.link.send(&FromGuest::Credit(self.owed)) {
-            self.owed = 0;
+        let outcome = self.main.advance(&mut self.link);
+        if let Some(exit) = outcome
+            && self.ending.is_none()
+        {
+            // The host may end the guest at once.
+            rustix::fs::sync();
+            self.finish(&FromGuest::Exited(exit));
         }
-        if let Some(exit) = outcome {
-            self.command = None;
-            if self.ending.is_none() {
-                // The host may end the guest at once.
-                rustix::fs::sync();
-                self.finish(&FromGuest::Exited(exit));
+        for (index, job) in self.extra.iter_mut().enumerate() {
+            if let Some(exit) = job.advance(&mut self.link) {
+                job.clear();
+                self.link.send_for(index as u8 + 1, &FromGuest::Exited(exit));
             }
         }
         if self.link.flush().is_err() {
@@ -220,7 +236,7 @@ impl Session {
             self.end(Power::Off);
         }
         // The command is forgotten when its output is complete.
-        let said = self.command.is_none();
+        let said = !self.main.is_running();
         let ending = self.ending.as_mut()?;
         while !ending.alone
             && now >= ending.due
@@ -229,10 +245,10 @@ impl Session {
             ending.step += 1;
             ending.due = now + pause;
             for signal in *signals {
-                match (&self.command, self.is_init) {
-                    (_, true) => sys::kill_everyone(*signal as i32),
-                    (Some(command), false) => command.signal(*signal as u8),
-                    (None, false) => {}
+                if self.is_init {
+                    sys::kill_everyone(*signal as i32);
+                } else {
+                    each_job!(self, job => job.signal(*signal as u8));
                 }
             }
         }
@@ -240,19 +256,14 @@ impl Session {
         ((ending.alone && said && self.link.is_idle()) || late).then_some(ending.power)
     }
 
-    /// Output waits for the host.
-    fn is_stalled(&self) -> bool {
-        self.credit == 0 || !self.link.has_room_for_output()
-    }
-
     /// When to look again though nothing has happened.
     fn timeout(&mut self) -> Option<u64> {
         let now = sys::now_ms();
-        let stalled = self.is_stalled();
-        let command = self
-            .command
-            .as_mut()
-            .and_then(|c| c.outcome(stalled).err().flatten());
+        let mut command = None;
+        each_job!(self, job => {
+            let next = job.timeout(&self.link);
+            command = [command, next].into_iter().flatten().min();
+        });
         let ending = self.ending.as_ref().map(|e| {
             let over = e.alone || e.step == STEPS.len();
             let next = if over { e.begun + PATIENCE_MS } else { e.due };
@@ -271,12 +282,6 @@ impl Session {
             tv_sec: (ms / 1000) as i64,
             tv_nsec: ((ms % 1000) * 1_000_000) as i64,
         });
-        let stalled = self.is_stalled();
-        let command = self.command.as_ref();
-        let output = |index| command.and_then(|c| c.output(index)).filter(|_| !stalled);
-        let stdin = command
-            .and_then(Command::stdin)
-            .filter(|_| !self.input.is_empty());
         let link = if self.link.is_idle() {
             PollFlags::IN
         } else {
@@ -287,9 +292,11 @@ impl Session {
             let (file, flags) = match index {
                 0 => (Some(self.link.file()), link),
                 1 => (Some(&self.signals), PollFlags::IN),
-                2 => (stdin, PollFlags::OUT),
-                3 | 4 => (output(index - 3), PollFlags::IN),
-                _ => (buttons[index - FIXED_FILES].as_ref(), PollFlags::IN),
+                index if index < FIXED_FILES => (buttons[index - 2].as_ref(), PollFlags::IN),
+                index => match self.job_file(index - FIXED_FILES) {
+                    Some((file, flags)) => (Some(file), flags),
+                    None => (None, PollFlags::empty()),
+                },
             };
             match file {
                 Some(file) => PollFd::new(file, flags),
@@ -305,6 +312,14 @@ impl Session {
             }
         }
         ready
+    }
+
+    /// File `index` of all commands together.
+    fn job_file(&self, index: usize) -> Option<(&OwnedFd, PollFlags)> {
+        match index / job::FILES {
+            0 => self.main.file(index, &self.link),
+            number => self.extra[number - 1].file(index % job::FILES, &self.link),
+        }
     }
 
     fn on_signals(&mut self) {
@@ -328,10 +343,8 @@ impl Session {
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => {
-                    if let Some(command) = self.command.as_mut().filter(|c| c.pid() == pid)
-                        && let Some(exit) = exit_of(status)
-                    {
-                        command.on_exit(exit);
+                    if let Some(exit) = exit_of(status) {
+                        each_job!(self, job => job.on_exit(pid, exit));
                     }
                 }
                 Ok(None) => return,
@@ -372,10 +385,12 @@ impl Session {
         // Stale bytes may lie before the first frame; after it, bytes that are skipped were lost.
         let mut skipped = decoder.skipped();
         while let Some(frame) = decoder.decode(&mut bytes) {
-            let first = self.start_len == 0;
+            let first = !self.talking;
+            let job = frame.job();
             let intact = FromHost::parse(frame)
                 .ok()
-                .is_some_and(|message| self.on_message(message));
+                .is_some_and(|message| self.on_message(job, message));
+            self.talking = true;
             if !intact {
                 self.give_up("the agent received a message that breaks the protocol");
                 return Ok(());
@@ -384,53 +399,78 @@ impl Session {
                 skipped = decoder.skipped();
             }
         }
-        if self.start_len > 0 && decoder.skipped() != skipped {
+        if self.talking && decoder.skipped() != skipped {
             self.give_up("bytes from the host were damaged or lost on their way to the agent");
         }
         Ok(())
     }
 
-    /// Acts on one message; `false` if it is out of place.
-    fn on_message(&mut self, message: FromHost<'_>) -> bool {
-        match message {
-            FromHost::Start { last, bytes } => return self.on_start(last, bytes),
-            FromHost::Stdin(bytes) if self.done_at.is_some() => self.owed += bytes.len() as u32,
-            FromHost::Stdin(bytes) => return self.input.push(bytes),
-            FromHost::StdinEof => self.input.eof = true,
-            FromHost::Resize(size) => {
-                if let Some(command) = &self.command {
-                    command.resize(size);
-                }
+    /// Acts on one message about the command `job`; `false` if it is out of place.
+    fn on_message(&mut self, job: u8, message: FromHost<'_>) -> bool {
+        match (message, job) {
+            (FromHost::Start { last, bytes }, job) => self.on_start(job, last, bytes),
+            (FromHost::Shutdown(power), _) => {
+                self.end(power);
+                true
             }
-            FromHost::Signal(signal) => {
-                if let Some(command) = &self.command {
-                    command.signal(signal);
-                }
+            (FromHost::Stdin(bytes), 0) if self.done_at.is_some() => {
+                self.main.consumed(bytes.len());
+                true
             }
-            FromHost::Shutdown(power) => self.end(power),
-            FromHost::Credit(n) => self.credit = self.credit.saturating_add(u64::from(n)),
+            (message, 0) => self.main.on_message(message),
+            (message, job) => match self.extra.get_mut(usize::from(job) - 1) {
+                // What was on its way when the command ended is nobody's.
+                Some(job) => !job.is_running() || job.on_message(message),
+                None => false,
+            },
         }
-        true
     }
 
-    fn on_start(&mut self, last: bool, bytes: &[u8]) -> bool {
-        if self.command.is_some() || self.done_at.is_some() {
+    /// Takes a piece of a Start; `false` if it is out of place.
+    fn on_start(&mut self, job: u8, last: bool, bytes: &[u8]) -> bool {
+        let over = self.done_at.is_some();
+        let busy = match job {
+            0 => self.main.is_running() || over,
+            job => match self.extra.get(usize::from(job) - 1) {
+                Some(job) => job.is_running(),
+                None => true,
+            },
+        };
+        if busy || self.start_len > 0 && self.start_job != job {
             return false;
+        }
+        if self.start_len == 0 && job > 0 {
+            self.extra[usize::from(job) - 1].clear();
         }
         let end = self.start_len + bytes.len();
         let Some(room) = self.start.get_mut(self.start_len..end) else {
             return false;
         };
         room.copy_from_slice(bytes);
-        self.start_len = end;
-        self.owed += bytes.len() as u32;
+        (self.start_len, self.start_job) = (end, job);
+        match job {
+            0 => self.main.consumed(bytes.len()),
+            job => self.extra[usize::from(job) - 1].consumed(bytes.len()),
+        }
         if !last {
             return true;
         }
+        self.start_len = 0;
         let Ok(start) = StartView::parse(&self.start[..end]) else {
             return false;
         };
-        self.credit += u64::from(start.window);
+        if job > 0 {
+            // Without the main command the guest is about to end, and nobody waits for an answer.
+            if !over && self.ending.is_none() {
+                let job = &mut self.extra[usize::from(job) - 1];
+                job.grant(&start);
+                if !job.start(&start, &mut self.link) {
+                    job.clear();
+                }
+            }
+            return true;
+        }
+        self.main.grant(&start);
         if self.ending.is_some() {
             return true;
         }
@@ -440,22 +480,8 @@ impl Session {
                 errno: errno.raw_os_error() as u16,
                 text: text.as_bytes(),
             });
-            return true;
-        }
-        match Command::spawn(&start) {
-            Ok(command) => {
-                let pid = command.pid().as_raw_pid() as u32;
-                self.command = Some(command);
-                self.link.send(&FromGuest::Started { pid });
-            }
-            Err(Failure { stage, errno }) => {
-                let index = if stage == Stage::Cwd { 0 } else { 1 };
-                let text = start.strings().nth(index).unwrap_or_default();
-                let text = text.strip_suffix(b"\0").unwrap_or(text);
-                let errno = errno.raw_os_error() as u16;
-                self.link.send(&FromGuest::Failed { stage, errno, text });
-                self.done_at = Some(sys::now_ms());
-            }
+        } else if !self.main.start(&start, &mut self.link) {
+            self.done_at = Some(sys::now_ms());
         }
         true
     }
@@ -477,24 +503,10 @@ impl Session {
         self.end(Power::Off);
     }
 
-    fn pass_output(&mut self, index: usize) {
-        let mut buffer = [0; MAX_PAYLOAD];
-        while !self.is_stalled()
-            && let Some(command) = &mut self.command
-        {
-            let room = (self.credit as usize).min(MAX_PAYLOAD);
-            let n = command.read(index, &mut buffer[..room]);
-            if n == 0 {
-                return;
-            }
-            self.credit -= n as u64;
-            let bytes = &buffer[..n];
-            let message = if index == 0 {
-                FromGuest::Stdout(bytes)
-            } else {
-                FromGuest::Stderr(bytes)
-            };
-            self.link.send(&message);
+    fn pass_output(&mut self, number: usize, index: usize) {
+        match number {
+            0 => self.main.pass_output(index, &mut self.link),
+            number => self.extra[number - 1].pass_output(index, &mut self.link),
         }
     }
 }

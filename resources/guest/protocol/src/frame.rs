@@ -32,6 +32,13 @@ pub struct Frame<'a> {
     pub payload: &'a [u8],
 }
 
+impl Frame<'_> {
+    /// The command that it is about: 0 is the main one.
+    pub fn job(&self) -> u8 {
+        self.flags >> 4
+    }
+}
+
 /// Writes one frame to `out` and returns its length, `OVERHEAD` + payload.
 ///
 /// `None` if the payload is longer than [`MAX_PAYLOAD`] or `out` is too small.

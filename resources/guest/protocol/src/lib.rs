@@ -31,6 +31,12 @@ pub const GUEST_WINDOW: u32 = 2048;
 /// the host takes for granted.
 pub const MAX_GUEST_WINDOW: u32 = 64 * 1024;
 
+/// Commands beside the main one, numbered from 1.
+pub const MAX_EXTRA: usize = 7;
+
+/// Bytes of Start and Stdin payload that the agent takes for one of those before it grants more, unless Hello has less.
+pub const EXTRA_WINDOW: u32 = 8 * 1024;
+
 /// Bytes of Stdout and Stderr payload that the host can take before it grants more.
 pub const HOST_WINDOW: u32 = 32 * 1024;
 

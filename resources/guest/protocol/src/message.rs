@@ -10,6 +10,8 @@ pub mod features {
     pub const POWER_BUTTON: u32 = 1 << 1;
     /// Pseudo-terminals work.
     pub const PTY: u32 = 1 << 2;
+    /// Commands run beside the main one.
+    pub const EXTRA: u32 = 1 << 3;
 }
 
 /// A frame that is intact but not a message of this direction and version.
@@ -177,6 +179,8 @@ const HOST_CREDIT: u8 = 0x87;
 
 /// Flag of Start: no more pieces follow.
 const LAST: u8 = 1;
+/// The flags that number commands.
+const JOB: u8 = 0xf0;
 /// Longest release in Hello (the kernel's own limit is 64).
 const MAX_RELEASE: usize = 128;
 
@@ -261,7 +265,11 @@ impl<'a> FromGuest<'a> {
     /// [`Malformed`] for a kind of the other direction, an unknown kind, flag or value, and a
     /// payload of the wrong length.
     pub fn parse(frame: Frame<'a>) -> Result<Self, Malformed> {
-        if frame.flags != 0 {
+        let of_a_job = matches!(
+            frame.kind,
+            STARTED | STDOUT | STDERR | EXITED | FAILED | GUEST_CREDIT
+        );
+        if frame.flags & !JOB != 0 || frame.job() > 0 && !of_a_job {
             return Err(Malformed { kind: frame.kind });
         }
         whole(frame, |p| {
@@ -296,8 +304,14 @@ impl<'a> FromGuest<'a> {
         })
     }
 
-    /// Writes the message as one frame and returns its length; `None` if it does not fit.
+    /// Writes the message about the main command as one frame and returns its length; `None` if it does not
+    /// fit.
     pub fn encode(&self, out: &mut [u8]) -> Option<usize> {
+        self.encode_for(0, out)
+    }
+
+    /// As [`encode`](Self::encode), about the command `job`.
+    pub fn encode_for(&self, job: u8, out: &mut [u8]) -> Option<usize> {
         let mut short = [0; 10 + MAX_RELEASE];
         let (kind, payload) = match *self {
             Self::Hello(hello) => {
@@ -315,16 +329,16 @@ impl<'a> FromGuest<'a> {
             Self::Exited(Exit::Signal(n)) => (EXITED, fixed(&mut short, [1, n])),
             Self::Failed { stage, errno, text } => {
                 let [low, high] = errno.to_le_bytes();
-                return encode_text(FAILED, &[stage as u8, low, high], text, out);
+                return encode_text((FAILED, job), &[stage as u8, low, high], text, out);
             }
-            Self::Log { level, text } => return encode_text(LOG, &[level as u8], text, out),
+            Self::Log { level, text } => return encode_text((LOG, job), &[level as u8], text, out),
             Self::Stopping(power) => (STOPPING, fixed(&mut short, [power as u8])),
             Self::Credit(n) => (GUEST_CREDIT, fixed(&mut short, n.to_le_bytes())),
         };
         encode(
             Frame {
                 kind,
-                flags: 0,
+                flags: job << 4,
                 payload,
             },
             out,
@@ -339,7 +353,7 @@ impl<'a> FromHost<'a> {
     /// [`Malformed`] as for [`FromGuest::parse`].
     pub fn parse(frame: Frame<'a>) -> Result<Self, Malformed> {
         let known = if frame.kind == START { LAST } else { 0 };
-        if frame.flags & !known != 0 {
+        if frame.flags & !JOB & !known != 0 || frame.job() > 0 && frame.kind == SHUTDOWN {
             return Err(Malformed { kind: frame.kind });
         }
         whole(frame, |p| {
@@ -359,8 +373,14 @@ impl<'a> FromHost<'a> {
         })
     }
 
-    /// Writes the message as one frame and returns its length; `None` if it does not fit.
+    /// Writes the message about the main command as one frame and returns its length; `None` if it does not
+    /// fit.
     pub fn encode(&self, out: &mut [u8]) -> Option<usize> {
+        self.encode_for(0, out)
+    }
+
+    /// As [`encode`](Self::encode), about the command `job`.
+    pub fn encode_for(&self, job: u8, out: &mut [u8]) -> Option<usize> {
         let mut short = [0; 4];
         let mut flags = 0;
         let (kind, payload) = match *self {
@@ -381,7 +401,7 @@ impl<'a> FromHost<'a> {
         encode(
             Frame {
                 kind,
-                flags,
+                flags: flags | job << 4,
                 payload,
             },
             out,
@@ -396,7 +416,7 @@ fn fixed<const N: usize>(buffer: &mut [u8], bytes: [u8; N]) -> &[u8] {
 }
 
 /// A frame of some fixed bytes and a text, which is cut at [`MAX_TEXT`].
-fn encode_text(kind: u8, head: &[u8], text: &[u8], out: &mut [u8]) -> Option<usize> {
+fn encode_text((kind, job): (u8, u8), head: &[u8], text: &[u8], out: &mut [u8]) -> Option<usize> {
     let text = &text[..text.len().min(MAX_TEXT)];
     let mut payload = [0; MAX_TEXT + 4];
     let end = head.len() + text.len();
@@ -405,7 +425,7 @@ fn encode_text(kind: u8, head: &[u8], text: &[u8], out: &mut [u8]) -> Option<usi
     encode(
         Frame {
             kind,
-            flags: 0,
+            flags: job << 4,
             payload: &payload[..end],
         },
         out,

@@ -168,13 +168,14 @@ fn every_host_message_survives_the_wire() {
 
 #[test]
 fn wrong_lengths_values_and_flags_are_malformed() {
-    let cases: [(u8, u8, &[u8]); 8] = [
+    let cases: [(u8, u8, &[u8]); 9] = [
         (0x02, 0, &[1, 2, 3]),
         (0x02, 0, &[1, 2, 3, 4, 5]),
         (0x05, 0, &[2, 0]),
         (0x06, 0, &[99, 0, 0]),
         (0x08, 0, &[3]),
         (0x03, 1, b"flag"),
+        (0x08, 0x10, &[0]),
         (0x00, 0, &[]),
         (0x7f, 0, &[]),
     ];
@@ -191,6 +192,7 @@ fn wrong_lengths_values_and_flags_are_malformed() {
         (0x81, 1, b""),
         (0x83, 0, b"x"),
         (0x86, 0, &[9]),
+        (0x86, 0x10, &[0]),
     ] {
         assert!(
             FromHost::parse(Frame {
@@ -334,4 +336,23 @@ proptest! {
         prop_assert_eq!(read, strings);
         prop_assert!(StartView::parse(&out[..n - 1]).is_err());
     }
+}
+
+#[test]
+fn messages_are_about_a_command() {
+    let mut out = [0; MAX_FRAME];
+    let n = FromGuest::Stdout(b"x").encode_for(7, &mut out).unwrap();
+    let mut decoder = Decoder::new();
+    let frame = decoder.decode(&mut &out[..n]).unwrap();
+    assert_eq!((frame.job(), frame.flags), (7, 0x70));
+    assert_eq!(FromGuest::parse(frame), Ok(FromGuest::Stdout(b"x")));
+    let start = FromHost::Start {
+        last: true,
+        bytes: b"x",
+    };
+    let n = start.encode_for(2, &mut out).unwrap();
+    let mut decoder = Decoder::new();
+    let frame = decoder.decode(&mut &out[..n]).unwrap();
+    assert_eq!((frame.job(), frame.flags), (2, 0x21));
+    assert_eq!(FromHost::parse(frame), Ok(start));
 }
