@@ -42,7 +42,7 @@ pub enum Action {
     PutBootSource(BootSource),
     /// Adds a disk, or replaces the one of that name.
     PutDrive(Drive),
-    /// Changes the limits of a disk, or has its size read again.
+    /// Gives a disk another image or other limits, or has its size read again.
     PatchDrive(DriveUpdate),
     /// Adds persistent memory, or replaces that of this name.
     PutPmem(Pmem),
@@ -118,7 +118,7 @@ pub enum Action {
 pub struct DriveUpdate {
     /// Its name.
     pub drive_id: String,
-    /// Its image, whose size is read again.
+    /// Its image: another one, or the present one, whose size is read again.
     pub path_on_host: Option<PathBuf>,
     /// New limits; a bucket that is absent stays.
     pub rate_limiter: Option<RateLimiter>,

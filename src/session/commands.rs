@@ -10,7 +10,7 @@ use devices::virtio::mem::MemHandle;
 use devices::virtio::registry::DeviceHandle;
 
 use crate::board::attach::Devices;
-use crate::board::plan::limits;
+use crate::board::plan::{self, limits};
 use crate::config::{Config, RateLimiter};
 use crate::control::{
     ActionError, BalloonStatistics, BalloonUpdate, DriveUpdate, HintingStart, HintingStatus,
@@ -28,8 +28,7 @@ pub fn drive(
     update: &DriveUpdate,
 ) -> Result<Reply, ActionError> {
     let id = &update.drive_id;
-    let mut drives = config.drives.iter_mut();
-    let (Some(drive), Some(disk)) = (drives.find(|d| d.drive_id == *id), disk(devices, id)) else {
+    let Some(disk) = disk(devices, id) else {
         return Err(no_device("block", id));
     };
     if update.path_on_host.is_none() && update.rate_limiter.is_none() {
@@ -39,9 +38,15 @@ pub fn drive(
         });
     }
     if let Some(path) = &update.path_on_host {
-        same_file(path, &drive.path_on_host)?;
-        let sectors = disk.resize().map_err(|error| failed(&error))?;
+        let sectors = image(config, id, disk, path)?;
         log::info!("disk '{id}' has {sectors} sectors");
+    }
+    let mut drives = config.drives.iter_mut();
+    let Some(drive) = drives.find(|drive| drive.drive_id == *id) else {
+        return Err(no_device("block", id));
+    };
+    if let Some(path) = &update.path_on_host {
+        drive.path_on_host.clone_from(path);
     }
     if let Some(update) = &update.rate_limiter {
         let mut limits = drive.rate_limiter.clone().unwrap_or_default();
@@ -54,16 +59,20 @@ pub fn drive(
     Ok(Reply::Done)
 }
 
-/// A drive keeps its image.
-fn same_file(asked: &Path, present: &Path) -> Result<(), ActionError> {
+/// Reads the size of a disk's image again, or gives it another: the size in sectors.
+fn image(config: &Config, id: &str, disk: &BlockHandle, path: &Path) -> Result<u64, ActionError> {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    match real(asked) == real(present) {
-        true => Ok(()),
-        false => Err(ActionError::NotYet {
-            what: "another image for a drive",
-            why: "does not exchange images while the guest runs; the present path has its size read again",
-        }),
+    let mut drives = config.drives.clone();
+    let changed = drives.iter_mut().find(|drive| drive.drive_id == id);
+    let changed = changed.ok_or_else(|| no_device("block", id))?;
+    if real(path) == real(&changed.path_on_host) {
+        return disk.resize().map_err(|error| failed(&error));
     }
+    path.clone_into(&mut changed.path_on_host);
+    let image = plan::disk::open(changed);
+    plan::disk::tell_apart(&drives.iter().collect::<Vec<_>>()).map_err(|error| failed(&error))?;
+    let image = image.map_err(|error| failed(&error))?;
+    disk.exchange(image).map_err(|error| failed(&error))
 }
 
 /// What a limiter is told.

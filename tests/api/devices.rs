@@ -417,9 +417,14 @@ fn a_disk_is_limited_and_grows_while_the_guest_runs() {
         vm.patch("/drives/a", body)
     };
     patch(&mut vm, json!({})).refused(&["Unable to patch the block device", "verify the request"]);
-    patch(&mut vm, json!({ "path_on_host": other })).refused(&["another image", "yet"]);
     fs::write(&disk, [0; 8192]).unwrap();
     patch(&mut vm, json!({ "path_on_host": disk })).done();
+    patch(&mut vm, json!({ "path_on_host": "/nowhere" }))
+        .refused(&["cannot open disk", "/nowhere"]);
+    let path = |vm: &mut Served| vm.get("/vm/config").value()["drives"][0]["path_on_host"].clone();
+    assert_eq!(path(&mut vm), disk.to_str().unwrap());
+    patch(&mut vm, json!({ "path_on_host": other })).done();
+    assert_eq!(path(&mut vm), other.to_str().unwrap());
     patch(&mut vm, json!({ "rate_limiter": { "group": "g" } })).refused(&["group"]);
     let bandwidth = json!({ "size": 1000, "refill_time": 100, "one_time_burst": 5 });
     patch(

@@ -13,13 +13,9 @@ use devices::virtio::registry::DeviceConfig;
 use super::{Plan, PlanError};
 use crate::config::{self, CacheType, Drive, IoEngine};
 
-/// Opens and locks `drive`; it has a queue for each of `vcpus` if it does not say otherwise.
-pub(super) fn plan(
-    drive: &Drive,
-    vcpus: u16,
-    limiter: Option<Arc<Limiter>>,
-) -> Result<Plan, DiskError> {
-    let disk = Disk::open(&DiskOptions {
+/// Opens and locks the image of `drive`.
+pub fn open(drive: &Drive) -> Result<Disk, DiskError> {
+    Disk::open(&DiskOptions {
         path: drive.path_on_host.clone(),
         format: match drive.format {
             config::Format::Raw => Format::Raw,
@@ -32,7 +28,16 @@ pub(super) fn plan(
         },
         logical_block_size: drive.logical_block_size,
         physical_block_size: drive.physical_block_size,
-    })?;
+    })
+}
+
+/// Opens and locks `drive`; it has a queue for each of `vcpus` if it does not say otherwise.
+pub(super) fn plan(
+    drive: &Drive,
+    vcpus: u16,
+    limiter: Option<Arc<Limiter>>,
+) -> Result<Plan, DiskError> {
+    let disk = open(drive)?;
     let options = BlockOptions {
         engine: match drive.io_engine {
             IoEngine::Auto => EngineKind::Auto,
@@ -51,7 +56,7 @@ pub(super) fn plan(
 }
 
 /// One file is one disk, unless nobody writes to it. What cannot be looked at is left to `plan`.
-pub(super) fn tell_apart(drives: &[&Drive]) -> Result<(), PlanError> {
+pub fn tell_apart(drives: &[&Drive]) -> Result<(), PlanError> {
     let file = |drive: &Drive| {
         let metadata = fs::metadata(&drive.path_on_host).ok()?;
         Some((metadata.dev(), metadata.ino()))

@@ -5,7 +5,7 @@
 mod addresses;
 mod balloon;
 mod console;
-mod disk;
+pub mod disk;
 pub mod limits;
 mod memory_hotplug;
 mod net;

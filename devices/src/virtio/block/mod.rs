@@ -7,6 +7,7 @@
 
 mod counters;
 mod disk;
+mod exchange;
 pub(super) mod lock;
 mod options;
 mod request;
@@ -36,6 +37,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use self::counters::Counters;
 pub use self::disk::{Cache, Disk, DiskError, DiskOptions, Format, SECTOR};
+use self::exchange::Present;
 pub use self::lock::Holder;
 pub use self::options::{BlockError, BlockOptions, BlockState, EngineKind, MAX_QUEUES};
 use self::request::{Geometry, ID_LEN, Request, Status};
@@ -81,6 +83,7 @@ struct Held {
 /// The block device.
 pub struct Block {
     disk: Arc<Disk>,
+    present: Arc<Present>,
     space: Arc<Space>,
     engine: Engine,
     queue_size: u16,
@@ -99,7 +102,7 @@ pub struct Block {
 /// The side of a block device that the VMM keeps.
 #[derive(Clone, Debug)]
 pub struct BlockHandle {
-    disk: Arc<Disk>,
+    present: Arc<Present>,
     space: Arc<Space>,
     limiter: Arc<OnceLock<Arc<Limiter>>>,
     wake: Arc<EventFd>,
@@ -115,7 +118,7 @@ impl BlockHandle {
 
     /// Looks at the disk's size again, and tells the driver of a new one. Returns it in sectors.
     pub fn resize(&self) -> io::Result<u64> {
-        let sectors = self.disk.sectors()?;
+        let sectors = self.present.disk().sectors()?;
         if self.space.resize(sectors) {
             self.counters.updates.one();
             self.wake.write(1)?;
@@ -189,7 +192,7 @@ impl Block {
         let sectors = state.capacity.unwrap_or(sectors);
         let space = Arc::new(Space::new(fixed, sectors, state.writeback));
         let handle = BlockHandle {
-            disk: Arc::clone(&disk),
+            present: Arc::new(Present::new(Arc::clone(&disk))),
             space: Arc::clone(&space),
             limiter: Arc::new(limiter.map_or_else(OnceLock::new, OnceLock::from)),
             wake: Arc::new(wake),
@@ -200,6 +203,7 @@ impl Block {
         handle.resize().map_err(host("find the size of the disk"))?;
         let block = Self {
             disk,
+            present: Arc::clone(&handle.present),
             space,
             engine,
             queue_size,
@@ -263,7 +267,10 @@ impl Block {
         begun: &mut u64,
         io: &mut Io<'_>,
     ) -> Result<Taken, DeviceError> {
-        let geometry = self.geometry();
+        let mut geometry = self.geometry();
+        while self.take_image(io)? {
+            geometry = self.geometry();
+        }
         let batch = self.ring(queue).map_or(usize::MAX, Ring::batch);
         for _ in 0..batch {
             let under_way = self.ring(queue).map_or(0, Ring::bytes);
@@ -523,13 +530,7 @@ impl VirtioDevice for Block {
     fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let mut result = Ok(());
         for queue in 0..self.held.len() {
-            if let Some(held) = self.held.get_mut(queue).and_then(Option::take) {
-                // It will come again, and be charged then.
-                if let Some(limiter) = self.limiter.get() {
-                    limiter.refund(held.request.bytes());
-                }
-                io.unpop(held.chain);
-            }
+            self.let_go(queue, io);
             let drained = self.collect(queue, io, Ring::drain);
             result = result.and(drained);
             if let Engine::Uring(rings) = &mut self.engine {

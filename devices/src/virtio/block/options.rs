@@ -54,6 +54,15 @@ impl Default for BlockOptions {
 /// A block device could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
+    /// An image that cannot take another's place.
+    #[error(
+        "image {path:?} cannot take the place of the present one: the guest knows the disk's block size \
+         and whether it can write, which have to stay"
+    )]
+    Unlike {
+        /// As given.
+        path: PathBuf,
+    },
     /// A number of queues that cannot be.
     #[error(
         "{queues} queues of size {size}: want 1 to 256 queues of a power of two from 2 to 32768"

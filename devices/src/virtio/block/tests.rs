@@ -1,4 +1,5 @@
 mod control;
+mod exchange;
 mod large;
 
 use std::fs;

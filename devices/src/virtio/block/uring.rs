@@ -137,6 +137,14 @@ impl Ring {
         })
     }
 
+    /// Works on another disk from now on, with nothing under way.
+    pub fn exchange(&mut self, disk: Arc<Disk>) -> io::Result<()> {
+        let file = [disk.file().as_raw_fd()];
+        self.ring.submitter().register_files_update(0, &file)?;
+        self.disk = disk;
+        Ok(())
+    }
+
     /// Readable when requests are complete.
     pub fn fd(&self) -> RawFd {
         self.ring.as_raw_fd()
