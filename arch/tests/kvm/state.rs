@@ -156,6 +156,39 @@ fn state_goes_to_another_vm_whole() {
     }
 }
 
+/// A vCPU becomes what it was, whatever it has been since; and a new one what that was.
+#[test]
+fn what_a_new_vcpu_has_is_given_to_one_that_ran() {
+    let Some(kvm) = kvm() else { return };
+    let topology = Topology::new(2, 1, 2, 1, 1).unwrap();
+    let (context, mode) = (context(&kvm), IrqchipMode::Split);
+    let machine = machine(&kvm, mode, topology);
+    let vm = VmState::save(&machine.vm, mode).unwrap();
+    let new = save(&machine, &context);
+    let shift = vm.shift(ClockPolicy::Frozen);
+    for (seed, vcpu) in (1..).zip(&machine.vcpus) {
+        fill(vcpu, seed);
+        let mp_state = KVM_MP_STATE_HALTED;
+        vcpu.set_mp_state(kvm_mp_state { mp_state }).unwrap();
+        vcpu.nmi().unwrap();
+    }
+    let changed = save(&machine, &context);
+    for (state, vcpu) in new.iter().zip(&machine.vcpus) {
+        state.reset_registers(vcpu, &context, &shift).unwrap();
+    }
+    let fresh = super::machine(&kvm, mode, topology);
+    for (state, vcpu) in new.iter().zip(&fresh.vcpus) {
+        state.restore(vcpu, &context, &shift).unwrap();
+    }
+    let (again, fresh) = (save(&machine, &context), save(&fresh, &context));
+    for (at, new) in new.iter().enumerate() {
+        assert_ne!(still(&changed[at]), still(new), "vCPU {at}");
+        assert_eq!(changed[at].events.nmi.pending, 1, "vCPU {at}");
+        assert_eq!(still(&again[at]), still(new), "vCPU {at}");
+        assert_eq!(still(&fresh[at]), still(new), "vCPU {at}");
+    }
+}
+
 /// Whether the host can give a vCPU another time stamp counter than its own.
 fn can_set_tsc(kvm: &Kvm) -> bool {
     let vcpu = kvm.create_vm().unwrap().create_vcpu(0).unwrap();

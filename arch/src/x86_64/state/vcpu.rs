@@ -1,8 +1,9 @@
 //! State of one vCPU.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Xsave,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,18 @@ const XSAVE_SIZE: usize = size_of::<kvm_xsave>();
 const MAX_XSAVE_SIZE: usize = 64 << 10;
 /// Frequencies that differ by less, in parts per million, are the same to KVM (`tsc_tolerance_ppm`).
 const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// DR6 and DR7 after reset: the bits that are always 1.
+const NEW_DR6: u64 = 0xffff_0ff0;
+const NEW_DR7: u64 = 0x400;
+
+/// What a guest often has as a new vCPU has it.
+#[derive(Clone, Copy)]
+enum Part {
+    Debug,
+    Events,
+    MpState,
+}
 
 /// A vCPU's time stamp counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,8 +151,9 @@ impl VcpuState {
             .map_err(failed(self.index, "KVM_SET_CPUID2"))
     }
 
-    /// Give everything but CPUID to a vCPU that has the same CPUID already. The guest's memory must
-    /// be in place: KVM looks up where some MSRs point to.
+    /// Give everything but CPUID to a new vCPU that has the same CPUID already. What a new vCPU has
+    /// anyway is not written, since each ioctl takes microseconds. The guest's memory must be in place:
+    /// KVM looks up where some MSRs point to.
     ///
     /// # Errors
     /// [`StateError`] names what does not fit this host, or what KVM refused.
@@ -148,6 +162,55 @@ impl VcpuState {
         fd: &VcpuFd,
         context: &Context,
         shift: &ClockShift,
+    ) -> Result<(), StateError> {
+        self.give(fd, context, shift, &|part| self.is_new(part))
+    }
+
+    /// [`restore_registers`](Self::restore_registers) for a vCPU that has run since.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn reset_registers(
+        &self,
+        fd: &VcpuFd,
+        context: &Context,
+        shift: &ClockShift,
+    ) -> Result<(), StateError> {
+        self.give(fd, context, shift, &|_| false)
+    }
+
+    /// Whether a part is as a new vCPU has it.
+    fn is_new(&self, part: Part) -> bool {
+        match part {
+            Part::Debug => {
+                let Self { debugregs, .. } = self;
+                debugregs.db == [0; 4] && (debugregs.dr6, debugregs.dr7) == (NEW_DR6, NEW_DR7)
+            }
+            Part::Events => {
+                let flags = self.events.flags;
+                let none = kvm_vcpu_events {
+                    flags,
+                    ..Default::default()
+                };
+                self.events == none
+            }
+            Part::MpState => {
+                let new = match self.index {
+                    0 => KVM_MP_STATE_RUNNABLE,
+                    _ => KVM_MP_STATE_UNINITIALIZED,
+                };
+                self.mp_state.mp_state == new
+            }
+        }
+    }
+
+    /// `skip` says which parts the vCPU has already.
+    fn give(
+        &self,
+        fd: &VcpuFd,
+        context: &Context,
+        shift: &ClockShift,
+        skip: &dyn Fn(Part) -> bool,
     ) -> Result<(), StateError> {
         let failed = |ioctl| failed(self.index, ioctl);
         context.msrs.check(&self.msrs, self.index)?;
@@ -165,14 +228,21 @@ impl VcpuState {
         // SAFETY: `xsave` has as many bytes as this host's `KVM_CAP_XSAVE2` says, so KVM reads
         // nothing behind it.
         unsafe { fd.set_xsave2(&xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
-        fd.set_debug_regs(&self.debugregs)
-            .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        if !skip(Part::Debug) {
+            fd.set_debug_regs(&self.debugregs)
+                .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        }
         fd.set_lapic(&self.lapic).map_err(failed("KVM_SET_LAPIC"))?;
         self.restore_msrs(fd, shift, same_tsc)?;
-        fd.set_vcpu_events(&self.events)
-            .map_err(failed("KVM_SET_VCPU_EVENTS"))?;
-        fd.set_mp_state(self.mp_state)
-            .map_err(failed("KVM_SET_MP_STATE"))
+        if !skip(Part::Events) {
+            fd.set_vcpu_events(&self.events)
+                .map_err(failed("KVM_SET_VCPU_EVENTS"))?;
+        }
+        if !skip(Part::MpState) {
+            fd.set_mp_state(self.mp_state)
+                .map_err(failed("KVM_SET_MP_STATE"))?;
+        }
+        Ok(())
     }
 
     /// The counter runs at the guest's frequency afterwards. True when that is exactly the host's.
