@@ -34,7 +34,9 @@ struct Row {
     mem_size_mib: Option<u64>,
     created_ms: u64,
     uptime_s: u64,
+    /// In the guest; empty where there is none.
     command: Vec<String>,
+    kernel: Option<String>,
     arguments: Vec<String>,
     socket: std::path::PathBuf,
 }
@@ -73,6 +75,7 @@ fn row(entry: &Entry) -> Result<Row, RemoteError> {
         created_ms: about.created_ms,
         uptime_s: now.saturating_sub(about.created_ms) / 1000,
         command: about.command.clone(),
+        kernel: None,
         arguments: about.arguments.clone(),
         socket: entry.socket(),
     };
@@ -92,14 +95,9 @@ fn row(entry: &Entry) -> Result<Row, RemoteError> {
     if let Some(command) = config["guest"]["command"].as_array() {
         let words = command.iter().filter_map(|word| word.as_str());
         row.command = words.map(str::to_owned).collect();
-    } else if row.command.is_empty() {
-        let kernel = config["boot-source"]["kernel_image_path"].as_str();
-        row.command = kernel
-            .filter(|k| !k.is_empty())
-            .map(|k| format!("({k})"))
-            .into_iter()
-            .collect();
     }
+    let kernel = config["boot-source"]["kernel_image_path"].as_str();
+    row.kernel = kernel.filter(|path| !path.is_empty()).map(str::to_owned);
     Ok(row)
 }
 
@@ -114,13 +112,21 @@ fn text(rows: &[Row]) -> String {
             number(row.vcpu_count),
             row.mem_size_mib.map_or("-".to_owned(), memory),
             humantime::format_duration(uptime).to_string(),
-            clean(row.command.join(" ").as_bytes()),
+            clean(what(row).as_bytes()),
         ]
     };
     let head = [
         "NAME", "STATE", "PID", "VCPUS", "MEMORY", "UPTIME", "COMMAND",
     ];
     table(head, &rows.iter().map(cells).collect::<Vec<_>>())
+}
+
+/// The command, or the kernel of a guest that has none.
+fn what(row: &Row) -> String {
+    match &row.kernel {
+        Some(kernel) if row.command.is_empty() => format!("({kernel})"),
+        _ => row.command.join(" "),
+    }
 }
 
 /// A size in MiB, as it is given to `--memory`.
@@ -147,6 +153,7 @@ mod tests {
             created_ms: 0,
             uptime_s: 3661,
             command: ["sh", "-c", "a\x1b[31mb\nc"].map(str::to_owned).to_vec(),
+            kernel: Some("/boot/vmlinuz".into()),
             arguments: Vec::new(),
             socket: "/s".into(),
         };

@@ -12,8 +12,8 @@ use super::{About, RegistryError, SOCKET, STATE, failed};
 
 /// Most bytes of a state file: a command line, written as JSON.
 const MAX_STATE: u64 = 16 << 20;
-/// How alike names are that are offered for one that there is not, from 0 to 1.
-const LIKENESS: f64 = 0.75;
+/// Characters of a name for each that may be wrong in it, beside a first, for it to be offered.
+const PER_SLIP: usize = 4;
 
 /// A microVM that lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +119,8 @@ pub fn find(base: &Path, name: &str) -> Result<Entry, RegistryError> {
         }
         (None, _) => {
             let names = others.into_iter().map(|entry| entry.name);
-            let near = names.filter(|other| strsim::jaro_winkler(&name, other) > LIKENESS);
+            let slips = 1 + name.len() / PER_SLIP;
+            let near = names.filter(|other| strsim::osa_distance(&name, other) <= slips);
             let near = near.collect();
             Err(RegistryError::Unknown { name, near })
         }
