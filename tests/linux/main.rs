@@ -20,6 +20,7 @@ mod net;
 #[path = "../api/served.rs"]
 mod served;
 mod shares;
+mod snapshot;
 mod vsock;
 mod watchdog;
 
