@@ -14,6 +14,7 @@ mod disks;
 mod disks_fs;
 mod generation;
 mod machine;
+mod manage;
 mod memory;
 mod mmds;
 mod net;
