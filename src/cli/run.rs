@@ -123,6 +123,9 @@ pub struct RunArgs {
     /// Start from a configuration file, as --print-config prints it; other options override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Boot until the guest waits for a command, save it to this directory, and end
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    save: Option<PathBuf>,
     /// Name by which other commands find this VM: 1 to 64 letters, digits and '-' [default: eight digits]
     #[arg(long, alias = "id", value_name = "NAME", value_parser = parse_id)]
     name: Option<String>,
@@ -178,6 +181,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     telemetry::init(level);
     let print = args.print_config;
     let place = args.place();
+    let save = args.save.clone();
     let metadata = args.devices.metadata().map(Path::to_path_buf);
     let config = args.into_config()?;
     if print {
@@ -190,6 +194,18 @@ pub fn run(args: RunArgs) -> Result<u8> {
         telemetry::configure(logger)?;
     }
     let mmds = metadata::read(metadata.as_deref(), DEFAULT_LIMIT)?;
+    if let Some(directory) = save {
+        if config.guest.is_none() {
+            bail!("--save waits for bulle's agent, which a guest with --root none does not have");
+        }
+        let create = super::snapshot::target(&directory)?;
+        return Ok(session::save_ready(
+            config.validate()?,
+            &mmds,
+            place,
+            create,
+        )?);
+    }
     session::launch(config.validate()?, &mmds, place).map_err(anyhow::Error::from)
 }
 

@@ -15,7 +15,8 @@ use super::api::parse_id;
 use super::metadata;
 use super::target::{RuntimeArgs, Target};
 use crate::control::{
-    DriveOverride, NetworkOverride, PmemOverride, ShareOverride, SnapshotLoad, VsockOverride,
+    DriveOverride, NetworkOverride, PmemOverride, ShareOverride, SnapshotCreate, SnapshotLoad,
+    SnapshotType, VsockOverride,
 };
 use crate::remote::Remote;
 use crate::session;
@@ -110,6 +111,10 @@ struct RestoreArgs {
     vsock: Option<PathBuf>,
     #[command(flatten)]
     runtime: RuntimeArgs,
+    /// Command to run in the guest, and its arguments, if it was saved with `bulle run --save`
+    /// [default: a shell]
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -142,6 +147,16 @@ pub fn run(args: SnapshotArgs) -> Result<u8> {
         }
         SnapshotCommand::Rebase(args) => rebase(&args),
     }
+}
+
+/// Where a machine goes that is saved to `directory`, which is made.
+pub fn target(directory: &Path) -> Result<SnapshotCreate> {
+    make(directory)?;
+    Ok(SnapshotCreate {
+        snapshot_path: state(directory),
+        mem_file_path: memory(directory),
+        snapshot_type: SnapshotType::Full,
+    })
 }
 
 fn state(directory: &Path) -> PathBuf {
@@ -218,7 +233,7 @@ fn restore(args: RestoreArgs) -> Result<u8> {
     load.vsock_override = args.vsock.map(|uds_path| VsockOverride { uds_path });
     let place = args.runtime.place(args.name);
     let mmds = metadata::read(None, DEFAULT_LIMIT)?;
-    Ok(session::launch_saved(&load, &mmds, place)?)
+    Ok(session::launch_saved(&load, args.command, &mmds, place)?)
 }
 
 fn info(args: &InfoArgs) -> Result<u8> {

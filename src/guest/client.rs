@@ -43,6 +43,8 @@ pub struct AgentClient {
     shutdown: Option<Power>,
     widened: bool,
     outgoing: Outgoing,
+    /// Nothing is sent, so that the agent waits for its command.
+    held: bool,
 }
 
 impl AgentClient {
@@ -61,7 +63,41 @@ impl AgentClient {
             shutdown: None,
             widened: false,
             outgoing: Outgoing::new(OUTGOING),
+            held: false,
         })
+    }
+
+    /// A client for an agent that said Hello in another process, with these `features`, and takes `window`
+    /// bytes of input before it grants more. Nothing waits to be sent before the next call.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn resumed(
+        request: &StartRequest,
+        features: u32,
+        window: u32,
+    ) -> Result<Self, RequestError> {
+        let mut client = Self::new(request)?;
+        (client.state, client.features) = (State::Talking, features);
+        client.main.set_guest_window(window.min(MAX_GUEST_WINDOW));
+        Ok(client)
+    }
+
+    /// Has nothing sent, also after Hello: the agent waits.
+    pub fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// Whether it does.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// The window of an agent that has said Hello, was told nothing and has said nothing halfway.
+    pub fn ready(&self) -> Option<u32> {
+        let untold = self.held && self.outgoing.bytes().is_empty() && self.extra.is_empty();
+        let ready = self.state == State::Talking && untold && self.decoder.is_empty();
+        self.main.waiting().filter(|_| ready)
     }
 
     /// Takes bytes from the channel and appends what they mean to `events`.
@@ -265,7 +301,7 @@ impl AgentClient {
 
     /// Moves what may be sent now into the outgoing buffer, most urgent first.
     fn fill(&mut self) {
-        if self.is_connected() {
+        if self.is_connected() && !self.held {
             while self.outgoing.fits() && self.send_next() {}
         }
     }

@@ -2,11 +2,13 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use devices::legacy::serial::Serial;
+use devices::virtio::console::HostPort;
 use nix::sys::signal::Signal;
 
-use super::agent_port::Channel;
+use super::agent_port::{AgentPort, Channel};
 use super::outcome::Outcome;
 use super::output::Output;
 use super::terminal::window_size;
@@ -16,6 +18,7 @@ use crate::guest::client::{
     AgentClient, AgentEvent, Exit, ExtraError, Job, Level, Power, RequestError, StartRequest,
     WinSize, features,
 };
+use crate::snapshot::AgentReady;
 use crate::telemetry::Limited;
 
 /// The guest chooses how many notes it sends.
@@ -56,6 +59,45 @@ impl AgentLink {
             running: false,
             interrupted: false,
             told_of_no_reader: false,
+        })
+    }
+
+    /// For the command of `guest` in a guest whose agent waits for one, as `ready` says.
+    pub fn resumed(
+        guest: &Guest,
+        tty: bool,
+        (uart, port): (Arc<AgentPort>, Option<HostPort>),
+        ready: &AgentReady,
+    ) -> Result<Self, RequestError> {
+        let channel = Channel::chosen(uart, port, ready.port);
+        let request = request(guest, tty);
+        let mut client = AgentClient::resumed(&request, ready.features, ready.window)?;
+        if channel.is_lossless() {
+            client.widen();
+        }
+        client.received(&[], &mut Vec::new());
+        Ok(Self {
+            client,
+            channel,
+            features: ready.features,
+            extra: Vec::new(),
+            running: false,
+            interrupted: false,
+            told_of_no_reader: false,
+        })
+    }
+
+    /// Has the agent wait for its command when it is there.
+    pub fn hold(&mut self) {
+        self.client.hold();
+    }
+
+    /// The agent, if it waits for its command.
+    pub fn ready(&self) -> Option<AgentReady> {
+        Some(AgentReady {
+            window: self.client.ready()?,
+            features: self.features,
+            port: self.channel.is_lossless(),
         })
     }
 
@@ -155,7 +197,7 @@ impl AgentLink {
     pub fn receive(&mut self, stdout: &mut Output, stderr: &mut Output) -> (Option<Outcome>, bool) {
         let mut events = Vec::new();
         let bytes = self.channel.take();
-        if self.channel.is_lossless() {
+        if self.channel.is_lossless() && !self.client.is_held() {
             self.client.widen();
         }
         self.client.received(&bytes, &mut events);

@@ -38,6 +38,12 @@ impl Channel {
         Self { uart, port, way }
     }
 
+    /// As [`Self::new`], for an agent that has chosen the port, or COM2.
+    pub fn chosen(uart: Arc<AgentPort>, port: Option<HostPort>, by_port: bool) -> Self {
+        let way = if by_port { Way::Port } else { Way::Uart };
+        Self { uart, port, way }
+    }
+
     /// The port, whose events are the channel's as well as those of COM2.
     pub fn port(&self) -> Option<&HostPort> {
         self.port.as_ref()

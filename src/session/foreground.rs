@@ -3,6 +3,9 @@
 //! Everything here is owned by that thread. Nothing blocks: input is taken when the guest has
 //! room, output is written when its reader does. The loop ends when there is an [`Outcome`].
 
+mod door;
+mod ready;
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -28,6 +31,7 @@ use super::terminal::window_size;
 use super::timer::{arm, timer, timer_fd};
 use super::token::{Token, watch};
 use crate::board::BoardWatchdog;
+use crate::control::SnapshotCreate;
 use crate::vm::{Vm, VmExit};
 use std::sync::Arc;
 
@@ -96,6 +100,8 @@ pub struct Foreground<'a> {
     /// The power button is to be pressed again when the command runs.
     press_again: bool,
     progress: Progress,
+    /// Where the machine is saved when its agent waits for a command.
+    save_to: Option<SnapshotCreate>,
     outcome: Option<Outcome>,
 }
 
@@ -132,6 +138,7 @@ impl<'a> Foreground<'a> {
             outputs_watched: [false; 2],
             press_again: false,
             progress,
+            save_to: None,
             outcome: None,
         })
     }
@@ -156,24 +163,8 @@ impl<'a> Foreground<'a> {
     /// The machine runs.
     pub fn begun(&mut self) {
         self.runtime.begun(self.vm);
-    }
-
-    /// Lets others find the machine at its control socket, soon.
-    pub fn open_soon(&mut self, door: Door) -> io::Result<()> {
-        let timer = timer()?;
-        arm(&timer, DOOR_AFTER)?;
-        (self.door, self.door_timer) = (Some(door), Some(timer));
-        Ok(())
-    }
-
-    fn open_door(&mut self) {
-        // One shot: nothing more comes of it.
-        let _ = self.door_timer.as_ref().map(TimerFd::wait);
-        let Some(door) = self.door.take() else { return };
-        self.managed = door.open(self.runtime.config());
-        if let Some(managed) = &self.managed {
-            self.runtime.set_name(managed.name());
-        }
+        // An agent that waits already is told at once.
+        self.pump_agent();
     }
 
     /// Passes on what readers of the console and others at the API wait for.
@@ -424,6 +415,7 @@ impl<'a> Foreground<'a> {
         if let Some(outcome) = ended {
             self.end(outcome);
         }
+        self.save_if_ready();
         any
     }
 

@@ -32,10 +32,13 @@ use super::terminal::{RawTerminal, window_size};
 use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Config, Console, RateLimiter, Spec};
-use crate::control::{ActionError, Instance, SnapshotLoad, State, channel, startable};
+use crate::control::{
+    ActionError, Instance, SnapshotCreate, SnapshotLoad, State, channel, startable,
+};
 use crate::guest::client::RequestError;
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::registry::{Place, RegistryError};
+use crate::snapshot::AgentReady;
 use crate::telemetry::{LogFileError, Metrics, tell};
 use crate::vm::build::Initrd;
 use crate::vm::{BuildError, Host, Vm};
@@ -79,6 +82,11 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// A command for a guest without agent.
+    #[error(
+        "The snapshot's guest has no agent of bulle's that could run a command: leave the command out"
+    )]
+    NoAgent,
     /// A snapshot.
     #[error(transparent)]
     Load(#[from] ActionError),
@@ -91,24 +99,47 @@ pub enum LaunchError {
 /// the exit code. The guest finds `mmds` where the configuration has a metadata service; others find
 /// the machine at `place` meanwhile.
 pub fn launch(spec: Spec, mmds: &Arc<Mmds>, place: Option<Place>) -> Result<u8, LaunchError> {
-    launch_with(spec, mmds, place, |spec| Prepared::new(spec, mmds))
+    launch_with(spec, mmds, place, None, |spec| Prepared::new(spec, mmds))
 }
 
-/// Makes a machine of the snapshot that `load` names and runs it to its end, as [`launch`] does.
+/// Boots the machine of `spec` until bulle's agent waits for a command in it, saves it as `create`
+/// says, and returns the exit code.
+pub fn save_ready(
+    spec: Spec,
+    mmds: &Arc<Mmds>,
+    place: Option<Place>,
+    create: SnapshotCreate,
+) -> Result<u8, LaunchError> {
+    launch_with(spec, mmds, place, Some(create), |spec| {
+        Prepared::new(spec, mmds)
+    })
+}
+
+/// Makes a machine of the snapshot that `load` names and runs it to its end, as [`launch`] does, with
+/// `command` in it where bulle's agent waits for one.
 pub fn launch_saved(
     load: &SnapshotLoad,
+    command: Vec<String>,
     mmds: &Arc<Mmds>,
     place: Option<Place>,
 ) -> Result<u8, LaunchError> {
-    let (saved, config) = Saved::open(load, &Config::new(PathBuf::new()))?;
+    let (saved, mut config) = Saved::open(load, &Config::new(PathBuf::new()))?;
+    match &mut config.guest {
+        Some(guest) => guest.command = command,
+        None if command.is_empty() => {}
+        None => return Err(LaunchError::NoAgent),
+    }
     let spec = startable(&config)?;
-    launch_with(spec, mmds, place, |spec| Prepared::load(spec, saved, mmds))
+    launch_with(spec, mmds, place, None, |spec| {
+        Prepared::load(spec, saved, mmds)
+    })
 }
 
 fn launch_with(
     spec: Spec,
     mmds: &Arc<Mmds>,
     place: Option<Place>,
+    save: Option<SnapshotCreate>,
     prepare: impl FnOnce(Spec) -> Result<Prepared, LaunchError>,
 ) -> Result<u8, LaunchError> {
     let metrics = spec.config().metrics.as_ref();
@@ -131,6 +162,7 @@ fn launch_with(
     let machine = (config, session.take_saver());
     let runtime = Runtime::new(requests, (instance, session.state()), machine, parts)
         .map_err(|error| self::session("the control channel", error))?;
+    session.save_when_ready = save;
     session.run(signals, runtime, door)
 }
 
@@ -224,6 +256,10 @@ pub struct Session {
     saver: Saver,
     /// Whether it runs at once.
     runs: bool,
+    /// bulle's agent, which waits for a command in a machine that was saved so.
+    ready: Option<AgentReady>,
+    /// Where it is saved when its agent waits.
+    save_when_ready: Option<SnapshotCreate>,
 }
 
 impl Session {
@@ -263,6 +299,10 @@ impl Session {
                 .then(|| BootTimer::new(times, begin)),
             devices,
         };
+        let ready = match &source {
+            Source::Kernel(..) => None,
+            Source::Saved(saved) => saved.snapshot.guest.agent,
+        };
         let (vm, saver, runs) = match source {
             Source::Kernel(kernel, initrd) => {
                 let vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
@@ -285,6 +325,8 @@ impl Session {
             events,
             saver,
             runs,
+            ready,
+            save_when_ready: None,
         })
     }
 
@@ -320,11 +362,16 @@ impl Session {
             events,
             saver: _,
             runs,
+            ready,
+            save_when_ready,
         } = self;
         let tty = wants_tty(&spec);
         let agent = spec
             .guest()
-            .map(|guest| AgentLink::new(guest, tty, Channel::new(port, ends.agent)))
+            .map(|guest| match &ready {
+                None => AgentLink::new(guest, tty, Channel::new(port, ends.agent)),
+                Some(ready) => AgentLink::resumed(guest, tty, (port, ends.agent), ready),
+            })
             .transpose()?;
         let raw = if tty || agent.is_none() {
             enter_raw()?
@@ -357,16 +404,7 @@ impl Session {
                     .limit(limit, started.elapsed())
                     .map_err(|error| session("the time limit", error))?;
             }
-            foreground.write_figures();
-            if runs {
-                vm.start();
-            }
-            foreground.begun();
-            if let Some(door) = door {
-                foreground
-                    .open_soon(door)
-                    .map_err(|error| session("timers", error))?;
-            }
+            begin(&mut foreground, runs.then_some(&vm), save_when_ready, door)?;
             run(foreground)?
         };
         tap.close();
@@ -383,6 +421,26 @@ impl Session {
             code => code,
         })
     }
+}
+
+/// Lets the machine run if `vm` says which, saves it as `save` says when it is ready, and has it found at
+/// `door`.
+fn begin(
+    foreground: &mut Foreground<'_>,
+    vm: Option<&Vm>,
+    save: Option<SnapshotCreate>,
+    door: Option<Door>,
+) -> Result<(), LaunchError> {
+    foreground.write_figures();
+    if let Some(create) = save {
+        foreground.save_when_ready(create);
+    }
+    if let Some(vm) = vm {
+        vm.start();
+    }
+    foreground.begun();
+    let opened = door.map_or(Ok(()), |door| foreground.open_soon(door));
+    opened.map_err(|error| session("timers", error))
 }
 
 /// Writes what output is left and says whether any was lost. Output of a command that ended is

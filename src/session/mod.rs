@@ -31,7 +31,7 @@ mod terminal;
 mod timer;
 mod token;
 
-pub use launch::{LaunchError, launch, launch_saved};
+pub use launch::{LaunchError, launch, launch_saved, save_ready};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };

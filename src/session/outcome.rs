@@ -60,6 +60,10 @@ pub enum Outcome {
     Quit,
     /// The agent broke its protocol.
     AgentLost(String),
+    /// The machine was saved as it was asked for, and ended.
+    Saved,
+    /// It could not be saved.
+    NotSaved(String),
 }
 
 impl From<VmExit> for Outcome {
@@ -82,7 +86,7 @@ impl Outcome {
         match self {
             Self::Exited(code) | Self::DebugExit(code) | Self::NotStarted { code, .. } => *code,
             Self::Killed(signal) => SIGNAL_BASE.saturating_add(*signal),
-            Self::PowerOff => 0,
+            Self::PowerOff | Self::Saved => 0,
             Self::Reset | Self::Quit if command => CODE_NO_STATUS,
             Self::Reset | Self::Quit => 0,
             Self::Panicked => CODE_PANIC,
@@ -91,7 +95,7 @@ impl Outcome {
             Self::Timeout(_) => CODE_TIMEOUT,
             Self::Stopped => SIGNAL_BASE + libc::SIGTERM as u8,
             Self::Signal(signal) => SIGNAL_BASE.saturating_add(u8::try_from(*signal).unwrap_or(0)),
-            Self::AgentLost(_) => CODE_FAILURE,
+            Self::AgentLost(_) | Self::NotSaved(_) => CODE_FAILURE,
         }
     }
 
@@ -121,6 +125,8 @@ impl Outcome {
             Self::Stopped => "stopped",
             Self::Quit => "quit",
             Self::AgentLost(_) => "agent-lost",
+            Self::Saved => "saved",
+            Self::NotSaved(_) => "not-saved",
         }
     }
 
@@ -140,7 +146,11 @@ impl Outcome {
     /// Whether a person should be told, beside the exit code.
     pub fn is_notable(&self, command: bool) -> bool {
         match self {
-            Self::Exited(_) | Self::Killed(_) | Self::PowerOff | Self::DebugExit(_) => false,
+            Self::Exited(_)
+            | Self::Killed(_)
+            | Self::PowerOff
+            | Self::DebugExit(_)
+            | Self::Saved => false,
             Self::Reset | Self::Quit => command,
             _ => true,
         }
@@ -170,6 +180,8 @@ impl fmt::Display for Outcome {
             Self::Stopped => f.write_str("stopped before the command ended"),
             Self::Quit => f.write_str("ended by Ctrl-A x before the command ended"),
             Self::AgentLost(text) => write!(f, "the guest agent was lost: {text}"),
+            Self::Saved => f.write_str("saved"),
+            Self::NotSaved(text) => f.write_str(text),
         }
     }
 }

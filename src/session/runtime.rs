@@ -24,6 +24,7 @@ use crate::control::{
     Action, ActionError, Event, ExecRequest, Instance, PAUSE_PATIENCE, Reply, Requests,
     SnapshotCreate, SnapshotType, State, chain, no_balloon,
 };
+use crate::snapshot::AgentReady;
 use crate::telemetry::Metrics;
 use crate::vm::Vm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -409,6 +410,25 @@ impl Runtime {
             self.events.emit(&Event::Paused);
         }
         Ok(Reply::Done)
+    }
+
+    /// Saves the machine, which runs, with its agent as `ready` says when all is at rest; it stays paused.
+    ///
+    /// # Errors
+    /// As a snapshot's, and where the agent no longer waits.
+    pub fn save_ready(
+        &mut self,
+        vm: &Vm,
+        create: &SnapshotCreate,
+        ready: impl FnOnce() -> Option<AgentReady>,
+    ) -> Result<(), ActionError> {
+        self.pause(vm)?;
+        vm.board().devices.pause();
+        let agent = ready().ok_or_else(|| ActionError::Save {
+            text: "the guest's agent says something while it should wait".to_owned(),
+        })?;
+        self.saver.guest.agent = Some(agent);
+        self.save(create, vm).map(drop)
     }
 
     fn save(&mut self, create: &SnapshotCreate, vm: &Vm) -> Result<Reply, ActionError> {

@@ -41,6 +41,14 @@ impl Saved {
         if present.serial.is_some() {
             config.serial.clone_from(&present.serial);
         }
+        if config.guest.is_some() && snapshot.guest.agent.is_none() {
+            return Err(ActionError::Load {
+                text:
+                    "a command of bulle's agent ran in the guest when it was saved, whose output \
+                       another process cannot take over: save with bulle run --save"
+                        .to_owned(),
+            });
+        }
         let machine = &mut config.machine_config;
         machine.track_dirty_pages = load.track_dirty_pages || load.enable_diff_snapshots;
         // A private mapping of the memory file, whatever it was before.
@@ -138,7 +146,10 @@ impl Saver {
         Self {
             origin,
             base: None,
-            guest: GuestFacts { release },
+            guest: GuestFacts {
+                release,
+                agent: None,
+            },
         }
     }
 
@@ -149,7 +160,11 @@ impl Saver {
         Self {
             origin,
             base,
-            guest: snapshot.guest.clone(),
+            // An agent that waits gets its command now.
+            guest: GuestFacts {
+                agent: None,
+                ..snapshot.guest.clone()
+            },
         }
     }
 

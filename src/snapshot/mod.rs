@@ -80,6 +80,20 @@ pub struct MachineState {
 pub struct GuestFacts {
     /// Release of its kernel, where the kernel's file says.
     pub release: String,
+    /// bulle's agent in it, where it waits for a command.
+    #[serde(default)]
+    pub agent: Option<AgentReady>,
+}
+
+/// An agent that has said Hello and waits for Start (docs/agent-protocol.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentReady {
+    /// Bytes of input that it takes before it grants more.
+    pub window: u32,
+    /// Its features.
+    pub features: u32,
+    /// Whether it chose the port of the virtio console, not COM2.
+    pub port: bool,
 }
 
 /// Where a snapshot was taken.

@@ -18,6 +18,7 @@ mod manage;
 mod memory;
 mod mmds;
 mod net;
+mod ready;
 #[path = "../api/served.rs"]
 mod served;
 mod shares;

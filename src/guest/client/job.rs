@@ -94,6 +94,12 @@ pub struct Job {
 }
 
 impl Job {
+    /// The window of a command of which the guest knows nothing yet.
+    pub fn waiting(&self) -> Option<u32> {
+        let untold = self.state == State::Starting && self.start_sent == 0;
+        untold.then_some(self.guest_window)
+    }
+
     /// The command of `request`, of which the guest takes so many bytes of input at once.
     pub fn new(
         number: u8,

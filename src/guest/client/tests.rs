@@ -93,6 +93,30 @@ fn nothing_is_sent_before_hello_and_noise_before_it_is_ignored() {
 }
 
 #[test]
+fn an_agent_that_is_held_waits_and_another_client_goes_on_with_it() {
+    let mut held = AgentClient::new(&request()).unwrap();
+    held.hold();
+    assert_eq!(held.ready(), None);
+    tell(&mut held, HELLO);
+    assert!(held.outgoing().is_empty());
+    assert_eq!(held.ready(), Some(GUEST_WINDOW));
+    // Half a message, of which another process would miss the beginning.
+    let log = bytes_of(FromGuest::Credit(1));
+    held.received(&log[..5], &mut Vec::new());
+    assert_eq!(held.ready(), None);
+    held.received(&log[5..], &mut Vec::new());
+    assert_eq!(held.ready(), Some(GUEST_WINDOW));
+
+    let mut client = AgentClient::resumed(&request(), 1, GUEST_WINDOW).unwrap();
+    client.stdin(b"in");
+    let frames = take(&mut client, &mut Decoder::new());
+    assert_eq!((frames[0].0, frames[0].1), (0x81, 1));
+    assert_eq!(frames[1].0, 0x82);
+    let events = tell(&mut client, FromGuest::Started { pid: 7 });
+    assert_eq!(events, [AgentEvent::Started { pid: 7 }]);
+}
+
+#[test]
 fn a_long_start_comes_in_pieces_within_the_window() {
     let long = StartRequest {
         argv: vec!["x".repeat(100_000).into()],

@@ -92,6 +92,11 @@ impl Decoder {
         }
     }
 
+    /// Whether no part of a frame waits for the rest of it.
+    pub fn is_empty(&self) -> bool {
+        self.filled == self.returned
+    }
+
     /// Bytes skipped so far because they were not part of an intact frame.
     pub fn skipped(&self) -> u64 {
         self.skipped
