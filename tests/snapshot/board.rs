@@ -86,6 +86,7 @@ impl Bench {
             watchdog: spec.config().watchdog,
             devices,
             io: Vec::new(),
+            boot_timer: None,
         };
         let irqchip = Irqchip::new(machine.irqchip, &vm, state.ioapic());
         let on = Machine {
