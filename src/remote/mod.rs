@@ -6,7 +6,7 @@ mod stream;
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +20,9 @@ use crate::registry::Entry;
 const PATIENCE: Duration = Duration::from_secs(35);
 /// The same for a question about the state, which is answered at once.
 pub const GLANCE: Duration = Duration::from_secs(2);
+/// How long a microVM that lives may take to open its socket, and the time between two attempts.
+const OPENING: Duration = Duration::from_secs(2);
+const RETRY: Duration = Duration::from_millis(5);
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 20;
 /// Most bytes of its head.
@@ -109,11 +112,28 @@ struct Refusal {
     code: String,
 }
 
+/// Whether nobody listens although the microVM lives: it opens its socket some time after the start.
+fn is_early(error: &io::Error, entry: &Entry) -> bool {
+    let nobody = matches!(
+        error.kind(),
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused
+    );
+    nobody && entry.is_alive()
+}
+
 impl Remote {
     /// Connects to the microVM of `entry`.
     pub fn connect(entry: &Entry) -> Result<Self, RemoteError> {
         let name = entry.name.clone();
-        let stream = UnixStream::connect(entry.socket());
+        let begin = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(entry.socket()) {
+                Err(error) if is_early(&error, entry) && begin.elapsed() < OPENING => {
+                    std::thread::sleep(RETRY);
+                }
+                stream => break stream,
+            }
+        };
         let stream = stream.map_err(|source| failed(&name, PATIENCE, source))?;
         let patience = PATIENCE;
         Ok(Self {

@@ -107,8 +107,10 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
     let entry = || place.and_then(|place| entry(place, preboot.config()));
     match &options.socket {
         Some(socket) => {
+            // Before anybody can know that this one is there, and be quicker with its name.
+            let claim = entry();
             api = Some(ApiThread::start(socket, options.max_body, caller)?);
-            _linked = entry().inspect(|claim| link(claim, socket));
+            _linked = claim.inspect(|claim| link(claim, socket));
         }
         None => door = entry().map(|claim| Door::held(claim, caller)),
     }

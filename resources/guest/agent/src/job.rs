@@ -122,8 +122,7 @@ impl<const N: usize> Job<N> {
             outcome = command.outcome(stalled).ok();
         }
         // Not for every byte: each costs the host an exit. The rest of the window still moves.
-        if self.owed >= self.window / 4
-            && link.send_for(self.number, &FromGuest::Credit(self.owed))
+        if self.owed >= self.window / 4 && link.send_for(self.number, &FromGuest::Credit(self.owed))
         {
             self.owed = 0;
         }

@@ -219,7 +219,8 @@ impl Session {
         for (index, job) in self.extra.iter_mut().enumerate() {
             if let Some(exit) = job.advance(&mut self.link) {
                 job.clear();
-                self.link.send_for(index as u8 + 1, &FromGuest::Exited(exit));
+                self.link
+                    .send_for(index as u8 + 1, &FromGuest::Exited(exit));
             }
         }
         if self.link.flush().is_err() {
