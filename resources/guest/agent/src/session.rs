@@ -212,8 +212,10 @@ impl Session {
         if let Some(exit) = outcome
             && self.ending.is_none()
         {
-            // The host may end the guest at once.
-            rustix::fs::sync();
+            // The host may end the guest at once. Nobody's guest is synced by an agent that is not its init.
+            if self.is_init {
+                rustix::fs::sync();
+            }
             self.finish(&FromGuest::Exited(exit));
         }
         for (index, job) in self.extra.iter_mut().enumerate() {
