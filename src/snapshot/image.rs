@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::publish;
+
 /// Bytes behind the last region.
 pub const TRAILER_LEN: u64 = 64;
 /// First bytes of the trailer.
@@ -318,7 +320,7 @@ impl Image {
 
     fn open_one(path: &Path, id: [u8; 16], map: &MemoryMap) -> Result<Self, ImageError> {
         let path = path.to_owned();
-        let file = match File::open(&path) {
+        let file = match publish::open(&path) {
             Ok(file) => file,
             Err(source) => return Err(ImageError::Open { path, source }),
         };

@@ -164,6 +164,13 @@ fn a_snapshot_that_cannot_be_loaded_leaves_a_microvm_that_can_be_configured() {
     );
     copy.put("/snapshot/load", body)
         .refused(&["no snapshot of bulle"]);
+    let pipe = at("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    copy.put("/snapshot/load", memory(&pipe))
+        .refused(&["Cannot open the memory file", "not a regular file"]);
+    let body = with(load(dir.path(), "a"), "snapshot_path", json!(pipe));
+    copy.put("/snapshot/load", body)
+        .refused(&["Cannot read the state file", "not a regular file"]);
     let other = json!([{ "iface_id": "eth0", "host_dev_name": "tap0" }]);
     copy.put(
         "/snapshot/load",

@@ -212,7 +212,7 @@ impl Session {
         if let Some(exit) = outcome
             && self.ending.is_none()
         {
-            // The host may end the guest at once. Nobody's guest is synced by an agent that is not its init.
+            // The host may end the guest at once. On a machine that goes on there is nothing to hurry.
             if self.is_init {
                 rustix::fs::sync();
             }
