@@ -10,6 +10,20 @@ use nix::sys::epoll::EpollFlags;
 
 use crate::control::{ActionError, Stream, chain};
 
+/// Both ends of a stream, neither of which blocks.
+pub fn pair() -> io::Result<(UnixStream, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    theirs.set_nonblocking(true)?;
+    Ok((ours, theirs))
+}
+
+/// Whether the other side has not closed its end.
+pub fn is_there(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
+}
+
 /// A client. Dropping it ends the stream, after what the socket has taken.
 #[derive(Debug)]
 pub struct Duplex {
@@ -24,12 +38,7 @@ pub struct Duplex {
 impl Duplex {
     /// A client and its end of the stream, whose bytes are of that type.
     pub fn new(content_type: &'static str) -> Result<(Self, Stream), ActionError> {
-        let pair = UnixStream::pair().and_then(|(ours, theirs)| {
-            ours.set_nonblocking(true)?;
-            theirs.set_nonblocking(true)?;
-            Ok((ours, theirs))
-        });
-        let (stream, theirs) = pair.map_err(|error: io::Error| ActionError::Failed {
+        let (stream, theirs) = pair().map_err(|error: io::Error| ActionError::Failed {
             text: chain(&error),
         })?;
         let client = Self {
@@ -95,11 +104,7 @@ impl Duplex {
 
     /// Whether nobody is there any more. Who only sends no more still is.
     pub fn is_gone(&self) -> bool {
-        let hung_up = || {
-            let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
-            !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
-        };
-        self.gone || self.ended && hung_up()
+        self.gone || self.ended && !is_there(&self.stream)
     }
 
     /// What to wait for, if `reads` says that more is wanted of it.

@@ -4,15 +4,15 @@
 //! what there is gets a last event that says so, for which there is always room, and is let go.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::Serialize;
 
+use super::duplex::{is_there, pair};
 use crate::control::{ActionError, Event, Stream, chain};
 
 /// Listeners at a time.
@@ -65,7 +65,7 @@ impl Events {
         let failed = |error: io::Error| ActionError::Failed {
             text: chain(&error),
         };
-        let (mut ours, theirs) = pair().map_err(failed)?;
+        let (mut ours, theirs) = bounded_pair().map_err(failed)?;
         if tell(&mut ours, self.count, first) {
             self.listeners.push(ours);
         }
@@ -84,18 +84,11 @@ impl Events {
     }
 }
 
-fn pair() -> io::Result<(UnixStream, UnixStream)> {
-    let (ours, theirs) = UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
-    theirs.set_nonblocking(true)?;
+/// Both ends of a listener's stream, with room for what waits.
+fn bounded_pair() -> io::Result<(UnixStream, UnixStream)> {
+    let (ours, theirs) = pair()?;
     setsockopt(&ours, sockopt::SndBuf, &BUFFER)?;
     Ok((ours, theirs))
-}
-
-/// Whether the other side has not closed its end.
-fn is_there(listener: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
 }
 
 /// Tells a listener; `false` where it is let go.

@@ -17,6 +17,7 @@ use super::{
     CONFIG, GUEST, GuestFacts, MACHINE, MEMORY, MachineState, ORIGIN, Origin, SnapshotError,
 };
 use crate::config::Config;
+use crate::vm::build::random;
 
 /// What is saved, and where.
 pub struct Request<'a> {
@@ -105,7 +106,7 @@ pub fn write(
     // Both names are tried before anything is written.
     let mut state = Unpublished::new(state_path).map_err(failed(state_path))?;
     let mut memory = Unpublished::new(memory_path).map_err(failed(memory_path))?;
-    let id = random_id().map_err(SnapshotError::Random)?;
+    let id = random().map_err(SnapshotError::Random)?;
     let map = fill(memory.file(), id).map_err(failed(memory_path))?;
     let bytes = encode(parts, id, &map).map_err(SnapshotError::Encode)?;
     io::Write::write_all(state.file(), &bytes).map_err(failed(state_path))?;
@@ -208,8 +209,4 @@ fn same_file(a: &Path, b: &Path) -> bool {
         Some(parent.join(path.file_name()?))
     };
     a == b || name(a).is_some_and(|a| name(b) == Some(a)) || at(a).is_some_and(|a| at(b) == Some(a))
-}
-
-fn random_id() -> io::Result<[u8; 16]> {
-    crate::vm::build::random()
 }

@@ -134,6 +134,25 @@ pub struct Kind {
     pub mandatory: bool,
 }
 
+impl Kind {
+    /// One that a reader must know.
+    pub const fn mandatory(name: &'static str, version: u16) -> Self {
+        Self {
+            name,
+            version,
+            mandatory: true,
+        }
+    }
+
+    /// One that a reader may skip.
+    pub const fn optional(name: &'static str, version: u16) -> Self {
+        Self {
+            mandatory: false,
+            ..Self::mandatory(name, version)
+        }
+    }
+}
+
 /// Puts a state file together.
 pub struct Writer {
     id: [u8; 16],

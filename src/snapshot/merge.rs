@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::create::{Parts, write};
 use super::image::{ImageWriter, MAX_RUN};
+use super::ram::copy;
 use super::{Snapshot, SnapshotError};
 
 /// Writes `snapshot` to two files of its own, with all of its memory.
@@ -44,16 +44,11 @@ impl Piece {
             Some(layer) => &layer.image.file,
             None => return Ok(()),
         };
-        let mut buffer = vec![0; MAX_RUN.min(self.end - self.offset) as usize];
-        let mut at = self.offset;
-        while at < self.end {
-            let len = (buffer.len() as u64).min(self.end - at) as usize;
-            let data = buffer.get_mut(..len).unwrap_or_default();
-            file.read_exact_at(data, at)?;
-            writer.write(at, data, true)?;
-            at += len as u64;
-        }
-        Ok(())
+        let len = self.end - self.offset;
+        let mut buffer = vec![0; MAX_RUN.min(len) as usize];
+        copy(file, (self.offset, len), &mut buffer, |at, data| {
+            writer.write(at, data, true)
+        })
     }
 }
 

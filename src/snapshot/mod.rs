@@ -31,35 +31,15 @@ use crate::board::BoardState;
 use crate::config::{Config, MAX_VCPUS};
 
 /// Configuration of the machine, as JSON.
-const CONFIG: Kind = Kind {
-    name: "config",
-    version: 1,
-    mandatory: true,
-};
+const CONFIG: Kind = Kind::mandatory("config", 1);
 /// [`MachineState`].
-const MACHINE: Kind = Kind {
-    name: "machine",
-    version: 1,
-    mandatory: true,
-};
+const MACHINE: Kind = Kind::mandatory("machine", 1);
 /// [`MemoryMap`].
-const MEMORY: Kind = Kind {
-    name: "memory",
-    version: 1,
-    mandatory: true,
-};
+const MEMORY: Kind = Kind::mandatory("memory", 1);
 /// [`GuestFacts`].
-const GUEST: Kind = Kind {
-    name: "guest",
-    version: 1,
-    mandatory: true,
-};
+const GUEST: Kind = Kind::mandatory("guest", 1);
 /// [`Origin`]: for people.
-const ORIGIN: Kind = Kind {
-    name: "origin",
-    version: 1,
-    mandatory: false,
-};
+const ORIGIN: Kind = Kind::optional("origin", 1);
 /// All that this bulle knows.
 const KNOWN: [Kind; 5] = [CONFIG, MACHINE, MEMORY, GUEST, ORIGIN];
 

@@ -381,7 +381,7 @@ pub fn fill_plugged(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), Ma
 }
 
 /// Reads `len` bytes of `file` from `start` on, in pieces, each given to `f` with its offset.
-fn copy(
+pub(super) fn copy(
     file: &File,
     (start, len): (u64, u64),
     buffer: &mut [u8],

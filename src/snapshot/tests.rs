@@ -12,16 +12,8 @@ use super::rebind::{NetworkRebind, Overrides, RebindError};
 use crate::config::{Config, Drive};
 
 const ID: [u8; 16] = *b"sixteen bytes id";
-const A: Kind = Kind {
-    name: "a",
-    version: 1,
-    mandatory: true,
-};
-const LONG: Kind = Kind {
-    name: "eightlet",
-    version: 7,
-    mandatory: false,
-};
+const A: Kind = Kind::mandatory("a", 1);
+const LONG: Kind = Kind::optional("eightlet", 7);
 
 fn file() -> Vec<u8> {
     let mut writer = Writer::new(ID);

@@ -233,6 +233,7 @@ impl Vm {
             capabilities,
             topology,
             cpu,
+            ..
         } = &frame.host;
         let mut template = VcpuTemplate::new(kvm, topology, capabilities, None, &cpu.cpuid)?;
         log::debug!("processor features known");

@@ -3,11 +3,12 @@
 //! `create_vm → memory slots → irqchip → PIT`, in the order that is fast (see `vm::build`). Booting and
 //! restoring both begin here.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arch::capabilities::Capabilities;
 use arch::cpu_template::CpuTemplate;
 use arch::memory::GuestMemory;
+use arch::state::{Context, StateError};
 use arch::topology::{Topology, TopologyError};
 use arch::vm::IrqchipMode;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -32,6 +33,8 @@ pub struct Host {
     pub(super) topology: Topology,
     /// What the processors of a guest that boots are to differ in.
     pub(super) cpu: CpuTemplate,
+    /// Asked when it is needed first.
+    context: Arc<OnceLock<Arc<Context>>>,
 }
 
 impl Host {
@@ -50,7 +53,18 @@ impl Host {
             capabilities,
             topology,
             cpu,
+            context: Arc::default(),
         })
+    }
+
+    /// What giving vCPUs their state needs to know, asked once for all clones. Not for taking it, which
+    /// leaves out what a vCPU refuses to tell: another guest's might not.
+    pub(super) fn context(&self) -> Result<Arc<Context>, StateError> {
+        if let Some(context) = self.context.get() {
+            return Ok(context.clone());
+        }
+        let context = Arc::new(Context::new(&self.kvm, &self.capabilities)?);
+        Ok(self.context.get_or_init(|| context).clone())
     }
 }
 

@@ -104,7 +104,7 @@ impl Shell {
         devices: &[Plan],
         same: Option<&Snapshot>,
     ) -> Result<Self, BuildError> {
-        let context = Arc::new(Context::new(&host.kvm, &host.capabilities)?);
+        let context = host.context()?;
         let frame = Frame::new(machine, host, memory, devices)?;
         let exit = Arc::new(ExitLatch::new().map_err(BuildError::Event)?);
         let mut vcpus = Vec::with_capacity(machine.vcpu_count.into());
