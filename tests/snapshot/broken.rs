@@ -53,6 +53,18 @@ impl Loader {
     }
 }
 
+/// A guest that was saved below `dir`, the bytes of its state file, and the same with another state file,
+/// which is not there yet.
+fn good_and_bad(dir: &Path) -> (Files, Story, Vec<u8>, Files) {
+    let (files, story) = saved(dir, "good");
+    let good = fs::read(&files.state).unwrap();
+    let bad = Files {
+        state: dir.join("bad.state"),
+        ..files.clone()
+    };
+    (files, story, good, bad)
+}
+
 /// Offsets all over a file: each of the first and last bytes, and some in between.
 fn offsets(len: usize) -> impl Iterator<Item = usize> {
     let step = (len / 300).max(1) | 1;
@@ -65,12 +77,7 @@ fn offsets(len: usize) -> impl Iterator<Item = usize> {
 #[test]
 fn a_state_file_with_a_flipped_bit_is_refused_wherever_it_is() {
     let dir = tempfile::tempdir().unwrap();
-    let (files, story) = saved(dir.path(), "good");
-    let good = fs::read(&files.state).unwrap();
-    let bad = Files {
-        state: dir.path().join("bad.state"),
-        ..files.clone()
-    };
+    let (files, story, good, bad) = good_and_bad(dir.path());
     let mut loader = Loader::new();
     for offset in offsets(good.len()) {
         let mut bytes = good.clone();
@@ -84,12 +91,7 @@ fn a_state_file_with_a_flipped_bit_is_refused_wherever_it_is() {
 #[test]
 fn a_state_file_of_another_length_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let (files, story) = saved(dir.path(), "good");
-    let good = fs::read(&files.state).unwrap();
-    let bad = Files {
-        state: dir.path().join("bad.state"),
-        ..files.clone()
-    };
+    let (files, story, good, bad) = good_and_bad(dir.path());
     let mut loader = Loader::new();
     for len in offsets(good.len()) {
         fs::write(&bad.state, &good[..len]).unwrap();
