@@ -250,9 +250,20 @@ fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
     }
 }
 
+/// Reads the bytes of a state file as far as that goes without its memory.
+///
+/// # Errors
+/// [`SnapshotError`] says what is wrong with them; `path` is the name they go by.
+pub fn check(bytes: &[u8], path: &Path) -> Result<(), SnapshotError> {
+    parts_of(bytes, path).map(|_| ())
+}
+
 fn read_parts(path: &Path) -> Result<Parts, SnapshotError> {
-    let bytes = read_file(path)?;
-    let parts = parse(&bytes).map_err(|source| SnapshotError::Format {
+    parts_of(&read_file(path)?, path)
+}
+
+fn parts_of(bytes: &[u8], path: &Path) -> Result<Parts, SnapshotError> {
+    let parts = parse(bytes).map_err(|source| SnapshotError::Format {
         path: path.to_owned(),
         source,
     })?;

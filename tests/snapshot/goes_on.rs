@@ -1,9 +1,11 @@
 //! A loaded guest is where it was when it was saved: memory, registers, timers, devices.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
-use serde_json::json;
+use bulle::snapshot::Snapshot;
+use serde_json::{Value, json};
 
 use crate::saved::{Files, Story, machine, save, try_load};
 use crate::served::Served;
@@ -12,21 +14,47 @@ const IRQCHIPS: [&str; 2] = ["split", "kernel"];
 const TRANSPORTS: [&str; 2] = ["mmio", "pci"];
 
 /// Saves and loads `vm` so often, each time in a process of its own.
-fn cycles(mut vm: Served, story: &mut Story, cycles: usize) {
+fn cycles(vm: Served, story: &mut Story, cycles: usize) {
+    let save = |vm: &mut Served, files: &Files, _| save(vm, files);
+    cycles_with(vm, story, cycles, save);
+}
+
+/// The same, saved by `save`, which is told the number of the cycle. Files of earlier cycles stay.
+fn cycles_with(
+    mut vm: Served,
+    story: &mut Story,
+    cycles: usize,
+    save: fn(&mut Served, &Files, usize),
+) {
     let dir = tempfile::tempdir().unwrap();
     story.follow(&mut vm, 5);
     for cycle in 0..cycles {
         let files = Files::named(dir.path(), &format!("cycle{cycle}"));
-        save(&mut vm, &files);
+        save(&mut vm, &files, cycle);
         story.hear_out(&vm);
         drop(vm);
         let (loaded, answer) = try_load(&files, json!({}));
         answer.done();
         vm = loaded;
         assert_eq!(vm.state(), "Running");
-        story.follow(&mut vm, 5 + cycle);
+        story.follow(&mut vm, 2 + cycle % 5);
     }
     story.check();
+}
+
+/// A machine with a disk whose requests wait for their tokens most of the time, so that one is under way
+/// when all stops. The disk is in `dir`, since the machine's own directory goes with its process.
+fn with_disk(dir: &Path, config: Value) -> Served {
+    let mut vm = machine("carry_on", "disk=1", config);
+    let disk = dir.join("disk");
+    fs::File::create(&disk).unwrap().set_len(4 << 20).unwrap();
+    let drive = json!({
+        "drive_id": "d",
+        "path_on_host": disk,
+        "rate_limiter": { "ops": { "size": 1, "refill_time": 20 } },
+    });
+    vm.put("/drives/d", drive).done();
+    vm.start()
 }
 
 #[test]
@@ -42,26 +70,38 @@ fn memory_and_registers_are_as_they_were() {
 fn a_disk_goes_on_amid_its_requests_on_both_transports() {
     for transport in TRANSPORTS {
         for irqchip in IRQCHIPS {
-            let mut vm = machine(
-                "carry_on",
-                "disk=1",
-                json!({ "irqchip": irqchip, "virtio_transport": transport }),
-            );
-            // The machine's own directory goes with its process.
             let kept = tempfile::tempdir().unwrap();
-            let disk = kept.path().join("disk");
-            fs::File::create(&disk).unwrap().set_len(4 << 20).unwrap();
-            // A request waits for its tokens most of the time, so that it is under way when all stops.
-            let drive = json!({
-                "drive_id": "d",
-                "path_on_host": disk,
-                "rate_limiter": { "ops": { "size": 1, "refill_time": 20 } },
-            });
-            vm.put("/drives/d", drive).done();
+            let config = json!({ "irqchip": irqchip, "virtio_transport": transport });
+            let vm = with_disk(kept.path(), config);
             let mut story = Story::default();
-            cycles(vm.start(), &mut story, 5);
+            cycles(vm, &mut story, 5);
         }
     }
+}
+
+#[test]
+fn nothing_is_lost_in_a_hundred_cycles() {
+    let kept = tempfile::tempdir().unwrap();
+    let vm = with_disk(kept.path(), json!({ "virtio_transport": "pci" }));
+    cycles(vm, &mut Story::default(), 100);
+}
+
+#[test]
+fn twenty_changes_load_as_a_chain() {
+    let kept = tempfile::tempdir().unwrap();
+    let vm = with_disk(kept.path(), json!({}));
+    cycles_with(vm, &mut Story::default(), 20, |vm, files, cycle| {
+        vm.patch("/vm", json!({ "state": "Paused" })).done();
+        let mut body = files.create();
+        body["snapshot_type"] = match cycle {
+            0 => "Full",
+            _ => "Diff",
+        }
+        .into();
+        vm.put("/snapshot/create", body).done();
+        let snapshot = Snapshot::open(&files.state, &files.memory).unwrap();
+        assert_eq!(snapshot.layers.len(), cycle + 1);
+    });
 }
 
 #[test]

@@ -10,7 +10,9 @@ mod client;
 #[path = "../common/mod.rs"]
 mod common;
 mod goes_on;
+mod golden;
 mod killed;
+mod lies;
 mod rebind;
 mod saved;
 #[path = "../api/served.rs"]

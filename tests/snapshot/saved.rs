@@ -77,7 +77,18 @@ pub fn machine(payload: &str, words: &str, machine: Value) -> Served {
 #[derive(Clone, Debug, Default)]
 pub struct Story(String);
 
+impl From<String> for Story {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
 impl Story {
+    /// All that was said so far.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
     /// Listens until the guest has come `ticks` further.
     #[track_caller]
     pub fn follow(&mut self, vm: &mut Served, ticks: usize) {

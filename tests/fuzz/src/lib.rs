@@ -13,6 +13,7 @@ pub mod kernel_image;
 pub mod list;
 pub mod mmds;
 pub mod pci;
+pub mod snapshot;
 pub mod virtio;
 
 /// A target's body: takes any bytes, must not panic.
@@ -29,6 +30,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("list", list::run),
     ("mmds", mmds::run),
     ("pci", pci::run),
+    ("snapshot", snapshot::run),
     ("virtio_balloon", virtio::kinds::balloon),
     ("virtio_block", virtio::kinds::block),
     ("virtio_console", virtio::kinds::console),

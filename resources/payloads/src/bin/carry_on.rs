@@ -1,8 +1,8 @@
 //! Goes on with what only its memory and registers know: `nonce N` once, then `tick T VALUE` for
 //! ever, or `ticks=N` times. Values follow from the nonce by a rule that tests know too. In between it
-//! holds numbers in all kinds of registers, and goes through memory that it wrote before. With
-//! `disk=1` each tick also writes a request to the first disk and reads back that of the tick before.
-//! `LOST what` and code 1 when something is not as it was.
+//! holds numbers in all kinds of registers, and goes through memory that it wrote before, `slices=N` of
+//! it. With `disk=1` each tick also writes a request to the first disk and reads back that of the tick
+//! before. `LOST what` and code 1 when something is not as it was.
 #![no_std]
 #![no_main]
 
@@ -113,20 +113,23 @@ fn next(value: u64, tick: u64) -> u64 {
         .wrapping_add(tick)
 }
 
-/// Memory in slices, each filled in one tick and looked at sixteen ticks later.
+/// Memory in slices, each filled in one tick and looked at when all others were.
 struct Slices {
     nonce: u64,
+    /// How many there are, at most [`SLICES`].
+    count: u64,
     /// Tick of the last filling.
     filled: [u64; SLICES as usize],
 }
 
 impl Slices {
-    fn new(nonce: u64) -> Self {
+    fn new(nonce: u64, count: u64) -> Self {
         let slices = Self {
             nonce,
+            count: count.clamp(1, SLICES),
             filled: [0; SLICES as usize],
         };
-        (0..SLICES).for_each(|slice| slices.fill(slice, 0));
+        (0..slices.count).for_each(|slice| slices.fill(slice, 0));
         slices
     }
 
@@ -145,7 +148,7 @@ impl Slices {
 
     /// Whether the next slice is as it was left; then it is filled anew.
     fn tick(&mut self, tick: u64) -> bool {
-        let slice = tick % SLICES;
+        let slice = tick % self.count;
         let Some(filled) = self.filled.get_mut(slice as usize) else {
             return false;
         };
@@ -189,7 +192,7 @@ fn main(info: &StartInfo) -> u8 {
         .and_then(|device| Disk::start(device, RINGS));
     let nonce = tsc::now();
     println!("nonce {nonce}");
-    let mut slices = Slices::new(nonce);
+    let mut slices = Slices::new(nonce, number("slices").unwrap_or(SLICES));
     let (mut before, mut value) = (0, nonce);
     for tick in 0..number("ticks").unwrap_or(u64::MAX) {
         let registers = Registers::of(value);
