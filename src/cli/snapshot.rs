@@ -15,8 +15,8 @@ use super::api::parse_id;
 use super::metadata;
 use super::target::{RuntimeArgs, Target};
 use crate::control::{
-    DriveOverride, NetworkOverride, PmemOverride, ShareOverride, SnapshotCreate, SnapshotLoad,
-    SnapshotType, VsockOverride,
+    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, PmemOverride, ShareOverride,
+    SnapshotCreate, SnapshotLoad, SnapshotType, VsockOverride,
 };
 use crate::remote::Remote;
 use crate::session;
@@ -91,6 +91,10 @@ struct RestoreArgs {
     /// Leave it paused
     #[arg(long)]
     paused: bool,
+    /// Memory is not in the directory: the process that listens at this socket brings it, as
+    /// Firecracker's page fault handlers do
+    #[arg(long, value_name = "SOCKET")]
+    uffd: Option<PathBuf>,
     /// The guest's clocks go on where they stopped, instead of jumping to now
     #[arg(long)]
     frozen_clock: bool,
@@ -203,6 +207,13 @@ fn restore(args: RestoreArgs) -> Result<u8> {
     let directory = &args.snapshot.directory;
     let mut load = SnapshotLoad::new(state(directory), memory(directory));
     load.resume_vm = !args.paused;
+    if let Some(socket) = args.uffd {
+        load.mem_file_path = None;
+        load.mem_backend = Some(MemoryBackend {
+            backend_type: MemoryBackendType::Uffd,
+            backend_path: socket,
+        });
+    }
     load.clock_realtime = !args.frozen_clock;
     let drives = args.drive.into_iter();
     load.drive_overrides = drives

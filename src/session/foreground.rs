@@ -211,7 +211,10 @@ impl<'a> Foreground<'a> {
         let Some(exit) = self.vm.exit().take() else {
             return;
         };
-        self.take_last_words();
+        // They are in memory that nobody brings.
+        if !matches!(exit, VmExit::HandlerLost(_)) {
+            self.take_last_words();
+        }
         // A kernel that panicked resets itself: the panic is the reason.
         let outcome = match Outcome::from(exit) {
             Outcome::Reset if self.tap.panicked() => Outcome::Panicked,

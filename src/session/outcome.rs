@@ -6,6 +6,7 @@ use std::time::Duration;
 use devices::bus::ExitReason;
 
 use crate::control::Event;
+use crate::snapshot::uffd::handler::HandlerLost;
 use crate::vcpu::Failure;
 use crate::vm::VmExit;
 
@@ -50,6 +51,8 @@ pub enum Outcome {
     Watchdog,
     /// A vCPU could not go on.
     Failed(Box<Failure>),
+    /// Nobody brings the guest's memory any more.
+    HandlerLost(HandlerLost),
     /// The time limit was reached.
     Timeout(Duration),
     /// A signal to bulle ended the VM.
@@ -75,6 +78,7 @@ impl From<VmExit> for Outcome {
             VmExit::Guest(ExitReason::DebugExit(code)) => Self::DebugExit(code),
             VmExit::Guest(ExitReason::Watchdog) => Self::Watchdog,
             VmExit::Failed(failure) => Self::Failed(failure),
+            VmExit::HandlerLost(lost) => Self::HandlerLost(lost),
         }
     }
 }
@@ -95,7 +99,7 @@ impl Outcome {
             Self::Timeout(_) => CODE_TIMEOUT,
             Self::Stopped => SIGNAL_BASE + libc::SIGTERM as u8,
             Self::Signal(signal) => SIGNAL_BASE.saturating_add(u8::try_from(*signal).unwrap_or(0)),
-            Self::AgentLost(_) | Self::NotSaved(_) => CODE_FAILURE,
+            Self::AgentLost(_) | Self::NotSaved(_) | Self::HandlerLost(_) => CODE_FAILURE,
         }
     }
 
@@ -120,6 +124,7 @@ impl Outcome {
             Self::DebugExit(_) => "debug-exit",
             Self::Watchdog => "watchdog",
             Self::Failed(_) => "failed",
+            Self::HandlerLost(_) => "handler-lost",
             Self::Timeout(_) => "timeout",
             Self::Signal(_) => "signal",
             Self::Stopped => "stopped",
@@ -169,6 +174,7 @@ impl fmt::Display for Outcome {
             Self::Watchdog => f.write_str("the guest did not feed its watchdog in time"),
             Self::DebugExit(code) => write!(f, "the guest wrote {code} to the debug-exit port"),
             Self::Failed(failure) => failure.fmt(f),
+            Self::HandlerLost(lost) => lost.fmt(f),
             Self::Timeout(limit) => {
                 write!(
                     f,

@@ -1,7 +1,5 @@
 //! Snapshots of the session's machine, on the vmm thread.
 
-use std::path::Path;
-
 use arch::kernel::KernelImage;
 use arch::state::ClockPolicy;
 
@@ -32,8 +30,7 @@ impl Saved {
     /// # Errors
     /// [`ActionError::Load`]; nothing is changed.
     pub fn open(load: &SnapshotLoad, present: &Config) -> Result<(Self, Config), ActionError> {
-        let memory = memory_file(load)?;
-        let snapshot = Snapshot::open(&load.snapshot_path, memory).map_err(|e| failed(&e))?;
+        let mut snapshot = open(load)?;
         let mut config = snapshot.config.clone();
         overrides(load).apply(&mut config).map_err(|e| failed(&e))?;
         config.logger.clone_from(&present.logger);
@@ -51,20 +48,10 @@ impl Saved {
         }
         let machine = &mut config.machine_config;
         machine.track_dirty_pages = load.track_dirty_pages || load.enable_diff_snapshots;
-        // A private mapping of the memory file, whatever it was before.
+        // Private, whatever it was before.
         machine.memory_backing = MemoryBacking::Anonymous;
-        match load.huge_pages.unwrap_or(LoadPages::Snapshot) {
-            LoadPages::Snapshot if machine.huge_pages.reserved_mib().is_none() => {}
-            LoadPages::None => machine.huge_pages = HugePages::None,
-            LoadPages::Transparent => machine.huge_pages = HugePages::Transparent,
-            LoadPages::Snapshot | LoadPages::Huge2M => {
-                return Err(ActionError::Load {
-                    text: "a memory file cannot be mapped in reserved huge pages: load it with \
-                           huge_pages None or Transparent"
-                        .to_owned(),
-                });
-            }
-        }
+        machine.huge_pages = pages(load, &snapshot)?;
+        snapshot.config.machine_config = machine.clone();
         let policy = match load.clock_realtime {
             true => ClockPolicy::Advance,
             false => ClockPolicy::Frozen,
@@ -78,17 +65,45 @@ impl Saved {
     }
 }
 
-fn memory_file(load: &SnapshotLoad) -> Result<&Path, ActionError> {
-    match (&load.mem_backend, &load.mem_file_path) {
-        (Some(backend), _) if backend.backend_type == MemoryBackendType::File => {
-            Ok(&backend.backend_path)
-        }
-        (Some(_), _) => Err(ActionError::NotYet {
-            what: "memory from a page fault handler (Uffd)",
-            why: "maps memory files; give backend_type File",
+/// Opens the state, and the memory where it is in files.
+fn open(load: &SnapshotLoad) -> Result<Snapshot, ActionError> {
+    let state = &load.snapshot_path;
+    let file = match (&load.mem_backend, &load.mem_file_path) {
+        (Some(backend), _) => match backend.backend_type {
+            MemoryBackendType::File => &backend.backend_path,
+            MemoryBackendType::Uffd => {
+                let snapshot = Snapshot::open_state(state, &backend.backend_path);
+                let snapshot = snapshot.map_err(|e| failed(&e))?;
+                return match snapshot.config.memory_hotplug {
+                    None => Ok(snapshot),
+                    Some(_) => Err(ActionError::NotYet {
+                        what: "hot-pluggable memory from a page fault handler",
+                        why: "loads such a machine with backend_type File",
+                    }),
+                };
+            }
+        },
+        (None, Some(path)) => path,
+        (None, None) => return Err(ActionError::LoadMemory),
+    };
+    Snapshot::open(state, file).map_err(|e| failed(&e))
+}
+
+/// In which pages the memory of `snapshot` is to be.
+fn pages(load: &SnapshotLoad, snapshot: &Snapshot) -> Result<HugePages, ActionError> {
+    let pages = match load.huge_pages.unwrap_or(LoadPages::Snapshot) {
+        LoadPages::Snapshot => snapshot.config.machine_config.huge_pages,
+        LoadPages::None => HugePages::None,
+        LoadPages::Transparent => HugePages::Transparent,
+        LoadPages::Huge2M => HugePages::Huge2M,
+    };
+    match snapshot.handler.is_none() && pages.reserved_mib().is_some() {
+        false => Ok(pages),
+        true => Err(ActionError::Load {
+            text: "a memory file cannot be mapped in reserved huge pages: load it with \
+                   huge_pages None or Transparent"
+                .to_owned(),
         }),
-        (None, Some(path)) => Ok(path),
-        (None, None) => Err(ActionError::LoadMemory),
     }
 }
 

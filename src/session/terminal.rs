@@ -32,6 +32,8 @@ impl RawTerminal {
         cfmakeraw(&mut raw);
         raw.output_flags = saved.output_flags | OutputFlags::OPOST;
         restore_on_fatal_signals(&saved);
+        // SAFETY: the function is safe to call at any time.
+        unsafe { libc::atexit(restore_at_exit) };
         *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &raw)?;
         Ok(Some(Self(())))
@@ -52,6 +54,11 @@ pub fn restore() {
     {
         log::warn!("terminal not restored: {error}");
     }
+}
+
+/// For a process that ends without its session.
+extern "C" fn restore_at_exit() {
+    restore();
 }
 
 /// Makes a panic on any thread restore the terminal, print and end the process with bulle's own

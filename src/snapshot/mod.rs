@@ -14,6 +14,7 @@ pub mod ram;
 mod rebind;
 #[cfg(test)]
 mod tests;
+pub mod uffd;
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -173,8 +174,10 @@ pub struct Snapshot {
     pub machine: Arc<MachineState>,
     /// What is known of the guest.
     pub guest: GuestFacts,
-    /// Its memory: the newest changes first, the file that has all last.
+    /// Its memory: the newest changes first, the file that has all last. None where `handler` has it.
     pub layers: Vec<Layer>,
+    /// Socket of the process that brings its memory, in place of `layers`.
+    pub handler: Option<PathBuf>,
     /// Where it was taken.
     pub origin: Option<Origin>,
 }
@@ -197,15 +200,34 @@ impl Snapshot {
     pub fn open(state: &Path, memory: &Path) -> Result<Self, SnapshotError> {
         let parts = read_parts(state)?;
         let layers = open_layers(&parts, memory)?;
-        Ok(Self {
+        Ok(Self::new(state, parts, layers, None))
+    }
+
+    /// Reads the state file at `state`, whose memory a process brings that listens at `handler`.
+    ///
+    /// # Errors
+    /// [`SnapshotError`] of the state file; the handler is asked when the machine is made.
+    pub fn open_state(state: &Path, handler: &Path) -> Result<Self, SnapshotError> {
+        let parts = read_parts(state)?;
+        Ok(Self::new(
+            state,
+            parts,
+            Vec::new(),
+            Some(handler.to_owned()),
+        ))
+    }
+
+    fn new(state: &Path, parts: Parts, layers: Vec<Layer>, handler: Option<PathBuf>) -> Self {
+        Self {
             id: parts.id,
             path: state.to_owned(),
             config: parts.config,
             machine: Arc::new(parts.machine),
             guest: parts.guest,
             layers,
+            handler,
             origin: parts.origin,
-        })
+        }
     }
 
     /// What a snapshot of the changes since this one would build on.

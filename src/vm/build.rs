@@ -35,6 +35,7 @@ use crate::config::{self, Spec};
 use crate::io::IoError;
 use crate::sandbox::thread::ThreadError;
 use crate::snapshot::ram::MapError;
+use crate::snapshot::uffd::handler::HandlerError;
 
 /// A virtual machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +130,9 @@ pub enum BuildError {
     /// Memory of a snapshot.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// Memory that a page fault handler brings.
+    #[error(transparent)]
+    Handler(#[from] HandlerError),
     /// Devices of a saved state.
     #[error(transparent)]
     BoardState(#[from] board::StateError),

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use devices::bus::ExitReason;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::snapshot::uffd::handler::HandlerLost;
 use crate::vcpu::Failure;
 
 /// Why a virtual machine ended.
@@ -16,6 +17,8 @@ pub enum VmExit {
     Guest(ExitReason),
     /// A vCPU could not go on.
     Failed(Box<Failure>),
+    /// Nobody brings its memory any more.
+    HandlerLost(HandlerLost),
 }
 
 /// Holds the first end that a vCPU announces, and wakes whoever waits for it. Any thread sets it.

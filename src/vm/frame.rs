@@ -190,6 +190,7 @@ impl Frame {
             fd: self.vm,
             memory: self.memory,
             slots: self.slots,
+            handler: None,
         })
     }
 }

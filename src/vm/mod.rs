@@ -35,6 +35,7 @@ pub use shell::{Shape, ShapeError, Shell};
 use vm_memory::GuestMemoryError;
 
 use crate::board::Board;
+use crate::snapshot::uffd::handler::Watched;
 use crate::snapshot::{MachineState, Plugged};
 use crate::vcpu::VcpuHandle;
 
@@ -74,6 +75,8 @@ pub struct Vm {
     fd: Arc<VmFd>,
     memory: GuestMemory,
     slots: slots::DeviceSlots,
+    /// Brings its memory; until its threads have ended.
+    handler: Option<Watched>,
 }
 
 impl Vm {
@@ -165,11 +168,15 @@ impl Vm {
 
     /// Gets every vCPU out of the guest and ends its thread; then brings the devices to rest.
     pub fn stop(&mut self) {
+        if let Some(handler) = &self.handler {
+            handler.ending();
+        }
         for vcpu in &self.vcpus {
             vcpu.request_stop();
         }
         self.vcpus.clear();
         self.board.devices.stop();
+        self.handler = None;
     }
 }
 

@@ -19,6 +19,7 @@ use crate::board::Wiring;
 use crate::board::plan::Plan;
 use crate::config::{Irqchip, MachineConfig, MemoryBacking};
 use crate::io::IoThread;
+use crate::snapshot::uffd::handler;
 use crate::snapshot::{Snapshot, ram};
 use crate::vcpu::{Given, Reach, VcpuHandle};
 
@@ -213,12 +214,28 @@ impl Vm {
         let state = &snapshot.machine.board;
         state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
         check(&host, snapshot)?;
-        let (memory, origin) = ram::map(snapshot, machine)?;
+        let (memory, origin, connected) = match &snapshot.handler {
+            None => {
+                let (memory, origin) = ram::map(snapshot, machine)?;
+                (memory, origin, None)
+            }
+            Some(path) => {
+                let (memory, connected) = handler::map(machine, path)?;
+                (memory.clone(), ram::anywhere(&memory), Some(connected))
+            }
+        };
         let shell = Shell::around(machine, host, memory, &wiring.devices, None)?;
+        // From here on memory is touched.
+        let watched = connected.map(|connected| connected.watch(&shell.exit));
+        let watched = watched.transpose()?;
         for plugged in shell.frame.slots.plugged() {
             ram::fill_plugged(snapshot, &plugged)?;
         }
-        let vm = shell.become_machine(snapshot, policy, wiring)?;
+        let mut vm = shell.become_machine(snapshot, policy, wiring)?;
+        if let Some(watched) = &watched {
+            watched.loaded();
+        }
+        vm.handler = watched;
         Ok((vm, origin))
     }
 }

@@ -13,7 +13,9 @@ mod goes_on;
 mod golden;
 mod killed;
 mod lies;
+mod pager;
 mod rebind;
 mod saved;
 #[path = "../api/served.rs"]
 mod served;
+mod uffd;
