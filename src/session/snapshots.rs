@@ -1,5 +1,7 @@
 //! Snapshots of the session's machine, on the vmm thread.
 
+use std::sync::Arc;
+
 use arch::kernel::KernelImage;
 use arch::state::ClockPolicy;
 
@@ -7,8 +9,9 @@ use crate::config::{Config, HugePages, MemoryBacking, Spec};
 use crate::control::{
     ActionError, LoadPages, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotType, chain,
 };
+use crate::snapshot::fork::Ram;
 use crate::snapshot::image::Base;
-use crate::snapshot::ram::{self, Origin};
+use crate::snapshot::ram::{Origin, Part};
 use crate::snapshot::{self, GuestFacts, NetworkRebind, Overrides, Request, Snapshot};
 use crate::vm::Vm;
 
@@ -142,8 +145,8 @@ fn failed(error: &dyn std::error::Error) -> ActionError {
 /// Saves a machine, and remembers what its changes build on.
 #[derive(Debug, Default)]
 pub struct Saver {
-    /// Where RAM that nobody wrote comes from.
-    pub origin: Origin,
+    /// What RAM is.
+    pub ram: Ram,
     /// The snapshot that RAM is mapped from.
     pub base: Option<Base>,
     /// What is known of the guest.
@@ -159,7 +162,10 @@ impl Saver {
         };
         let release = kernel.version().unwrap_or_default();
         Self {
-            origin,
+            ram: Ram {
+                origin,
+                layers: Vec::new(),
+            },
             base: None,
             guest: GuestFacts {
                 release,
@@ -173,7 +179,10 @@ impl Saver {
         // Without a current directory no path is absolute; then all is written.
         let base = snapshot.as_base().unwrap_or_default();
         Self {
-            origin,
+            ram: Ram {
+                origin,
+                layers: snapshot.layers.clone(),
+            },
             base,
             // An agent that waits gets its command now.
             guest: GuestFacts {
@@ -203,20 +212,21 @@ impl Saver {
             machine: &machine,
             guest: &self.guest,
             memory: vm.memory(),
-            origin: &self.origin,
+            origin: &self.ram.origin,
             base: self.base.clone().filter(|_| changes),
             plugged: &vm.plugged(),
         });
         let created = created.map_err(|e| failed(&e))?;
         if config.machine_config.track_dirty_pages || changes {
             // From here on what changes is told by what is no longer the file's.
-            match ram::rebase(vm.memory(), &created, &self.origin) {
-                Ok(origin) => (self.origin, self.base) = (origin, Some(created.base)),
-                Err(error) => {
-                    log::warn!("cannot map the memory file that was written: {error}");
-                    (self.origin, self.base) = (ram::anywhere(vm.memory()), None);
-                }
-            }
+            let part = match &created.map.base {
+                Some(_) => Part::Changes,
+                None => Part::All,
+            };
+            let base = created.base.clone();
+            let layer = Arc::new(created.into());
+            self.ram = self.ram.onto(vm.memory(), layer, part, &mut Vec::new());
+            self.base = (!self.ram.layers.is_empty()).then_some(base);
         }
         Ok(())
     }

@@ -10,11 +10,11 @@ use arch::memory::GuestMemory;
 use nix::sys::utsname::uname;
 
 use super::format::Writer;
-use super::image::{Base, ImageWriter, MemoryMap, Region, belongs, previous};
+use super::image::{Base, Image, ImageWriter, MemoryMap, belongs, previous};
 use super::publish::Unpublished;
 use super::ram::{self, Part};
 use super::{
-    CONFIG, GUEST, GuestFacts, MACHINE, MEMORY, MachineState, ORIGIN, Origin, SnapshotError,
+    CONFIG, GUEST, GuestFacts, Layer, MACHINE, MEMORY, MachineState, ORIGIN, Origin, SnapshotError,
 };
 use crate::config::Config;
 use crate::vm::build::random;
@@ -63,6 +63,17 @@ pub struct Created {
     pub map: MemoryMap,
     /// What a snapshot of the changes since would build on.
     pub base: Base,
+}
+
+impl From<Created> for Layer {
+    fn from(created: Created) -> Self {
+        let (file, path) = (created.memory, created.base.memory);
+        Self {
+            id: created.id,
+            image: Image { file, path },
+            map: created.map,
+        }
+    }
 }
 
 /// Writes a snapshot. Both files appear with all they have to have, or neither does.
@@ -162,17 +173,7 @@ fn write_memory(request: &Request<'_>, id: [u8; 16], file: &fs::File) -> io::Res
         None => Part::All,
     };
     ram::write(request.memory, request.origin, part, &mut writer)?;
-    let mut regions = ram::regions(request.memory);
-    for plugged in request.plugged {
-        let last = regions.last();
-        let offset = last.map_or(0, |last| last.offset + last.len);
-        ram::write_plugged(plugged, offset, &mut writer)?;
-        regions.push(Region {
-            address: plugged.address,
-            len: plugged.len,
-            offset,
-        });
-    }
+    let regions = ram::write_all_plugged(request.memory, request.plugged, &mut writer)?;
     writer.finish(regions, request.base.clone())
 }
 

@@ -116,7 +116,7 @@ pub struct Run {
 }
 
 /// What identifies the very file that was written, as long as it is not copied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
     device: u64,
     inode: u64,
@@ -162,6 +162,16 @@ pub struct MemoryMap {
 }
 
 impl MemoryMap {
+    /// Of a file in memory, in which no data are known yet.
+    pub fn of(regions: Vec<Region>) -> Self {
+        Self {
+            regions,
+            runs: Vec::new(),
+            stamp: Stamp::default(),
+            base: None,
+        }
+    }
+
     /// Bytes of guest memory.
     pub fn len(&self) -> u64 {
         self.regions
@@ -218,6 +228,8 @@ pub struct ImageWriter<'a> {
     file: &'a File,
     id: [u8; 16],
     runs: Vec<Run>,
+    /// Whether runs have their checksums.
+    summed: bool,
 }
 
 impl<'a> ImageWriter<'a> {
@@ -227,6 +239,23 @@ impl<'a> ImageWriter<'a> {
             file,
             id,
             runs: Vec::new(),
+            summed: true,
+        }
+    }
+
+    /// For a file in memory, which has neither checksums nor trailer.
+    pub fn in_memory(file: &'a File) -> Self {
+        Self {
+            summed: false,
+            ..Self::new(file, [0; 16])
+        }
+    }
+
+    /// What was written so far, of memory in `regions`.
+    pub fn into_map(self, regions: Vec<Region>) -> MemoryMap {
+        MemoryMap {
+            runs: self.runs,
+            ..MemoryMap::of(regions)
         }
     }
 
@@ -264,7 +293,11 @@ impl<'a> ImageWriter<'a> {
             self.runs.push(Run {
                 offset: at,
                 len: data.len() as u64,
-                crc: crc32fast::hash(data),
+                crc: if self.summed {
+                    crc32fast::hash(data)
+                } else {
+                    0
+                },
             });
             at += data.len() as u64;
         }

@@ -5,6 +5,7 @@
 //! untrusted. The vmm thread owns both. Files appear as a whole or not at all ([`publish`]).
 
 mod create;
+pub mod fork;
 pub mod format;
 pub mod image;
 mod merge;
@@ -12,6 +13,7 @@ mod pages;
 mod publish;
 pub mod ram;
 mod rebind;
+mod retired;
 #[cfg(test)]
 mod tests;
 pub mod uffd;
@@ -166,7 +168,7 @@ pub struct Layer {
 pub struct Snapshot {
     /// Which one.
     pub id: [u8; 16],
-    /// The state file.
+    /// The state file; empty where there is none, since it is in memory.
     pub path: PathBuf,
     /// The machine's configuration.
     pub config: Config,
@@ -175,7 +177,7 @@ pub struct Snapshot {
     /// What is known of the guest.
     pub guest: GuestFacts,
     /// Its memory: the newest changes first, the file that has all last. None where `handler` has it.
-    pub layers: Vec<Layer>,
+    pub layers: Vec<Arc<Layer>>,
     /// Socket of the process that brings its memory, in place of `layers`.
     pub handler: Option<PathBuf>,
     /// Where it was taken.
@@ -217,7 +219,7 @@ impl Snapshot {
         ))
     }
 
-    fn new(state: &Path, parts: Parts, layers: Vec<Layer>, handler: Option<PathBuf>) -> Self {
+    fn new(state: &Path, parts: Parts, layers: Vec<Arc<Layer>>, handler: Option<PathBuf>) -> Self {
         Self {
             id: parts.id,
             path: state.to_owned(),
@@ -232,7 +234,7 @@ impl Snapshot {
 
     /// What a snapshot of the changes since this one would build on.
     pub fn as_base(&self) -> io::Result<Option<Base>> {
-        let Some(top) = self.layers.first() else {
+        let (Some(top), false) = (self.layers.first(), self.path.as_os_str().is_empty()) else {
             return Ok(None);
         };
         Ok(Some(Base {
@@ -324,12 +326,12 @@ fn parse(bytes: &[u8]) -> Result<Parts, FormatError> {
 }
 
 /// Opens the memory file of `top` and those it builds on.
-fn open_layers(top: &Parts, memory: &Path) -> Result<Vec<Layer>, SnapshotError> {
-    let mut layers = vec![Layer {
+fn open_layers(top: &Parts, memory: &Path) -> Result<Vec<Arc<Layer>>, SnapshotError> {
+    let mut layers = vec![Arc::new(Layer {
         id: top.id,
         image: Image::open(memory, top.id, &top.memory)?,
         map: top.memory.clone(),
-    }];
+    })];
     while let Some(base) = layers.last().and_then(|layer| layer.map.base.clone()) {
         if layers.len() >= MAX_CHAIN {
             let why = "its changes build on too many others";
@@ -353,7 +355,7 @@ fn open_layers(top: &Parts, memory: &Path) -> Result<Vec<Layer>, SnapshotError> 
             let why = "it has another layout than what it builds on";
             return Err(ImageError::Map { why }.into());
         }
-        layers.push(layer);
+        layers.push(Arc::new(layer));
     }
     Ok(layers)
 }

@@ -17,7 +17,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
 
 use super::image::{ImageError, ImageWriter, MAX_RUN, MemoryMap, Region, Run};
 use super::pages::{Pagemap, Which};
-use super::{Created, Layer, Plugged, Snapshot};
+pub use super::retired::Retired;
+use super::{Layer, Plugged, Snapshot};
 use crate::config::MachineConfig;
 use crate::vm::memory::{MemoryError, advise};
 
@@ -111,16 +112,19 @@ fn runs(
         Origin::Files(data) => {
             Pagemap::open()?.runs(Which::Own, (host, len), push)?;
             if part == Part::All {
-                let data = data.iter().filter_map(|run| {
-                    let start = run.offset.checked_sub(here.offset)?;
-                    (start < len).then_some((start, run.len))
-                });
-                runs.extend(data);
+                runs.extend(data.iter().filter_map(|run| within(run, here.offset, len)));
                 runs = union(runs);
             }
         }
     }
     Ok(runs)
+}
+
+/// What of `run` is in the `len` bytes from `first` on, relative to that.
+fn within(run: &Run, first: u64, len: u64) -> Option<(u64, u64)> {
+    let start = run.offset.max(first);
+    let end = (run.offset + run.len).min(first + len);
+    (start < end).then(|| (start - first, end - start))
 }
 
 /// Puts runs in order, and together where they meet.
@@ -139,7 +143,7 @@ fn union(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 }
 
 /// Where `file` has data between `start` and `start + len`, relative to `start`.
-fn data_runs(file: &File, start: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
+pub(super) fn data_runs(file: &File, start: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
     let end = start + len;
     let mut runs = Vec::new();
     let mut at = start;
@@ -176,8 +180,12 @@ pub fn map(snapshot: &Snapshot, config: &MachineConfig) -> Result<(GuestMemory, 
     for layer in changes.iter().rev() {
         lay_over(&memory, layer)?;
     }
-    let data = snapshot.layers.iter().flat_map(|layer| &layer.map.runs);
-    Ok((memory, Origin::Files(join(data))))
+    Ok((memory, origin(&snapshot.layers)))
+}
+
+/// Where RAM comes from that is a private mapping of `layers`.
+pub fn origin(layers: &[Arc<Layer>]) -> Origin {
+    Origin::Files(join(layers.iter().flat_map(|layer| &layer.map.runs)))
 }
 
 fn map_region(
@@ -203,7 +211,7 @@ fn map_region(
 ///
 /// # Errors
 /// [`MapError`]; `memory` is of no use then.
-pub fn lay(memory: &GuestMemory, layers: &[Layer]) -> Result<(), MapError> {
+pub fn lay(memory: &GuestMemory, layers: &[Arc<Layer>]) -> Result<(), MapError> {
     let (base, changes) = layers.split_last().ok_or(MapError::Layout)?;
     let regions = &base.map.regions;
     for (index, region) in memory.iter().enumerate() {
@@ -263,14 +271,29 @@ fn place(memory: &GuestMemory, map: &MemoryMap, run: Run) -> Option<*mut u8> {
 ///
 /// # Safety
 /// The range is part of a mapping of guest RAM that nobody reads or writes meanwhile.
-unsafe fn overlay(host: *mut u8, len: u64, file: &File, offset: u64) -> io::Result<()> {
+pub(super) unsafe fn overlay(host: *mut u8, len: u64, file: &File, offset: u64) -> io::Result<()> {
+    // SAFETY: the caller's.
+    unsafe { map_over(host, len, file, offset, libc::MAP_PRIVATE) }
+}
+
+/// Maps `len` bytes of `file` over what is at `host`.
+///
+/// # Safety
+/// As [`overlay`].
+unsafe fn map_over(
+    host: *mut u8,
+    len: u64,
+    file: &File,
+    offset: u64,
+    sharing: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: the caller's.
     let at = unsafe {
         libc::mmap(
             host.cast(),
             len as usize,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            sharing | libc::MAP_NORESERVE | libc::MAP_FIXED,
             file.as_raw_fd(),
             offset as libc::off_t,
         )
@@ -281,28 +304,53 @@ unsafe fn overlay(host: *mut u8, len: u64, file: &File, offset: u64) -> io::Resu
     }
 }
 
-/// Has `memory` go on as a private mapping of the files of a snapshot that was just `created`, which
-/// have the same content, so that what changes from now on can be told. Says where RAM comes from
-/// then; it came from `origin` before.
+/// Has `memory` be a shared mapping of `file` again, of which nothing was written since it was private.
+pub(super) fn share_again(memory: &GuestMemory, file: &File) {
+    for (region, here) in memory.iter().zip(regions(memory)) {
+        // SAFETY: all of one region's mapping; no vCPU runs and devices are at rest.
+        let shared = unsafe {
+            map_over(
+                region.as_ptr(),
+                here.len,
+                file,
+                here.offset,
+                libc::MAP_SHARED,
+            )
+        };
+        if let Err(error) = shared {
+            log::error!("guest memory is no longer shared: {error}");
+        }
+    }
+}
+
+/// Has `memory` go on as a private mapping of `file`, to which `part` of it was just written as `map`
+/// says, so that what changes from now on can be told. Says where RAM comes from then; it came from
+/// `origin` before. What was mapped before goes to `retired`.
 ///
 /// # Errors
 /// Of mmap: some of it may come from the new file then, with the same content.
-pub fn rebase(memory: &GuestMemory, created: &Created, origin: &Origin) -> io::Result<Origin> {
-    let map = &created.map;
-    match (&map.base, origin) {
-        (Some(_), Origin::Files(before)) => {
+pub fn rebase(
+    memory: &GuestMemory,
+    (file, map): (&File, &MemoryMap),
+    part: Part,
+    origin: &Origin,
+    retired: &mut Vec<Retired>,
+) -> io::Result<Origin> {
+    match (part, origin) {
+        (Part::Changes, Origin::Files(before)) => {
             for run in map.runs.iter().filter(|run| run.len > COPIED) {
                 if let Some(host) = place(memory, map, *run) {
                     // SAFETY: part of a region's mapping; no vCPU runs and devices are at rest.
-                    unsafe { overlay(host, run.len, &created.memory, run.offset) }?;
+                    unsafe { overlay(host, run.len, file, run.offset) }?;
                 }
             }
             Ok(Origin::Files(join(before.iter().chain(&map.runs))))
         }
         _ => {
             for (region, here) in memory.iter().zip(regions(memory)) {
+                retired.extend(Retired::move_away(region));
                 // SAFETY: all of one region's mapping, as above.
-                unsafe { overlay(region.as_ptr(), here.len, &created.memory, here.offset) }?;
+                unsafe { overlay(region.as_ptr(), here.len, file, here.offset) }?;
             }
             Ok(Origin::Files(join(map.runs.iter())))
         }
@@ -319,6 +367,19 @@ pub fn anywhere(memory: &GuestMemory) -> Origin {
     Origin::Files(all.collect())
 }
 
+/// Runs of data, none longer than one may be.
+pub(super) fn pieces(runs: &[(u64, u64)]) -> Vec<Run> {
+    let pieces = runs.iter().flat_map(|&(start, len)| {
+        let starts = (start..start + len).step_by(MAX_RUN as usize);
+        starts.map(move |at| Run {
+            offset: at,
+            len: MAX_RUN.min(start + len - at),
+            crc: 0,
+        })
+    });
+    pieces.collect()
+}
+
 /// Runs of data, in order and together where they meet.
 fn join<'a>(runs: impl Iterator<Item = &'a Run>) -> Arc<[Run]> {
     let runs = union(runs.map(|run| (run.offset, run.len)).collect());
@@ -332,10 +393,7 @@ fn join<'a>(runs: impl Iterator<Item = &'a Run>) -> Arc<[Run]> {
 }
 
 /// Writes the memory of a device, which has its place in the file at `offset`.
-///
-/// # Errors
-/// Of either file.
-pub fn write_plugged(
+fn write_plugged(
     plugged: &Plugged<'_>,
     offset: u64,
     writer: &mut ImageWriter<'_>,
@@ -347,6 +405,28 @@ pub fn write_plugged(
         })?;
     }
     Ok(())
+}
+
+/// Writes the memory of devices behind `memory`, and says where all is in the file.
+///
+/// # Errors
+/// Of either file.
+pub fn write_all_plugged(
+    memory: &GuestMemory,
+    all: &[Plugged<'_>],
+    writer: &mut ImageWriter<'_>,
+) -> io::Result<Vec<Region>> {
+    let mut regions = regions(memory);
+    for plugged in all {
+        let offset = regions.last().map_or(0, |last| last.offset + last.len);
+        write_plugged(plugged, offset, writer)?;
+        regions.push(Region {
+            address: plugged.address,
+            len: plugged.len,
+            offset,
+        });
+    }
+    Ok(regions)
 }
 
 /// Fills the memory of a device, which is empty, from `snapshot`.
@@ -418,6 +498,18 @@ pub enum MapError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_across_two_regions_is_in_both() {
+        let run = Run {
+            offset: 8,
+            len: 8,
+            crc: 0,
+        };
+        assert_eq!(within(&run, 0, 12), Some((8, 4)));
+        assert_eq!(within(&run, 12, 12), Some((0, 4)));
+        assert_eq!(within(&run, 16, 12), None);
+    }
 
     #[test]
     fn runs_that_meet_become_one() {

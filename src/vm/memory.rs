@@ -183,8 +183,10 @@ fn memfd(config: &MachineConfig) -> io::Result<File> {
         HugePages::Huge2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
         HugePages::Huge1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
     };
+    // Sealed when the microVM is forked.
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | pages;
     // SAFETY: the name is a C string and the call touches no memory of ours.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | pages) };
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

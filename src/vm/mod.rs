@@ -7,6 +7,7 @@
 pub mod build;
 mod cpu;
 mod exit;
+pub mod fork;
 pub mod frame;
 mod host;
 pub mod irq;
@@ -27,6 +28,7 @@ use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
 pub use exit::{ExitLatch, VmExit};
+pub use fork::{Fork, VmForkError};
 pub use frame::Host;
 pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;

@@ -3,8 +3,10 @@
 //! Not part of a plain `cargo test`, since it needs KVM: `cargo test --test clones`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "common/machine.rs"]
+mod forks;
+#[path = "../common/machine.rs"]
 mod machine;
 
 use std::path::Path;
