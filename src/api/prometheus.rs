@@ -181,6 +181,7 @@ mod tests {
             vcpus: vec![vcpu.clone(), vcpu],
             devices: vec![device("d\"1", "block", 0), device("b", "balloon", 7)],
             process: ProcessStatistics::default(),
+            snapshot: None,
         };
         let text = response(statistics, &Counts::default()).body.unwrap();
         for line in [

@@ -16,14 +16,17 @@ use super::metadata;
 use super::target::{RuntimeArgs, Target};
 use crate::control::{
     DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, PmemOverride, ShareOverride,
-    SnapshotCreate, SnapshotLoad, SnapshotType, VsockOverride,
+    SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotType, VmStatistics, VsockOverride,
 };
 use crate::remote::Remote;
 use crate::session;
 use crate::snapshot::{Snapshot, merge};
+use crate::telemetry::tell;
 
 /// How long the files may take to be written.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Time between two looks at a snapshot that is being written.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Arguments of `bulle snapshot`.
 #[derive(Debug, Args)]
@@ -73,6 +76,9 @@ struct CreateArgs {
     /// Only what changed since the snapshot that it was made of, or that was taken last
     #[arg(long)]
     diff: bool,
+    /// The microVM goes on while it is written
+    #[arg(long, conflicts_with_all = ["pause", "kill"])]
+    background: bool,
     /// Leave the microVM paused
     #[arg(long)]
     pause: bool,
@@ -160,6 +166,7 @@ pub fn target(directory: &Path) -> Result<SnapshotCreate> {
         snapshot_path: state(directory),
         mem_file_path: memory(directory),
         snapshot_type: SnapshotType::Full,
+        background: false,
     })
 }
 
@@ -183,16 +190,21 @@ fn create(args: &CreateArgs) -> Result<u8> {
     make(&args.directory)?;
     let directory = std::path::absolute(&args.directory)?;
     let mut vm = Remote::connect(&entry)?.patience(PATIENCE);
+    let mut body = json!({
+        "snapshot_path": state(&directory),
+        "mem_file_path": memory(&directory),
+        "snapshot_type": if args.diff { "Diff" } else { "Full" },
+    });
+    if args.background {
+        body["background"] = true.into();
+        vm.ask("PUT", "/snapshot/create", &body.to_string())?;
+        return written(&mut vm, &state(&directory));
+    }
     let was_paused = vm.state()? == "Paused";
     let set = |vm: &mut Remote, state: &str| {
         vm.ask("PATCH", "/vm", &json!({ "state": state }).to_string())
     };
     set(&mut vm, "Paused")?;
-    let body = json!({
-        "snapshot_path": state(&directory),
-        "mem_file_path": memory(&directory),
-        "snapshot_type": if args.diff { "Diff" } else { "Full" },
-    });
     let created = vm.ask("PUT", "/snapshot/create", &body.to_string());
     if args.kill && created.is_ok() {
         super::kill::kill(&entry, &super::kill::open(&entry)?)?;
@@ -201,6 +213,32 @@ fn create(args: &CreateArgs) -> Result<u8> {
     }
     created?;
     Ok(0)
+}
+
+/// Waits for the end of the snapshot that is being written to `path`.
+fn written(vm: &mut Remote, path: &Path) -> Result<u8> {
+    loop {
+        let statistics = vm.ask("GET", "/vm/statistics", "")?;
+        let statistics: VmStatistics = vm.parse(&statistics)?;
+        let Some(snapshot) = statistics.snapshot.filter(|snapshot| snapshot.path == path) else {
+            bail!("the microVM began another snapshot: of this one nothing is known");
+        };
+        match snapshot.state {
+            SnapshotState::Writing => std::thread::sleep(LOOK_EVERY),
+            SnapshotState::Failed => bail!(
+                "the snapshot was not saved: {}",
+                snapshot.error.unwrap_or_default()
+            ),
+            SnapshotState::Saved => {
+                if let Some(why) = snapshot.waited {
+                    tell(format_args!(
+                        "the microVM stood still until its snapshot was written: {why}"
+                    ));
+                }
+                return Ok(0);
+            }
+        }
+    }
 }
 
 fn restore(args: RestoreArgs) -> Result<u8> {

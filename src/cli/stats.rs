@@ -198,6 +198,7 @@ mod tests {
                     threads: Some(4),
                     open_files: None,
                 },
+                snapshot: None,
             },
         }
     }

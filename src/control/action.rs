@@ -202,6 +202,9 @@ pub struct SnapshotCreate {
     /// How much of the memory.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
+    /// The guest goes on while it is written. bulle's own.
+    #[serde(default)]
+    pub background: bool,
 }
 
 /// How much of a microVM's memory is saved.

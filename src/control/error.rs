@@ -133,6 +133,15 @@ pub enum ActionError {
         "Cannot create a snapshot: save/restore unavailable while running; pause the microVM first"
     )]
     SnapshotRunning,
+    /// A microVM of which a snapshot is being written.
+    #[error(
+        "Cannot create a snapshot: one is being written to {} in the background; wait for its end",
+        path.display()
+    )]
+    SnapshotBusy {
+        /// Its state file.
+        path: PathBuf,
+    },
     /// A microVM of which there is something already.
     #[error("Loading a microVM snapshot not allowed after configuring boot-specific resources.")]
     LoadAfterConfig,
@@ -195,6 +204,7 @@ impl ActionError {
             Self::Mmds(_) => "no-metadata",
             Self::MmdsLimit(_) => "too-large",
             Self::SnapshotRunning => "not-paused",
+            Self::SnapshotBusy { .. } => "busy",
             Self::Start { .. } => "start-failed",
             Self::Load { .. } => "load-failed",
             Self::Save { .. } => "save-failed",

@@ -1,6 +1,7 @@
 //! What happens to a microVM, for whoever listens.
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -31,6 +32,18 @@ pub enum Event {
         /// How often that happened so far.
         failures: u32,
     },
+    /// A snapshot that was written in the background is there.
+    SnapshotSaved {
+        /// Its state file.
+        path: PathBuf,
+    },
+    /// A snapshot could not be written in the background; what was there before still is.
+    SnapshotFailed {
+        /// Its state file.
+        path: PathBuf,
+        /// Why.
+        error: String,
+    },
     /// It ended. Nothing follows.
     Exited {
         /// A word for programs.
@@ -54,6 +67,8 @@ impl Event {
             Self::Resumed => "resumed",
             Self::Panicked => "panicked",
             Self::DeviceError { .. } => "device_error",
+            Self::SnapshotSaved { .. } => "snapshot_saved",
+            Self::SnapshotFailed { .. } => "snapshot_failed",
             Self::Exited { .. } => "exited",
             Self::Lagging => "lagging",
         }

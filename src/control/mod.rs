@@ -27,7 +27,10 @@ pub use event::{Event, Stream};
 pub use exec::{ExecInput, ExecRequest, TerminalSize};
 pub use preboot::{DEFAULT_MEMORY_MIB, Preboot, no_balloon, startable};
 pub use reply::{BalloonStatistics, HintingStatus, Instance, MemoryHotplugStatus, Reply, State};
-pub use statistics::{DeviceStatistics, ProcessStatistics, VcpuStatistics, VmStatistics};
+pub use statistics::{
+    DeviceStatistics, ProcessStatistics, SnapshotState, SnapshotStatistics, VcpuStatistics,
+    VmStatistics,
+};
 
 /// How long a pause may take.
 pub const PAUSE_PATIENCE: Duration = Duration::from_secs(30);

@@ -1,6 +1,7 @@
 //! What a microVM has done so far, for people and programs that watch it.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -21,6 +22,38 @@ pub struct VmStatistics {
     pub devices: Vec<DeviceStatistics>,
     /// bulle's process.
     pub process: ProcessStatistics,
+    /// The snapshot that was written in the background last, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotStatistics>,
+}
+
+/// A snapshot that is written in the background.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotStatistics {
+    /// How far it is.
+    pub state: SnapshotState,
+    /// Its state file.
+    pub path: PathBuf,
+    /// Microseconds that the guest stood still for it.
+    pub pause_us: u64,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Why the guest stood still until it was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waited: Option<String>,
+}
+
+/// How far a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotState {
+    /// It is being written.
+    Writing,
+    /// It is there.
+    Saved,
+    /// It is not, and what was there before still is.
+    Failed,
 }
 
 /// What a vCPU has done.
@@ -69,6 +102,7 @@ impl VmStatistics {
             vcpus: Vec::new(),
             devices: Vec::new(),
             process: ProcessStatistics::now(),
+            snapshot: None,
         }
     }
 }

@@ -1,4 +1,5 @@
 //! Confinement of bulle's own process and threads.
 
+pub mod child;
 pub mod jail;
 pub mod thread;

@@ -25,7 +25,7 @@ use super::outcome::Outcome;
 use super::output::{Output, read_input};
 use super::progress::Progress;
 use super::readers::Console;
-use super::runtime::Runtime;
+use super::runtime::{Behind, Runtime};
 use super::signals::Signals;
 use super::terminal::window_size;
 use super::timer::{arm, timer, timer_fd};
@@ -70,6 +70,8 @@ pub struct Rest {
     pub signals: Signals,
     /// The time limit.
     pub timeout: Option<TimerFd>,
+    /// A snapshot that is being written.
+    pub behind: Behind,
 }
 
 /// The state of a foreground run.
@@ -189,6 +191,7 @@ impl<'a> Foreground<'a> {
             outputs: [self.stdout, self.stderr],
             signals: self.signals,
             timeout: self.timeout.map(|(timer, _)| timer),
+            behind: self.runtime.take_behind(),
         }
     }
 

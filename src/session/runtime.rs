@@ -1,5 +1,7 @@
 //! Actions on a machine that runs, on the vmm thread.
 
+mod background;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -11,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
+pub use self::background::Behind;
 use super::agent::AgentLink;
 use super::events::Events;
 use super::exec::Execs;
@@ -41,6 +44,7 @@ pub struct Runtime {
     instance: Instance,
     config: Config,
     saver: Saver,
+    behind: Behind,
     figures: Option<FigureWriter>,
     /// Readable when there are requests, or figures are due.
     ready: Epoll,
@@ -126,6 +130,7 @@ impl Runtime {
             instance: Instance { state, ..instance },
             config,
             saver,
+            behind: Behind::default(),
             figures,
             ready,
             latencies: BTreeMap::new(),
@@ -231,6 +236,7 @@ impl Runtime {
             self.flush(vm);
         }
         self.look_at_devices(vm);
+        self.look_at_snapshot();
         while let Some(call) = self.requests.next() {
             let result = match &call.action {
                 Action::Exec(request) => self.exec(request, agent.as_deref_mut()),
@@ -298,7 +304,8 @@ impl Runtime {
             Action::GetConfig => Ok(Reply::Config(Box::new(config.clone()))),
             Action::GetStatistics => {
                 let uptime = self.started.elapsed();
-                let statistics = statistics::statistics(vm, self.instance.state, uptime);
+                let mut statistics = statistics::statistics(vm, self.instance.state, uptime);
+                statistics.snapshot = self.behind.statistics();
                 Ok(Reply::Vm(Box::new(statistics)))
             }
             Action::Listen => {
@@ -432,6 +439,13 @@ impl Runtime {
     }
 
     fn save(&mut self, create: &SnapshotCreate, vm: &Vm) -> Result<Reply, ActionError> {
+        if let Some(path) = self.behind.path() {
+            let path = path.to_owned();
+            return Err(ActionError::SnapshotBusy { path });
+        }
+        if create.background {
+            return self.save_behind(create, vm);
+        }
         if self.instance.state == State::Running {
             return Err(ActionError::SnapshotRunning);
         }

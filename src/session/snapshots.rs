@@ -9,10 +9,14 @@ use crate::config::{Config, HugePages, MemoryBacking, Spec};
 use crate::control::{
     ActionError, LoadPages, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotType, chain,
 };
+use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
 use crate::snapshot::image::Base;
 use crate::snapshot::ram::{Origin, Part};
-use crate::snapshot::{self, GuestFacts, NetworkRebind, Overrides, Request, Snapshot};
+use crate::snapshot::{
+    self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Plugged, Request, Snapshot,
+    SnapshotError,
+};
 use crate::vm::Vm;
 
 /// A snapshot that a machine is to be made of.
@@ -142,6 +146,24 @@ fn failed(error: &dyn std::error::Error) -> ActionError {
     ActionError::Load { text: chain(error) }
 }
 
+/// A snapshot in the background before it is begun.
+#[derive(Debug)]
+pub enum Prepared {
+    /// Where it goes.
+    Files(Files),
+    /// It cannot be had: the machine stands still while it is written, for this reason.
+    Waits(&'static str),
+}
+
+/// A snapshot in the background once it is begun.
+#[derive(Debug)]
+pub enum Begun {
+    /// It is being written.
+    Writing(Background),
+    /// It is written, while the machine stood still for this reason.
+    Written(&'static str),
+}
+
 /// Saves a machine, and remembers what its changes build on.
 #[derive(Debug, Default)]
 pub struct Saver {
@@ -192,6 +214,70 @@ impl Saver {
         }
     }
 
+    fn request<'a>(
+        &'a self,
+        (vm, machine): (&'a Vm, &'a MachineState),
+        config: &'a Config,
+        create: &'a SnapshotCreate,
+        plugged: &'a [Plugged<'a>],
+    ) -> Request<'a> {
+        let changes = create.snapshot_type == SnapshotType::Diff;
+        Request {
+            state_path: &create.snapshot_path,
+            memory_path: &create.mem_file_path,
+            config,
+            machine,
+            guest: &self.guest,
+            memory: vm.memory(),
+            origin: &self.ram.origin,
+            base: self.base.clone().filter(|_| changes),
+            plugged,
+        }
+    }
+
+    /// What can be done for a snapshot in the background before the machine stands still.
+    ///
+    /// # Errors
+    /// [`ActionError::Save`] where its files cannot be written.
+    pub fn prepare(&self, vm: &Vm, create: &SnapshotCreate) -> Result<Prepared, ActionError> {
+        let shared = matches!(self.ram.origin, Origin::Memfd);
+        let shared = shared.then_some("guest memory is shared (memory_backing memfd)");
+        if let Some(why) = shared.or_else(|| vm.not_copied()) {
+            return Ok(Prepared::Waits(why));
+        }
+        let files = Files::new((&create.snapshot_path, &create.mem_file_path));
+        let failed = |error: SnapshotError| ActionError::Save {
+            text: chain(&error),
+        };
+        Ok(Prepared::Files(files.map_err(failed)?))
+    }
+
+    /// Begins to save the machine `vm`, which stands still, and may go on after this. What later changes
+    /// build on stays as it was.
+    ///
+    /// # Errors
+    /// [`ActionError::Save`]; the machine can go on.
+    pub fn begin(
+        &mut self,
+        vm: &Vm,
+        config: &Config,
+        create: &SnapshotCreate,
+        prepared: Prepared,
+    ) -> Result<Begun, ActionError> {
+        let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
+        let files = match prepared {
+            Prepared::Files(files) => files,
+            Prepared::Waits(why) => {
+                self.create(vm, config, create)?;
+                return Ok(Begun::Written(why));
+            }
+        };
+        let machine = vm.save().map_err(|e| failed(&e))?;
+        let request = self.request((vm, &machine), config, create, &[]);
+        let background = Background::begin(files, &request).map_err(|e| failed(&e))?;
+        Ok(Begun::Writing(background))
+    }
+
     /// Saves the paused machine `vm`, made of `config`, as asked.
     ///
     /// # Errors
@@ -205,17 +291,8 @@ impl Saver {
         let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
         let machine = vm.save().map_err(|e| failed(&e))?;
         let changes = create.snapshot_type == SnapshotType::Diff;
-        let created = snapshot::create(&Request {
-            state_path: &create.snapshot_path,
-            memory_path: &create.mem_file_path,
-            config,
-            machine: &machine,
-            guest: &self.guest,
-            memory: vm.memory(),
-            origin: &self.ram.origin,
-            base: self.base.clone().filter(|_| changes),
-            plugged: &vm.plugged(),
-        });
+        let created =
+            snapshot::create(&self.request((vm, &machine), config, create, &vm.plugged()));
         let created = created.map_err(|e| failed(&e))?;
         if config.machine_config.track_dirty_pages || changes {
             // From here on what changes is told by what is no longer the file's.

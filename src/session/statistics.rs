@@ -25,6 +25,7 @@ pub fn statistics(vm: &Vm, state: State, uptime: Duration) -> VmStatistics {
         vcpus: vm.vcpus().iter().map(vcpu).collect(),
         devices: vm.board().devices.list().iter().map(device).collect(),
         process: ProcessStatistics::now(),
+        snapshot: None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -81,13 +82,7 @@ impl From<Created> for Layer {
 /// # Errors
 /// [`SnapshotError`]; files that were there before are untouched.
 pub fn create(request: &Request<'_>) -> Result<Created, SnapshotError> {
-    let paths = (request.state_path, request.memory_path);
-    let parts = Parts {
-        config: request.config,
-        machine: request.machine,
-        guest: request.guest,
-    };
-    write(paths, &parts, |file, id| write_memory(request, id, file))
+    Files::new((request.state_path, request.memory_path))?.save(request)
 }
 
 /// What goes into the state file, beside the map of the memory file.
@@ -106,35 +101,81 @@ pub fn write(
     parts: &Parts<'_>,
     fill: impl FnOnce(&fs::File, [u8; 16]) -> io::Result<MemoryMap>,
 ) -> Result<Created, SnapshotError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| SnapshotError::Write { path, source }
-    };
-    if same_file(state_path, memory_path) {
-        let path = state_path.to_owned();
-        return Err(SnapshotError::SamePath { path });
+    Files::new((state_path, memory_path))?.write(parts, fill)
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {
+    let path = path.to_owned();
+    move |source| SnapshotError::Write { path, source }
+}
+
+/// The two files of a snapshot, on their way to their names.
+#[derive(Debug)]
+pub struct Files {
+    state: Unpublished,
+    memory: Unpublished,
+}
+
+impl Files {
+    /// Files that are to be at these two paths, for state and memory.
+    ///
+    /// # Errors
+    /// [`SnapshotError`] where they cannot be written.
+    pub fn new((state, memory): (&Path, &Path)) -> Result<Self, SnapshotError> {
+        if same_file(state, memory) {
+            let path = state.to_owned();
+            return Err(SnapshotError::SamePath { path });
+        }
+        Ok(Self {
+            state: Unpublished::new(state).map_err(failed(state))?,
+            memory: Unpublished::new(memory).map_err(failed(memory))?,
+        })
     }
-    // Both names are tried before anything is written.
-    let mut state = Unpublished::new(state_path).map_err(failed(state_path))?;
-    let mut memory = Unpublished::new(memory_path).map_err(failed(memory_path))?;
-    let id = random().map_err(SnapshotError::Random)?;
-    let map = fill(memory.file(), id).map_err(failed(memory_path))?;
-    let bytes = encode(parts, id, &map).map_err(SnapshotError::Encode)?;
-    io::Write::write_all(state.file(), &bytes).map_err(failed(state_path))?;
-    state.sync().map_err(failed(state_path))?;
-    let absolute = |path: &Path| std::path::absolute(path).map_err(failed(path));
-    let base = Base {
-        id,
-        state: absolute(state_path)?,
-        memory: absolute(memory_path)?,
-    };
-    let memory = publish(state, memory, (state_path, memory_path)).map_err(failed(memory_path))?;
-    Ok(Created {
-        id,
-        memory,
-        map,
-        base,
-    })
+
+    /// Their descriptors.
+    pub fn descriptors(&self) -> [RawFd; 2] {
+        [self.state.as_raw_fd(), self.memory.as_raw_fd()]
+    }
+
+    /// Writes what `request` says, but to these files.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; files that were there before are untouched.
+    pub fn save(self, request: &Request<'_>) -> Result<Created, SnapshotError> {
+        let parts = Parts {
+            config: request.config,
+            machine: request.machine,
+            guest: request.guest,
+        };
+        self.write(&parts, |file, id| write_memory(request, id, file))
+    }
+
+    fn write(
+        mut self,
+        parts: &Parts<'_>,
+        fill: impl FnOnce(&fs::File, [u8; 16]) -> io::Result<MemoryMap>,
+    ) -> Result<Created, SnapshotError> {
+        let state_path = self.state.path().to_owned();
+        let memory_path = self.memory.path().to_owned();
+        let id = random().map_err(SnapshotError::Random)?;
+        let map = fill(self.memory.file(), id).map_err(failed(&memory_path))?;
+        let bytes = encode(parts, id, &map).map_err(SnapshotError::Encode)?;
+        io::Write::write_all(self.state.file(), &bytes).map_err(failed(&state_path))?;
+        self.state.sync().map_err(failed(&state_path))?;
+        let absolute = |path: &Path| std::path::absolute(path).map_err(failed(path));
+        let base = Base {
+            id,
+            state: absolute(&state_path)?,
+            memory: absolute(&memory_path)?,
+        };
+        let memory = publish(self.state, self.memory, (&state_path, &memory_path));
+        Ok(Created {
+            id,
+            memory: memory.map_err(failed(&memory_path))?,
+            map,
+            base,
+        })
+    }
 }
 
 /// Gives both files their names. The memory file that had the name before stays until the new state

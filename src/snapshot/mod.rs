@@ -4,6 +4,7 @@
 //! reads the one and opens the other, with all that a file of changes builds on. Everything read is
 //! untrusted. The vmm thread owns both. Files appear as a whole or not at all ([`publish`]).
 
+pub mod background;
 mod create;
 pub mod fork;
 pub mod format;
@@ -25,7 +26,7 @@ use std::sync::Arc;
 use arch::state::{VcpuState, VmState};
 use serde::{Deserialize, Serialize};
 
-pub use self::create::{Created, Plugged, Request, create};
+pub use self::create::{Created, Files, Plugged, Request, create};
 use self::format::{FormatError, Kind, MAX_FILE, Reader};
 use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
 pub use self::merge::merge;
@@ -147,6 +148,12 @@ pub enum SnapshotError {
         /// As named.
         path: PathBuf,
     },
+    /// No process that writes.
+    #[error(
+        "Cannot make a process that writes the snapshot: check the limits on processes and memory (ulimit -u, \
+         pids cgroup, vm.overcommit_memory), or save without background"
+    )]
+    Process(#[source] io::Error),
     /// Random numbers.
     #[error("Cannot get random numbers for the snapshot's id")]
     Random(#[source] io::Error),

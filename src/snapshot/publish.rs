@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -46,6 +47,11 @@ impl Unpublished {
         })
     }
 
+    /// The name that it is to have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The file, to be written.
     pub fn file(&mut self) -> &mut File {
         self.file.as_file_mut()
@@ -61,6 +67,12 @@ impl Unpublished {
         let file = self.file.persist(&self.path).map_err(|error| error.error)?;
         File::open(directory(&self.path))?.sync_all()?;
         Ok(file)
+    }
+}
+
+impl AsRawFd for Unpublished {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 }
 

@@ -34,7 +34,7 @@ pub use host::{KVM_PATH, KvmOpenError};
 pub use limits::LimitError;
 pub use shell::{Shape, ShapeError, Shell};
 
-use vm_memory::GuestMemoryError;
+use vm_memory::{GuestMemoryBackend, GuestMemoryError, GuestRegionMmap};
 
 use crate::board::Board;
 use crate::snapshot::uffd::handler::Watched;
@@ -131,6 +131,21 @@ impl Vm {
     /// The machine's RAM.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Why a copy of this process would not have all of the guest's memory as it is now, if so; beside that
+    /// of RAM that is shared.
+    pub fn not_copied(&self) -> Option<&'static str> {
+        let reserved = |region: &GuestRegionMmap| region.is_hugetlbfs() == Some(true);
+        if self.handler.is_some() {
+            Some("a page fault handler brings the guest's memory")
+        } else if self.memory.iter().any(reserved) {
+            Some("guest memory is in reserved huge pages")
+        } else if !self.slots.plugged().is_empty() {
+            Some("the guest has hot-pluggable memory")
+        } else {
+            None
+        }
     }
 
     /// Memory of devices that belongs to the guest alone.

@@ -90,11 +90,18 @@ fn a_life_is_told_from_its_start_to_its_end() {
         vm.patch("/vm", state("Paused")).done();
     }
     vm.patch("/vm", state("Resumed")).done();
+    let saved = vm.dir.path().join("state");
+    let create = json!({
+        "snapshot_path": saved, "mem_file_path": vm.dir.path().join("memory"), "background": true,
+    });
+    vm.put("/snapshot/create", create).done();
+    while vm.get("/vm/statistics").value()["snapshot"]["state"] == "writing" {}
     vm.types("\n");
     vm.finish().exits(0);
     for listener in [&mut early, &mut late] {
         listener.hears("paused");
         listener.hears("resumed");
+        assert_eq!(listener.hears("snapshot_saved")["path"], json!(saved));
         let end = listener.hears("exited");
         assert_eq!(end["reason"], "debug-exit");
         assert_eq!(end["exit_code"], 0);

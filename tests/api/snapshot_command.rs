@@ -36,6 +36,10 @@ fn a_guest_is_saved_by_its_name_and_made_again_of_its_directory() {
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let parent = echoing(&base, "parent");
     bulle(&base, &["snapshot", "create", "par", &at("s")]).exits(0);
+    let words = ["snapshot", "create", "--background", "par", &at("b")];
+    assert_eq!(bulle(&base, &words).exits(0).stderr, "");
+    let copy = command(&base, &["snapshot", "restore", &at("b")], Input::Open);
+    copy.types("d\n").finish().exits(0).prints("4 bytes");
     for _ in 0..2 {
         let copy = command(&base, &["snapshot", "restore", &at("s")], Input::Open);
         copy.types("de\n").finish().exits(0).prints("5 bytes");

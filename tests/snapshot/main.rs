@@ -3,6 +3,7 @@
 //! Not part of a plain `cargo test`, since it needs KVM: `cargo test --test snapshot`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod background;
 mod board;
 mod broken;
 #[path = "../api/client.rs"]

@@ -1,0 +1,202 @@
+//! A child process that has this one's private memory as it is at one moment.
+//!
+//! The kernel copies a page when either side writes to it first, so making the child takes as long as
+//! copying page tables does. The child has one thread and, of all descriptors, those that it is left:
+//! no lock of a disk, no VM. It never logs or prints, since another thread may have held the lock that
+//! this takes; memory it can allocate, which fork(3) of the C library takes care of. The owner is the
+//! thread that made it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, pipe2};
+
+/// Most bytes of what a child says at its end.
+const MAX_TEXT: usize = 4096;
+
+/// A child at work. Dropping it kills it.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    /// Readable when it has something to say, or has ended.
+    pipe: File,
+    text: Vec<u8>,
+    ended: bool,
+}
+
+/// Makes a child that does `body` and ends. Descriptors other than `kept` are closed in it.
+///
+/// # Errors
+/// Where the host has no process or no memory for it.
+pub fn start(kept: &[RawFd], body: impl FnOnce() -> Result<(), String>) -> io::Result<Child> {
+    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    // SAFETY: the child goes no further than `work`, which takes no lock that another thread of this
+    // process can hold, see the head of this module.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => Ok(Child {
+            pid: child,
+            pipe: ours.into(),
+            text: Vec::new(),
+            ended: false,
+        }),
+        ForkResult::Child => work(kept, theirs, body),
+    }
+}
+
+/// All that the child does.
+fn work(kept: &[RawFd], pipe: OwnedFd, body: impl FnOnce() -> Result<(), String>) -> ! {
+    log::set_max_level(log::LevelFilter::Off);
+    let mut keep = kept.to_vec();
+    keep.push(pipe.as_raw_fd());
+    let done = close_others(keep).map_err(|error| format!("cannot close descriptors: {error}"));
+    let code = match done.and_then(|()| body()) {
+        Ok(()) => 0,
+        Err(text) => {
+            let text = text.as_bytes();
+            // Less than the pipe holds. Without it the exit code still tells.
+            let _ = File::from(pipe).write(text.get(..MAX_TEXT).unwrap_or(text));
+            1
+        }
+    };
+    // SAFETY: ends the process at once; nothing runs after it.
+    unsafe { libc::_exit(code) }
+}
+
+fn close_others(mut keep: Vec<RawFd>) -> io::Result<()> {
+    keep.sort_unstable();
+    let mut first: libc::c_uint = 0;
+    for fd in keep {
+        let fd = fd as libc::c_uint;
+        if fd > first {
+            close_range(first, fd - 1)?;
+        }
+        first = fd + 1;
+    }
+    close_range(first, libc::c_uint::MAX)
+}
+
+fn close_range(first: libc::c_uint, last: libc::c_uint) -> io::Result<()> {
+    // SAFETY: closes descriptors of the child, which nothing in it uses.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl Child {
+    /// How it ended, once it has: well, or with a text.
+    pub fn ended(&mut self) -> Option<Result<(), String>> {
+        let mut buffer = [0; MAX_TEXT];
+        loop {
+            match self.pipe.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(len) => {
+                    let room = MAX_TEXT.saturating_sub(self.text.len()).min(len);
+                    let more = buffer.get(..room).unwrap_or_default();
+                    self.text.extend_from_slice(more);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        // Its end of the pipe is closed by its end alone.
+        let status = wait(self.pid);
+        self.ended = true;
+        Some(match status {
+            Ok(WaitStatus::Exited(_, 0)) => Ok(()),
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                Err(format!("the process that wrote it was killed by {signal}"))
+            }
+            Ok(_) => Err(String::from_utf8_lossy(&self.text).into_owned()),
+            Err(errno) => Err(format!("the process that wrote it is lost: {errno}")),
+        })
+    }
+}
+
+fn wait(pid: Pid) -> Result<WaitStatus, Errno> {
+    loop {
+        match waitpid(pid, Some(WaitPidFlag::empty())) {
+            Err(Errno::EINTR) => {}
+            status => return status,
+        }
+    }
+}
+
+impl AsFd for Child {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = kill(self.pid, Signal::SIGKILL);
+            let _ = wait(self.pid);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(mut child: Child) -> Result<(), String> {
+        loop {
+            if let Some(result) = child.ended() {
+                return result;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_child_has_memory_as_it_was_and_says_how_it_ends() {
+        let mut value = vec![1_u8; 8192];
+        let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let other = File::open("/dev/null").unwrap();
+        let fd = other.as_raw_fd();
+        let child = start(&[ours.as_raw_fd()], || {
+            // Until the parent has written to its own.
+            File::from(ours.try_clone().unwrap())
+                .read_exact(&mut [0])
+                .unwrap();
+            // SAFETY: asks about a descriptor that is not there.
+            let closed = unsafe { libc::fcntl(fd, libc::F_GETFD) } == -1;
+            match value == [1; 8192] && closed {
+                true => Err("as it was".to_owned()),
+                false => Ok(()),
+            }
+        });
+        let child = child.unwrap();
+        value.fill(2);
+        File::from(theirs).write_all(&[0]).unwrap();
+        assert_eq!(end(child), Err("as it was".to_owned()));
+        assert_eq!(end(start(&[], || Ok(())).unwrap()), Ok(()));
+        drop(other);
+    }
+
+    #[test]
+    fn a_child_that_is_killed_is_told_of_and_one_that_is_dropped_is_gone() {
+        let forever = || -> Result<(), String> {
+            loop {
+                std::thread::park();
+            }
+        };
+        let child = start(&[], forever).unwrap();
+        let pid = child.pid;
+        kill(pid, Signal::SIGKILL).unwrap();
+        let text = end(child).unwrap_err();
+        assert!(text.contains("SIGKILL"), "{text}");
+        let child = start(&[], forever).unwrap();
+        let pid = child.pid;
+        drop(child);
+        assert_eq!(kill(pid, None), Err(Errno::ESRCH));
+    }
+}

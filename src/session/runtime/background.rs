@@ -1,0 +1,163 @@
+//! Snapshots that are written while the guest goes on, seen from the vmm thread: one at a time, announced
+//! as an event and among the statistics when it ends.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+
+use super::Runtime;
+use crate::control::{
+    ActionError, Event, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotState, SnapshotStatistics,
+    State, chain,
+};
+use crate::session::signals::Signals;
+use crate::session::snapshots::Begun;
+use crate::snapshot::background::Background;
+use crate::telemetry::tell;
+use crate::vm::Vm;
+
+/// What the epoll set says of the snapshot that is being written.
+const ENDED: u64 = 4;
+
+/// The snapshot that is being written, and how the last one went.
+#[derive(Debug, Default)]
+pub struct Behind {
+    now: Option<Background>,
+    last: Option<SnapshotStatistics>,
+}
+
+impl Behind {
+    /// Where one is being written.
+    pub fn path(&self) -> Option<&Path> {
+        self.now.as_ref().map(Background::path)
+    }
+
+    /// The last one.
+    pub fn statistics(&self) -> Option<SnapshotStatistics> {
+        self.last.clone()
+    }
+
+    /// Takes in that it has ended, if it has.
+    fn look(&mut self) -> Option<Event> {
+        let now = self.now.as_mut()?;
+        let result = now.ended()?;
+        let path = now.path().to_owned();
+        self.now = None;
+        let last = self.last.as_mut();
+        Some(match result {
+            Ok(()) => {
+                if let Some(last) = last {
+                    last.state = SnapshotState::Saved;
+                }
+                Event::SnapshotSaved { path }
+            }
+            Err(error) => {
+                log::error!("the snapshot {} was not saved: {error}", path.display());
+                if let Some(last) = last {
+                    last.state = SnapshotState::Failed;
+                    last.error = Some(error.clone());
+                }
+                Event::SnapshotFailed { path, error }
+            }
+        })
+    }
+
+    /// Waits for the end of what is being written, of a machine that has ended itself; a signal cuts it short.
+    pub fn finish(mut self, signals: &Signals) {
+        while let Some(now) = &self.now {
+            let mut fds = [
+                PollFd::new(now.as_fd(), PollFlags::POLLIN),
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            ];
+            let waited = poll(&mut fds, PollTimeout::NONE);
+            let [_, interrupted] = fds.map(|fd| fd.any().unwrap_or(false));
+            if interrupted || waited.is_err_and(|errno| errno != Errno::EINTR) {
+                let path = now.path().display();
+                return tell(format_args!(
+                    "the snapshot {path} was not saved: interrupted"
+                ));
+            }
+            if let Some(Event::SnapshotFailed { path, error }) = self.look() {
+                let path = path.display();
+                tell(format_args!("the snapshot {path} was not saved: {error}"));
+            }
+        }
+    }
+}
+
+impl Runtime {
+    /// Tells of the snapshot that was written in the background, if it has come to its end.
+    pub(super) fn look_at_snapshot(&mut self) {
+        if let Some(event) = self.behind.look() {
+            self.events.emit(&event);
+        }
+    }
+
+    /// Hands over what is being written.
+    pub fn take_behind(&mut self) -> Behind {
+        std::mem::take(&mut self.behind)
+    }
+
+    /// Saves the machine while it goes on. One that runs stands still for a moment.
+    pub(super) fn save_behind(
+        &mut self,
+        create: &SnapshotCreate,
+        vm: &Vm,
+    ) -> Result<Reply, ActionError> {
+        let prepared = self.saver.prepare(vm, create)?;
+        let running = self.instance.state == State::Running;
+        let begin = Instant::now();
+        let stands = match running {
+            true => vm.pause(PAUSE_PATIENCE),
+            false => Ok(()),
+        };
+        let begun = match &stands {
+            Ok(()) => self.saver.begin(vm, &self.config, create, prepared),
+            Err(error) => Err(ActionError::Failed { text: chain(error) }),
+        };
+        if running {
+            vm.start();
+        }
+        let pause = begin.elapsed();
+        self.saved_behind(create, begun?, pause)
+    }
+
+    fn saved_behind(
+        &mut self,
+        create: &SnapshotCreate,
+        begun: Begun,
+        pause: Duration,
+    ) -> Result<Reply, ActionError> {
+        self.latencies.insert("background_create_snapshot", pause);
+        let path = create.snapshot_path.clone();
+        let mut last = SnapshotStatistics {
+            state: SnapshotState::Writing,
+            path: path.clone(),
+            pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+            error: None,
+            waited: None,
+        };
+        match begun {
+            Begun::Writing(background) => {
+                let event = EpollEvent::new(EpollFlags::EPOLLIN, ENDED);
+                let watched = self.ready.add(&background, event);
+                watched.map_err(|errno| ActionError::Save {
+                    text: errno.to_string(),
+                })?;
+                self.behind.now = Some(background);
+            }
+            Begun::Written(why) => {
+                log::warn!("the guest stood still until its snapshot was written: {why}");
+                last.state = SnapshotState::Saved;
+                last.waited = Some(why.to_owned());
+                self.events.emit(&Event::SnapshotSaved { path });
+            }
+        }
+        self.behind.last = Some(last);
+        Ok(Reply::Done)
+    }
+}
