@@ -6,6 +6,7 @@
 //! protocol is reported once and not listened to any more.
 
 mod job;
+mod talk;
 mod types;
 
 use agent_protocol::{
@@ -16,6 +17,7 @@ pub use agent_protocol::{Exit, Level, Power, Stage, WinSize, features};
 use devices::console::clean;
 pub use job::Job;
 use job::Outgoing;
+pub use talk::{JobTalk, Talk, TalkError};
 pub use types::{AgentEvent, AgentFailure, ExtraError, ProtocolError, RequestError, StartRequest};
 
 /// Bytes waiting for the channel.
@@ -193,10 +195,12 @@ impl AgentClient {
         let Some(job) = self.extra.get_mut(at) else {
             return Ok(None);
         };
+        let orphaned = job.is_orphaned();
         let event = job.on_message(message)?;
         if job.has_ended() {
             self.extra.remove(at);
         }
+        let event = event.filter(|_| !orphaned);
         Ok(event.map(|event| AgentEvent::Extra(number, Box::new(event))))
     }
 

@@ -16,9 +16,9 @@ use crate::config::Guest;
 use crate::control::ExecRequest;
 use crate::guest::client::{
     AgentClient, AgentEvent, Exit, ExtraError, Job, Level, Power, RequestError, StartRequest,
-    WinSize, features,
+    TalkError, WinSize, features,
 };
-use crate::snapshot::AgentReady;
+use crate::snapshot::{AgentReady, AgentTalk};
 use crate::telemetry::Limited;
 
 /// The guest chooses how many notes it sends.
@@ -39,7 +39,11 @@ const DEFAULT_SIZE: (u16, u16) = (24, 80);
 pub struct AgentLink {
     client: AgentClient,
     channel: Channel,
+    /// Whether the command has a terminal.
+    tty: bool,
     features: u32,
+    /// What came and is not looked at yet.
+    events: Vec<AgentEvent>,
     /// What came about commands beside the first.
     extra: Vec<(u8, AgentEvent)>,
     running: bool,
@@ -51,15 +55,21 @@ impl AgentLink {
     /// For the command of `guest`, on a terminal if `tty`.
     pub fn new(guest: &Guest, tty: bool, channel: Channel) -> Result<Self, RequestError> {
         let client = AgentClient::new(&request(guest, tty))?;
-        Ok(Self {
+        Ok(Self::of(client, channel, tty, 0))
+    }
+
+    fn of(client: AgentClient, channel: Channel, tty: bool, features: u32) -> Self {
+        Self {
             client,
             channel,
-            features: 0,
+            tty,
+            features,
+            events: Vec::new(),
             extra: Vec::new(),
             running: false,
             interrupted: false,
             told_of_no_reader: false,
-        })
+        }
     }
 
     /// For the command of `guest` in a guest whose agent waits for one, as `ready` says.
@@ -69,22 +79,50 @@ impl AgentLink {
         (uart, port): (Arc<AgentPort>, Option<HostPort>),
         ready: &AgentReady,
     ) -> Result<Self, RequestError> {
-        let channel = Channel::chosen(uart, port, ready.port);
+        let channel = Channel::chosen(uart, port, Some(ready.port));
         let request = request(guest, tty);
         let mut client = AgentClient::resumed(&request, ready.features, ready.window)?;
         if channel.is_lossless() {
             client.widen();
         }
         client.received(&[], &mut Vec::new());
-        Ok(Self {
+        Ok(Self::of(client, channel, tty, ready.features))
+    }
+
+    /// For an agent with which another process has talked until `talk` was saved.
+    ///
+    /// # Errors
+    /// A conversation that cannot have been.
+    pub fn restored(
+        talk: AgentTalk,
+        (uart, port): (Arc<AgentPort>, Option<HostPort>),
+    ) -> Result<Self, TalkError> {
+        let channel = Channel::chosen(uart, port, talk.port);
+        let (features, running) = (talk.client.features, talk.client.main.running);
+        let client = AgentClient::restored(talk.client)?;
+        let mut link = Self::of(client, channel, talk.tty, features);
+        link.running = running;
+        if let Some(size) = window_size().filter(|_| talk.tty) {
+            link.resize(size);
+        }
+        Ok(link)
+    }
+
+    /// The conversation, with vCPUs and devices at rest; `None` once the command has ended.
+    pub fn save(&mut self) -> Option<AgentTalk> {
+        self.collect();
+        let mut client = self.client.save()?;
+        client.unread(self.channel.unread());
+        Some(AgentTalk {
+            port: self.channel.choice(),
+            tty: self.tty,
             client,
-            channel,
-            features: ready.features,
-            extra: Vec::new(),
-            running: false,
-            interrupted: false,
-            told_of_no_reader: false,
         })
+    }
+
+    /// Whether the command has a terminal.
+    pub fn has_tty(&self) -> bool {
+        self.tty
     }
 
     /// Has the agent wait for its command when it is there.
@@ -192,27 +230,32 @@ impl AgentLink {
         }
     }
 
-    /// Takes what the guest has sent; output goes to its queue. An end of the run is returned, and
-    /// whether anything came.
-    pub fn receive(&mut self, stdout: &mut Output, stderr: &mut Output) -> (Option<Outcome>, bool) {
-        let mut events = Vec::new();
+    /// Takes what the guest has sent; says whether anything came.
+    fn collect(&mut self) -> bool {
         let bytes = self.channel.take();
         if self.channel.is_lossless() && !self.client.is_held() {
             self.client.widen();
         }
-        self.client.received(&bytes, &mut events);
+        self.client.received(&bytes, &mut self.events);
         if self.client.is_connected() {
             self.channel.settle();
         }
+        !bytes.is_empty()
+    }
+
+    /// Takes what the guest has sent; output goes to its queue. An end of the run is returned, and
+    /// whether anything came.
+    pub fn receive(&mut self, stdout: &mut Output, stderr: &mut Output) -> (Option<Outcome>, bool) {
+        let came = self.collect();
         let mut end = None;
-        for event in events {
+        for event in std::mem::take(&mut self.events) {
             match event {
                 AgentEvent::Stdout(bytes) => self.print(stdout, &bytes),
                 AgentEvent::Stderr(bytes) => self.print(stderr, &bytes),
                 event => end = end.or(self.on_event(event)),
             }
         }
-        (end, !bytes.is_empty())
+        (end, came)
     }
 
     fn print(&mut self, output: &mut Output, bytes: &[u8]) {

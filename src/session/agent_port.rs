@@ -38,10 +38,29 @@ impl Channel {
         Self { uart, port, way }
     }
 
-    /// As [`Self::new`], for an agent that has chosen the port, or COM2.
-    pub fn chosen(uart: Arc<AgentPort>, port: Option<HostPort>, by_port: bool) -> Self {
-        let way = if by_port { Way::Port } else { Way::Uart };
+    /// As [`Self::new`], for an agent that may have chosen the port, or COM2.
+    pub fn chosen(uart: Arc<AgentPort>, port: Option<HostPort>, by_port: Option<bool>) -> Self {
+        let way = match by_port {
+            None => Way::Either,
+            Some(true) => Way::Port,
+            Some(false) => Way::Uart,
+        };
         Self { uart, port, way }
+    }
+
+    /// Whether the agent has chosen the port, or COM2.
+    pub fn choice(&self) -> Option<bool> {
+        match self.way {
+            Way::Either => None,
+            Way::Uart => Some(false),
+            Way::Port => Some(true),
+        }
+    }
+
+    /// Bytes for the agent that are neither here nor in the guest.
+    pub fn unread(&self) -> Vec<u8> {
+        let port = self.port.as_ref().filter(|_| self.is_lossless());
+        port.map(HostPort::unread).unwrap_or_default()
     }
 
     /// The port, whose events are the channel's as well as those of COM2.

@@ -518,7 +518,8 @@ impl<'a> Foreground<'a> {
             Token::Calls => {
                 let console = console(self.vm, &self.tap, &self.hvc);
                 self.runtime.serve(console, self.agent.as_mut());
-                self.pump_agent();
+                // What was taken from the agent to be saved.
+                self.on_agent_data();
                 if self.runtime.take_stop() {
                     self.shut_down();
                 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use arch::kernel::{KernelError, KernelImage};
 use devices::legacy::boot_timer::{BootTimer, Times};
 use devices::mmds::Mmds;
+use devices::virtio::console::HostPort;
 use devices::virtio::limiter::Limiter;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
@@ -35,10 +36,10 @@ use crate::config::{Config, Console, RateLimiter, Spec};
 use crate::control::{
     ActionError, Instance, SnapshotCreate, SnapshotLoad, State, channel, startable,
 };
-use crate::guest::client::RequestError;
+use crate::guest::client::{RequestError, TalkError};
 use crate::guest::prepare::{PrepareError, prepare};
 use crate::registry::{Place, RegistryError};
-use crate::snapshot::AgentReady;
+use crate::snapshot::GuestFacts;
 use crate::telemetry::{LogFileError, Metrics, tell};
 use crate::vm::build::Initrd;
 use crate::vm::{BuildError, Host, Vm};
@@ -87,6 +88,14 @@ pub enum LaunchError {
         "The snapshot's guest has no agent of bulle's that could run a command: leave the command out"
     )]
     NoAgent,
+    /// A command for a guest that has one.
+    #[error(
+        "The snapshot's guest was saved with its command, which goes on: leave yours out, and run it with bulle exec"
+    )]
+    Busy,
+    /// A conversation with the agent.
+    #[error("The snapshot cannot be used")]
+    Talk(#[from] TalkError),
     /// A snapshot.
     #[error(transparent)]
     Load(#[from] ActionError),
@@ -125,6 +134,11 @@ pub fn launch_saved(
 ) -> Result<u8, LaunchError> {
     let (saved, mut config) = Saved::open(load, &Config::new(PathBuf::new()))?;
     match &mut config.guest {
+        Some(_) if saved.snapshot.guest.talk.is_some() => {
+            if !command.is_empty() {
+                return Err(LaunchError::Busy);
+            }
+        }
         Some(guest) => guest.command = command,
         None if command.is_empty() => {}
         None => return Err(LaunchError::NoAgent),
@@ -256,8 +270,8 @@ pub struct Session {
     saver: Saver,
     /// Whether it runs at once.
     runs: bool,
-    /// bulle's agent, which waits for a command in a machine that was saved so.
-    ready: Option<AgentReady>,
+    /// What was going on with bulle's agent in a machine that was saved.
+    guest: GuestFacts,
     /// Where it is saved when its agent waits.
     save_when_ready: Option<SnapshotCreate>,
 }
@@ -299,9 +313,9 @@ impl Session {
                 .then(|| BootTimer::new(times, begin)),
             devices,
         };
-        let ready = match &source {
-            Source::Kernel(..) => None,
-            Source::Saved(saved) => saved.snapshot.guest.agent,
+        let guest = match &source {
+            Source::Kernel(..) => GuestFacts::default(),
+            Source::Saved(saved) => saved.snapshot.guest.clone(),
         };
         let (vm, saver, runs) = match source {
             Source::Kernel(kernel, initrd) => {
@@ -325,7 +339,7 @@ impl Session {
             events,
             saver,
             runs,
-            ready,
+            guest,
             save_when_ready: None,
         })
     }
@@ -362,18 +376,11 @@ impl Session {
             events,
             saver: _,
             runs,
-            ready,
+            guest,
             save_when_ready,
         } = self;
-        let tty = wants_tty(&spec);
-        let agent = spec
-            .guest()
-            .map(|guest| match &ready {
-                None => AgentLink::new(guest, tty, Channel::new(port, ends.agent)),
-                Some(ready) => AgentLink::resumed(guest, tty, (port, ends.agent), ready),
-            })
-            .transpose()?;
-        let raw = if tty || agent.is_none() {
+        let agent = agent_link(&spec, guest, (port, ends.agent))?;
+        let raw = if agent.as_ref().is_none_or(AgentLink::has_tty) {
             enter_raw()?
         } else {
             None
@@ -543,6 +550,23 @@ fn console_limiter(spec: &Spec) -> Option<Limiter> {
         ..RateLimiter::default()
     };
     Some(Limiter::new(limits::limits(&limits)))
+}
+
+/// The session's end of the agent, where the guest has one.
+fn agent_link(
+    spec: &Spec,
+    saved: GuestFacts,
+    (port, host): (Arc<AgentPort>, Option<HostPort>),
+) -> Result<Option<AgentLink>, LaunchError> {
+    let Some(guest) = spec.guest() else {
+        return Ok(None);
+    };
+    let tty = wants_tty(spec);
+    Ok(Some(match (saved.talk, saved.agent) {
+        (Some(talk), _) => AgentLink::restored(*talk, (port, host))?,
+        (None, Some(ready)) => AgentLink::resumed(guest, tty, (port, host), &ready)?,
+        (None, None) => AgentLink::new(guest, tty, Channel::new(port, host))?,
+    }))
 }
 
 /// Whether the command gets a terminal: as asked, or when both stdin and stdout are one. With

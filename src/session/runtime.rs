@@ -240,6 +240,7 @@ impl Runtime {
         while let Some(call) = self.requests.next() {
             let result = match &call.action {
                 Action::Exec(request) => self.exec(request, agent.as_deref_mut()),
+                Action::CreateSnapshot(create) => self.save(create, vm, agent.as_deref_mut()),
                 action => self.act(action, console),
             };
             call.answer(result);
@@ -374,7 +375,8 @@ impl Runtime {
                 self.flush(vm);
                 Ok(Reply::Done)
             }
-            Action::CreateSnapshot(create) => self.save(create, vm),
+            // As the conversation with the agent is saved too, `serve` has it.
+            Action::CreateSnapshot(create) => self.save(create, vm, None),
             Action::PutMachine(_)
             | Action::PatchMachine(_)
             | Action::PutBootSource(_)
@@ -435,21 +437,27 @@ impl Runtime {
             text: "the guest's agent says something while it should wait".to_owned(),
         })?;
         self.saver.guest.agent = Some(agent);
-        self.save(create, vm).map(drop)
+        self.save(create, vm, None).map(drop)
     }
 
-    fn save(&mut self, create: &SnapshotCreate, vm: &Vm) -> Result<Reply, ActionError> {
+    fn save(
+        &mut self,
+        create: &SnapshotCreate,
+        vm: &Vm,
+        agent: Option<&mut AgentLink>,
+    ) -> Result<Reply, ActionError> {
         if let Some(path) = self.behind.path() {
             let path = path.to_owned();
             return Err(ActionError::SnapshotBusy { path });
         }
         if create.background {
-            return self.save_behind(create, vm);
+            return self.save_behind(create, vm, agent);
         }
         if self.instance.state == State::Running {
             return Err(ActionError::SnapshotRunning);
         }
         let begin = Instant::now();
+        self.keep_talk(vm, agent)?;
         self.saver.create(vm, &self.config, create)?;
         let name = match create.snapshot_type {
             SnapshotType::Full => "full_create_snapshot",
@@ -457,6 +465,17 @@ impl Runtime {
         };
         self.latencies.insert(name, begin.elapsed());
         Ok(Reply::Done)
+    }
+
+    /// Keeps the conversation with `agent` for what is saved next. vCPUs stand still.
+    fn keep_talk(&mut self, vm: &Vm, agent: Option<&mut AgentLink>) -> Result<(), ActionError> {
+        let Some(agent) = agent else { return Ok(()) };
+        vm.board().devices.pause();
+        let talk = agent.save().ok_or_else(|| ActionError::Save {
+            text: "the guest's command has just ended".to_owned(),
+        })?;
+        self.saver.guest.talk = Some(Box::new(talk));
+        Ok(())
     }
 }
 

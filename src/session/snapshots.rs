@@ -45,12 +45,11 @@ impl Saved {
         if present.serial.is_some() {
             config.serial.clone_from(&present.serial);
         }
-        if config.guest.is_some() && snapshot.guest.agent.is_none() {
+        let agent = (&snapshot.guest.agent, &snapshot.guest.talk);
+        if config.guest.is_some() && matches!(agent, (None, None)) {
             return Err(ActionError::Load {
-                text:
-                    "a command of bulle's agent ran in the guest when it was saved, whose output \
-                       another process cannot take over: save with bulle run --save"
-                        .to_owned(),
+                text: "the snapshot does not say what was going on with bulle's agent in its guest"
+                    .to_owned(),
             });
         }
         let machine = &mut config.machine_config;
@@ -192,6 +191,7 @@ impl Saver {
             guest: GuestFacts {
                 release,
                 agent: None,
+                talk: None,
             },
         }
     }
@@ -209,7 +209,8 @@ impl Saver {
             // An agent that waits gets its command now.
             guest: GuestFacts {
                 agent: None,
-                ..snapshot.guest.clone()
+                talk: None,
+                release: snapshot.guest.release.clone(),
             },
         }
     }

@@ -33,6 +33,7 @@ pub use self::merge::merge;
 pub use self::rebind::{NetworkRebind, Overrides, RebindError};
 use crate::board::BoardState;
 use crate::config::{Config, MAX_VCPUS};
+use crate::guest::client::Talk;
 
 /// Configuration of the machine, as JSON.
 const CONFIG: Kind = Kind::mandatory("config", 1);
@@ -66,6 +67,20 @@ pub struct GuestFacts {
     /// bulle's agent in it, where it waits for a command.
     #[serde(default)]
     pub agent: Option<AgentReady>,
+    /// The conversation with an agent that does not wait for a command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub talk: Option<Box<AgentTalk>>,
+}
+
+/// An agent that runs its command, or is not there yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentTalk {
+    /// Whether it chose the port of the virtio console, not COM2; `None`: it is not known yet.
+    pub port: Option<bool>,
+    /// Whether its command has a terminal.
+    pub tty: bool,
+    /// What was said.
+    pub client: Talk,
 }
 
 /// An agent that has said Hello and waits for Start (docs/agent-protocol.md).

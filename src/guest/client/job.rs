@@ -14,13 +14,16 @@ use super::{AgentEvent, AgentFailure, ProtocolError, RequestError, StartRequest}
 const PIECE: usize = MAX_PAYLOAD;
 /// Bytes of input held here; what the guest may have on its way comes on top.
 pub const STDIN_BUFFER: usize = 32 * 1024;
+/// Of Linux on every processor.
+const SIGHUP: u8 = 1;
 /// Signals waiting to be sent; more are dropped.
-const MAX_SIGNALS: usize = 32;
+pub const MAX_SIGNALS: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum State {
+pub enum State {
     /// Start is being sent or executed.
     Starting,
+    /// Started has come.
     Running,
     /// Exited or Failed has come.
     Ended,
@@ -51,6 +54,11 @@ impl Outgoing {
         self.bytes.drain(..n.min(self.bytes.len()));
     }
 
+    /// Begins with what waited elsewhere, however much it is.
+    pub fn restore(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
     /// Forgets everything.
     pub fn clear(&mut self) {
         self.bytes.clear();
@@ -73,24 +81,26 @@ impl Outgoing {
 
 /// One command.
 pub struct Job {
-    number: u8,
-    state: State,
-    start: Vec<u8>,
-    start_sent: usize,
-    stdin: Vec<u8>,
-    stdin_eof: bool,
-    eof_sent: bool,
-    signals: Vec<u8>,
-    resize: Option<WinSize>,
+    pub(super) number: u8,
+    pub(super) state: State,
+    pub(super) start: Vec<u8>,
+    pub(super) start_sent: usize,
+    pub(super) stdin: Vec<u8>,
+    pub(super) stdin_eof: bool,
+    pub(super) eof_sent: bool,
+    pub(super) signals: Vec<u8>,
+    pub(super) resize: Option<WinSize>,
     /// Input bytes that the guest takes now, and the most that it ever does.
-    credit: u32,
-    guest_window: u32,
+    pub(super) credit: u32,
+    pub(super) guest_window: u32,
     /// The most output bytes that may be on their way here.
-    window: u32,
+    pub(super) window: u32,
     /// Output bytes received and not consumed.
-    unconsumed: u32,
+    pub(super) unconsumed: u32,
     /// Output bytes consumed and not yet granted again.
-    owed: u32,
+    pub(super) owed: u32,
+    /// Nobody listens to it any more.
+    orphaned: bool,
 }
 
 impl Job {
@@ -120,9 +130,17 @@ impl Job {
         let mut start = vec![0; length];
         layout.encode(&mut start).map_err(request_error)?;
         Ok(Self {
+            start,
+            ..Self::empty(number, guest_window)
+        })
+    }
+
+    /// A command of which nothing is known.
+    pub(super) fn empty(number: u8, guest_window: u32) -> Self {
+        Self {
             number,
             state: State::Starting,
-            start,
+            start: Vec::new(),
             start_sent: 0,
             stdin: Vec::new(),
             stdin_eof: false,
@@ -134,7 +152,21 @@ impl Job {
             window: HOST_WINDOW,
             unconsumed: 0,
             owed: 0,
-        })
+            orphaned: false,
+        }
+    }
+
+    /// Tells it that nobody listens any more, as a terminal would that is gone. What it still says is
+    /// thrown away.
+    pub fn hang_up(&mut self) {
+        self.orphaned = true;
+        self.stdin_eof();
+        self.signal(SIGHUP);
+    }
+
+    /// Whether nobody listens to it.
+    pub fn is_orphaned(&self) -> bool {
+        self.orphaned
     }
 
     /// Its number.
@@ -221,6 +253,9 @@ impl Job {
             });
         }
         self.unconsumed += bytes.len() as u32;
+        if self.orphaned {
+            self.consumed(bytes.len());
+        }
         Ok(())
     }
 

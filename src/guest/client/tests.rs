@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::job::STDIN_BUFFER;
 use super::*;
 
-fn request() -> StartRequest {
+pub(super) fn request() -> StartRequest {
     StartRequest {
         argv: vec!["echo".into(), "hi".into()],
         env: vec!["PATH=/bin".into()],
@@ -15,7 +15,7 @@ fn request() -> StartRequest {
     }
 }
 
-fn bytes_of(message: FromGuest<'_>) -> Vec<u8> {
+pub(super) fn bytes_of(message: FromGuest<'_>) -> Vec<u8> {
     let mut out = [0; MAX_FRAME];
     let n = message.encode(&mut out).unwrap();
     out[..n].to_vec()
@@ -28,14 +28,14 @@ const HELLO: FromGuest<'_> = FromGuest::Hello(Hello {
     release: b"6.1",
 });
 
-fn tell(client: &mut AgentClient, message: FromGuest<'_>) -> Vec<AgentEvent> {
+pub(super) fn tell(client: &mut AgentClient, message: FromGuest<'_>) -> Vec<AgentEvent> {
     let mut events = Vec::new();
     client.received(&bytes_of(message), &mut events);
     events
 }
 
 /// Takes all that the client sends, as kind, flags and payload.
-fn take(client: &mut AgentClient, decoder: &mut Decoder) -> Vec<(u8, u8, Vec<u8>)> {
+pub(super) fn take(client: &mut AgentClient, decoder: &mut Decoder) -> Vec<(u8, u8, Vec<u8>)> {
     let mut frames = Vec::new();
     while !client.outgoing().is_empty() {
         let bytes = client.outgoing().to_vec();
@@ -48,7 +48,7 @@ fn take(client: &mut AgentClient, decoder: &mut Decoder) -> Vec<(u8, u8, Vec<u8>
     frames
 }
 
-fn running() -> (AgentClient, Decoder) {
+pub(super) fn running() -> (AgentClient, Decoder) {
     let mut client = AgentClient::new(&request()).unwrap();
     let mut decoder = Decoder::new();
     tell(&mut client, HELLO);

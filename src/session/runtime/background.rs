@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
+use super::super::agent::AgentLink;
 use super::Runtime;
 use crate::control::{
     ActionError, Event, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotState, SnapshotStatistics,
@@ -107,6 +108,7 @@ impl Runtime {
         &mut self,
         create: &SnapshotCreate,
         vm: &Vm,
+        agent: Option<&mut AgentLink>,
     ) -> Result<Reply, ActionError> {
         let prepared = self.saver.prepare(vm, create)?;
         let running = self.instance.state == State::Running;
@@ -116,7 +118,9 @@ impl Runtime {
             false => Ok(()),
         };
         let begun = match &stands {
-            Ok(()) => self.saver.begin(vm, &self.config, create, prepared),
+            Ok(()) => self
+                .keep_talk(vm, agent)
+                .and_then(|()| self.saver.begin(vm, &self.config, create, prepared)),
             Err(error) => Err(ActionError::Failed { text: chain(error) }),
         };
         if running {

@@ -88,6 +88,11 @@ impl Pipe {
         (!bytes.is_empty() || !content.closed).then_some(bytes)
     }
 
+    /// What waits to be read.
+    fn waiting(&self) -> Vec<u8> {
+        lock(&self.content).bytes.iter().copied().collect()
+    }
+
     /// Neither side adds anything any more; what waits can be read.
     pub fn close(&self) {
         lock(&self.content).closed = true;
@@ -195,6 +200,11 @@ impl HostPort {
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let _ = self.to_guest.room.read();
         self.to_guest.write(bytes)
+    }
+
+    /// Bytes for the guest that its device has not taken yet; they still wait.
+    pub fn unread(&self) -> Vec<u8> {
+        self.to_guest.waiting()
     }
 }
 

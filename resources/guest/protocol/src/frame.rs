@@ -97,6 +97,13 @@ impl Decoder {
         self.filled == self.returned
     }
 
+    /// The part of a frame that waits for the rest of it.
+    pub fn held(&self) -> &[u8] {
+        self.buffer
+            .get(self.returned..self.filled)
+            .unwrap_or_default()
+    }
+
     /// Bytes skipped so far because they were not part of an intact frame.
     pub fn skipped(&self) -> u64 {
         self.skipped
