@@ -1,5 +1,7 @@
 //! `bulle snapshot`: microVMs to directories of two files, and back.
 
+mod gc;
+
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
@@ -20,6 +22,7 @@ use crate::control::{
 };
 use crate::remote::Remote;
 use crate::session;
+use crate::snapshot::gc::{MEMORY, STATE};
 use crate::snapshot::{Snapshot, merge};
 use crate::telemetry::tell;
 
@@ -47,6 +50,8 @@ enum SnapshotCommand {
     Verify(DirectoryArgs),
     /// Write a snapshot of changes as one that needs nothing else
     Rebase(RebaseArgs),
+    /// Remove what interrupted snapshots left, and snapshots that are not needed
+    Gc(gc::GcArgs),
 }
 
 /// A snapshot.
@@ -156,6 +161,7 @@ pub fn run(args: SnapshotArgs) -> Result<u8> {
             Ok(0)
         }
         SnapshotCommand::Rebase(args) => rebase(&args),
+        SnapshotCommand::Gc(args) => gc::run(&args),
     }
 }
 
@@ -171,11 +177,11 @@ pub fn target(directory: &Path) -> Result<SnapshotCreate> {
 }
 
 fn state(directory: &Path) -> PathBuf {
-    directory.join("state")
+    directory.join(STATE)
 }
 
 fn memory(directory: &Path) -> PathBuf {
-    directory.join("memory")
+    directory.join(MEMORY)
 }
 
 /// A directory that only its owner reads, since guests have secrets.

@@ -204,6 +204,8 @@ fn publish(
     if kept {
         fs::remove_file(&before)?;
     }
+    // Closing it would do, but it may stay open.
+    let _ = memory.unlock();
     Ok(memory)
 }
 

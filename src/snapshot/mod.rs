@@ -8,6 +8,7 @@ pub mod background;
 mod create;
 pub mod fork;
 pub mod format;
+pub mod gc;
 pub mod image;
 mod merge;
 mod pages;

@@ -27,7 +27,17 @@ pub fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-/// A file on its way to its name.
+/// Beginning of a temporary name.
+const PREFIX: &str = ".bulle-";
+/// End of it.
+const SUFFIX: &str = ".tmp";
+
+/// Whether this is the name of a file on its way to another.
+pub fn is_temporary(name: &str) -> bool {
+    name.starts_with(PREFIX) && name.ends_with(SUFFIX)
+}
+
+/// A file on its way to its name, locked meanwhile.
 #[derive(Debug)]
 pub struct Unpublished {
     file: NamedTempFile,
@@ -38,9 +48,13 @@ impl Unpublished {
     /// A new file that is to be at `path`, in the same directory.
     pub fn new(path: &Path) -> io::Result<Self> {
         let file = tempfile::Builder::new()
-            .prefix(".bulle-")
-            .suffix(".tmp")
+            .prefix(PREFIX)
+            .suffix(SUFFIX)
             .tempfile_in(directory(path))?;
+        // Where files cannot be locked nothing is told apart from what was left behind.
+        if let Err(error) = file.as_file().lock() {
+            log::debug!("{} is not locked: {error}", file.path().display());
+        }
         Ok(Self {
             file,
             path: path.to_owned(),
@@ -62,7 +76,8 @@ impl Unpublished {
         self.file.as_file().sync_all()
     }
 
-    /// Gives the file its name; what had it before is gone. [`sync`](Self::sync) came before.
+    /// Gives the file its name; what had it before is gone. [`sync`](Self::sync) came before. It is locked until
+    /// the one that is returned is closed or unlocked.
     pub fn publish(self) -> io::Result<File> {
         let file = self.file.persist(&self.path).map_err(|error| error.error)?;
         File::open(directory(&self.path))?.sync_all()?;

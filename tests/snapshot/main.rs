@@ -10,6 +10,7 @@ mod broken;
 mod client;
 #[path = "../common/mod.rs"]
 mod common;
+mod gc;
 mod goes_on;
 mod golden;
 mod killed;

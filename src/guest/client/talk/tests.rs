@@ -4,6 +4,9 @@ use super::super::tests::{bytes_of, request, running, take, tell};
 use super::super::{AgentClient, AgentEvent, Exit, features};
 use super::{Talk, TalkError};
 
+/// Frames by kind, flags and payload.
+type Frames = Vec<(u8, u8, Vec<u8>)>;
+
 /// What another process makes of the saved conversation.
 fn carried(client: &AgentClient) -> AgentClient {
     let mut bytes = Vec::new();
@@ -13,7 +16,7 @@ fn carried(client: &AgentClient) -> AgentClient {
 }
 
 /// Everything that `client` says and hears once the guest has read and said more.
-fn rest(mut client: AgentClient, more: &[u8]) -> (Vec<(u8, u8, Vec<u8>)>, Vec<AgentEvent>) {
+fn rest(mut client: AgentClient, more: &[u8]) -> (Frames, Vec<AgentEvent>) {
     let mut decoder = Decoder::new();
     let mut said = take(&mut client, &mut decoder);
     let mut heard = Vec::new();
