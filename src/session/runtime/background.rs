@@ -9,12 +9,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
-use super::super::agent::AgentLink;
 use super::Runtime;
 use crate::control::{
     ActionError, Event, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotState, SnapshotStatistics,
     State, chain,
 };
+use crate::session::agent::AgentLink;
 use crate::session::signals::Signals;
 use crate::session::snapshots::Begun;
 use crate::snapshot::background::Background;
