@@ -53,9 +53,6 @@ pub enum BoardError {
         #[source]
         source: BusError,
     },
-    /// A state of another machine.
-    #[error(transparent)]
-    State(#[from] StateError),
     /// A virtio device.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -120,27 +117,27 @@ impl Board {
         log::debug!("{ports} port and {addresses} memory accesses met no device");
     }
 
-    /// Makes the devices from their state and puts them on two buses. The I/O APIC has its already,
-    /// and virtio devices that ran do not before [`Devices::resume`].
+    /// Makes the devices from their state, which has [arranged](BoardState::arrange) `wiring`, and puts
+    /// them on two buses. The I/O APIC has its already, and virtio devices that ran do not before
+    /// [`Devices::resume`].
     ///
     /// # Errors
-    /// A state of another machine, before any device is made; a device that cannot be made, or not
-    /// from this state.
+    /// A device that cannot be made, or not from this state.
     pub fn new(
         machine: &Machine<'_>,
         transport: Transport,
-        mut wiring: Wiring,
-        state: BoardState,
+        wiring: Wiring,
+        state: &BoardState,
     ) -> Result<Self, BoardError> {
         let irqchip = machine.irqchip;
-        state.arrange(&mut wiring, transport, irqchip.mode())?;
-        let console = serial(irqchip, layout::COM1_IRQ, wiring.console, state.console)?;
-        let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent, state.agent)?;
+        let (first, second) = (state.console.clone(), state.agent.clone());
+        let console = serial(irqchip, layout::COM1_IRQ, wiring.console, first)?;
+        let agent = serial(irqchip, layout::COM2_IRQ, wiring.agent, second)?;
         let line = |irq| irqchip.line(irq);
-        let keyboard = Arc::new(I8042::new(line(layout::I8042_IRQ), state.keyboard));
-        let power = Arc::new(Power::new(line(layout::GED_IRQ), state.power));
-        let clock = Arc::new(Cmos::new(host_clock(), state.clock));
-        let parts = state.parts.unwrap_or_default();
+        let keyboard = Arc::new(I8042::new(line(layout::I8042_IRQ), state.keyboard.clone()));
+        let power = Arc::new(Power::new(line(layout::GED_IRQ), state.power.clone()));
+        let clock = Arc::new(Cmos::new(host_clock(), state.clock.clone()));
+        let parts = state.parts.clone().unwrap_or_default();
 
         let mut pio = Bus::new();
         let mut place = |device: &'static str, port: u16, len: u16, at: Arc<dyn BusDevice>| {

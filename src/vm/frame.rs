@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use arch::capabilities::Capabilities;
 use arch::cpu_template::CpuTemplate;
 use arch::memory::GuestMemory;
-use arch::state::{Context, StateError};
+use arch::state::{Context, HostCpuid, StateError};
 use arch::topology::{Topology, TopologyError};
 use arch::vm::IrqchipMode;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -35,6 +35,8 @@ pub struct Host {
     pub(super) cpu: CpuTemplate,
     /// Asked when it is needed first.
     context: Arc<OnceLock<Arc<Context>>>,
+    /// Likewise.
+    cpuid: Arc<OnceLock<HostCpuid>>,
 }
 
 impl Host {
@@ -54,6 +56,7 @@ impl Host {
             topology,
             cpu,
             context: Arc::default(),
+            cpuid: Arc::default(),
         })
     }
 
@@ -65,6 +68,15 @@ impl Host {
         }
         let context = Arc::new(Context::new(&self.kvm, &self.capabilities)?);
         Ok(self.context.get_or_init(|| context).clone())
+    }
+
+    /// What this host's KVM can give to vCPUs, asked once for all clones.
+    pub(super) fn cpuid(&self) -> Result<&HostCpuid, StateError> {
+        if let Some(cpuid) = self.cpuid.get() {
+            return Ok(cpuid);
+        }
+        let cpuid = HostCpuid::new(self.kvm.clone())?;
+        Ok(self.cpuid.get_or_init(|| cpuid))
     }
 }
 
@@ -124,7 +136,8 @@ impl Frame {
         })
     }
 
-    /// Makes the devices from their `state`, and what a vCPU reaches of them.
+    /// Makes the devices of `wiring`, which `state` has [arranged](BoardState::arrange), from that, and
+    /// what a vCPU reaches of them.
     pub(super) fn board(
         &self,
         machine: &MachineConfig,
@@ -137,7 +150,7 @@ impl Frame {
             irqchip: &irqchip,
             memory: &self.memory,
         };
-        let board = Board::new(&parts, machine.virtio_transport, wiring, state.clone())?;
+        let board = Board::new(&parts, machine.virtio_transport, wiring, state)?;
         let reach = Reach {
             pio: board.pio.clone(),
             mmio: board.mmio.clone(),

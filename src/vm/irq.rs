@@ -62,14 +62,6 @@ impl Irqchip {
         }
     }
 
-    /// Which of the two it is.
-    pub fn mode(&self) -> config::Irqchip {
-        match self {
-            Self::Kernel(_) => config::Irqchip::Kernel,
-            Self::Split(_) => config::Irqchip::Split,
-        }
-    }
-
     /// bulle's own I/O APIC, where it has one.
     pub fn ioapic(&self) -> Option<&Arc<IoApic>> {
         match self {

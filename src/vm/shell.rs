@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use arch::memory::GuestMemory;
-use arch::state::{ClockPolicy, Context, HostCpuid};
+use arch::state::{ClockPolicy, Context};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use super::build::{BuildError, random};
@@ -75,10 +75,14 @@ pub struct Shell {
     io: Vec<IoThread>,
     /// CPUID of the first vCPU, where they have theirs.
     cpuid: Option<Vec<kvm_cpuid_entry2>>,
+    /// The snapshot whose memory is in place already.
+    laid: Option<[u8; 16]>,
 }
 
 impl Shell {
     /// Prepares a machine of the shape of `snapshot`'s, whose devices have no memory of their own.
+    /// The memory of one file is in place already: to lay another's over it takes a kernel longer the
+    /// larger it is, where it keeps a list for each of a guest's pages.
     ///
     /// # Errors
     /// What KVM or the host refuses, and a snapshot whose processor the host does not have.
@@ -88,9 +92,15 @@ impl Shell {
             memory_backing: MemoryBacking::Anonymous,
             ..snapshot.config.machine_config.clone()
         };
-        let memory = memory::map(&machine)?;
         check(&host, snapshot)?;
+        // Of a chain, small changes are copied, which a machine that waits has no use for.
+        let simple = snapshot.layers.len() == 1 && snapshot.handler.is_none();
+        let memory = match simple {
+            true => ram::map(snapshot, &machine)?.0,
+            false => memory::map(&machine)?,
+        };
         let mut shell = Self::around(&machine, host, memory, &[], Some(snapshot))?;
+        shell.laid = simple.then_some(snapshot.id);
         if snapshot.machine.board.has_virtio() {
             shell.io.push(IoThread::start(0)?);
         }
@@ -125,6 +135,7 @@ impl Shell {
             exit,
             io: Vec::new(),
             cpuid: states.first().map(|state| state.cpuid.clone()),
+            laid: None,
         })
     }
 
@@ -143,7 +154,9 @@ impl Shell {
         self.shape.check(&Shape::of(machine))?;
         let state = &snapshot.machine.board;
         state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
-        ram::lay(&self.frame.memory, &snapshot.layers)?;
+        if self.laid != Some(snapshot.id) {
+            ram::lay(&self.frame.memory, &snapshot.layers)?;
+        }
         self.become_machine(snapshot, policy, wiring)
     }
 
@@ -192,7 +205,7 @@ impl Shell {
 
 fn check(host: &Host, snapshot: &Snapshot) -> Result<(), BuildError> {
     match snapshot.machine.vcpus.first() {
-        Some(vcpu) => Ok(vcpu.check(&HostCpuid::new(&host.kvm)?)?),
+        Some(vcpu) => Ok(vcpu.check(host.cpuid()?)?),
         None => Ok(()),
     }
 }

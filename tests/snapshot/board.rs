@@ -80,7 +80,7 @@ impl Bench {
         if backwards {
             devices.reverse();
         }
-        let wiring = Wiring {
+        let mut wiring = Wiring {
             console: end(),
             agent: end(),
             watchdog: spec.config().watchdog,
@@ -94,7 +94,11 @@ impl Bench {
             irqchip: &irqchip,
             memory: &memory,
         };
-        let board = Board::new(&on, machine.virtio_transport, wiring, state).unwrap();
+        let transport = machine.virtio_transport;
+        state
+            .arrange(&mut wiring, transport, machine.irqchip)
+            .unwrap();
+        let board = Board::new(&on, transport, wiring, &state).unwrap();
         Self {
             board,
             _memory: memory,

@@ -1,6 +1,7 @@
 //! What was saved is there after a restore, through a serialised form, and what a host cannot take
 //! is refused by name.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arch::capabilities;
@@ -318,11 +319,16 @@ fn a_guest_goes_on_in_another_vm() {
 #[test]
 fn a_guest_fits_the_host_that_it_comes_from() {
     let Some(kvm) = kvm() else { return };
+    let kvm = Arc::new(kvm);
     let topology = Topology::new(2, 2, 1, 1, 1).unwrap();
     let machine = machine(&kvm, IrqchipMode::Split, topology);
-    let host = HostCpuid::new(&kvm).unwrap();
-    for state in save(&machine, &context(&kvm)) {
+    let host = HostCpuid::new(kvm.clone()).unwrap();
+    for mut state in save(&machine, &context(&kvm)) {
         state.check(&host).unwrap();
+        state.check(&host).unwrap();
+        // What is known to fit is that alone.
+        state.cpuid[0].ebx ^= 1;
+        assert!(matches!(state.check(&host), Err(StateError::Vendor { .. })));
     }
 }
 

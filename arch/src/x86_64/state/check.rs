@@ -1,6 +1,8 @@
 //! Whether a host can run a guest: what the guest's CPUID promised it against what the host's KVM
 //! supports.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
@@ -10,31 +12,34 @@ use crate::cpuid::CpuidError;
 
 /// What a host's KVM can give to a vCPU.
 #[derive(Debug)]
-pub struct HostCpuid<'a> {
+pub struct HostCpuid {
     /// Where to ask for more, when `supported` does not suffice.
-    kvm: Option<&'a Kvm>,
+    kvm: Option<Arc<Kvm>>,
     supported: Vec<kvm_cpuid_entry2>,
+    /// What a guest was found to be promised that this host has: mostly the next one is too.
+    known: Mutex<Vec<kvm_cpuid_entry2>>,
 }
 
-impl<'a> HostCpuid<'a> {
+impl HostCpuid {
     /// Ask KVM, which takes it 0.3 ms.
     ///
     /// # Errors
     /// [`StateError::Cpuid`] when KVM does not answer.
-    pub fn new(kvm: &'a Kvm) -> Result<Self, StateError> {
+    pub fn new(kvm: Arc<Kvm>) -> Result<Self, StateError> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(CpuidError::Supported)?;
         Ok(Self {
             kvm: Some(kvm),
             supported: supported.as_slice().to_vec(),
+            known: Mutex::default(),
         })
     }
 
     /// What a vCPU has that got all that is supported. There are KVMs that give it more, such as those
     /// whose guests run the processor's own CPUID instruction.
     fn given(&self) -> Option<Vec<kvm_cpuid_entry2>> {
-        let vcpu = self.kvm?.create_vm().ok()?.create_vcpu(0).ok()?;
+        let vcpu = self.kvm.as_ref()?.create_vm().ok()?.create_vcpu(0).ok()?;
         let supported = CpuId::from_entries(&self.supported).ok()?;
         vcpu.set_cpuid2(&supported).ok()?;
         get_cpuid(&vcpu).ok()
@@ -45,6 +50,7 @@ impl<'a> HostCpuid<'a> {
         Self {
             kvm: None,
             supported: entries.to_vec(),
+            known: Mutex::default(),
         }
     }
 }
@@ -276,8 +282,12 @@ impl VcpuState {
     ///
     /// # Errors
     /// [`StateError::Vendor`] or [`StateError::Features`], which lists all that the host lacks.
-    pub fn check(&self, host: &HostCpuid<'_>) -> Result<(), StateError> {
+    pub fn check(&self, host: &HostCpuid) -> Result<(), StateError> {
+        let known = || host.known.lock().unwrap_or_else(PoisonError::into_inner);
         let (saved, supported) = (&self.cpuid[..], &host.supported[..]);
+        if !saved.is_empty() && *known() == saved {
+            return Ok(());
+        }
         let vendors = (vendor(saved), vendor(supported));
         if vendors.0 != vendors.1 {
             return Err(StateError::Vendor {
@@ -292,6 +302,7 @@ impl VcpuState {
             missing = self::missing(saved, &given);
         }
         if missing.is_empty() {
+            saved.clone_into(&mut known());
             Ok(())
         } else {
             Err(StateError::Features(MissingFeatures(missing)))

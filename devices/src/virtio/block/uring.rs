@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
@@ -44,11 +45,19 @@ pub(super) struct Ring {
 
 /// Whether this process may use io_uring.
 pub(super) fn available() -> io::Result<()> {
+    // That it may is asked once: what a process may do becomes less only by its own doing.
+    static MAY: AtomicBool = AtomicBool::new(false);
+    if MAY.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     // SAFETY: a null pointer, which the kernel finds to be outside of the process.
     let result = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null_mut::<u8>()) };
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        Some(libc::EFAULT) if result < 0 => Ok(()),
+        Some(libc::EFAULT) if result < 0 => {
+            MAY.store(true, Ordering::Relaxed);
+            Ok(())
+        }
         _ => Err(error),
     }
 }
