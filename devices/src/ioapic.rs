@@ -125,6 +125,15 @@ impl Default for IoApicState {
 }
 
 impl IoApicState {
+    /// Without bits that no guest can have set.
+    fn possible(mut self) -> Self {
+        for entry in &mut self.redirection {
+            let remote_irr = *entry & LEVEL != 0 && *entry & REMOTE_IRR != 0;
+            *entry = *entry & WRITABLE | if remote_irr { REMOTE_IRR } else { 0 };
+        }
+        self
+    }
+
     fn read(&self) -> u32 {
         match self.index {
             INDEX_ID | INDEX_ARBITRATION => u32::from(self.id) << 24,
@@ -203,15 +212,16 @@ pub struct IoApic {
 
 impl IoApic {
     /// An I/O APIC that sends to `sink`. Nothing is sent before a pin or a register changes.
-    pub fn new(sink: Arc<dyn MsiSink>, mut state: IoApicState) -> Self {
-        for entry in &mut state.redirection {
-            let remote_irr = *entry & LEVEL != 0 && *entry & REMOTE_IRR != 0;
-            *entry = *entry & WRITABLE | if remote_irr { REMOTE_IRR } else { 0 };
-        }
+    pub fn new(sink: Arc<dyn MsiSink>, state: IoApicState) -> Self {
         Self {
             sink,
-            state: Mutex::new(state),
+            state: Mutex::new(state.possible()),
         }
+    }
+
+    /// Has these registers; nothing is sent.
+    pub fn restore(&self, state: IoApicState) {
+        *lock(&self.state) = state.possible();
     }
 
     /// The registers as they are.

@@ -15,7 +15,7 @@ use devices::irq::Interrupt;
 use devices::pci::{ConfigPorts, Ecam, IntxLine, PciBus, PciError, PciWindow};
 use devices::virtio::Memory;
 use devices::virtio::console::ConsoleHandle;
-use devices::virtio::core::{NewError, Parts, VirtioCore};
+use devices::virtio::core::{self, NewError, Parts, VirtioCore};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::notifier::VirtioInterrupt;
 use devices::virtio::registry::{self, DeviceConfig, DeviceHandle};
@@ -106,6 +106,15 @@ pub enum AttachError {
     /// No I/O thread.
     #[error(transparent)]
     Io(#[from] IoError),
+}
+
+/// A device cannot go back to an earlier state in place.
+#[derive(Debug, thiserror::Error)]
+#[error("The virtio device '{id}' cannot go back in place: make a new clone")]
+pub struct RestoreError {
+    id: String,
+    #[source]
+    source: core::RestoreError,
 }
 
 /// A virtio device on the board.
@@ -309,6 +318,33 @@ impl Devices {
             pci: device.function.as_ref().map(|function| function.save()),
         });
         states.collect()
+    }
+
+    /// Has every device go back to its state among `states`, which are those of this machine, and so
+    /// the address register of the PCI configuration ports. vCPUs stand still, and the devices do until
+    /// [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// A device that cannot go back in place; it and those behind it have not.
+    pub fn restore(
+        &self,
+        states: &[VirtioDeviceState],
+        pci_address: Option<u32>,
+    ) -> Result<(), RestoreError> {
+        for (device, state) in self.list.iter().zip(states) {
+            let failed = |source| RestoreError {
+                id: device.id.clone(),
+                source,
+            };
+            device.core.restore(&state.virtio).map_err(failed)?;
+            if let (Some(function), Some(state)) = (&device.function, &state.pci) {
+                function.restore(state);
+            }
+        }
+        if let (Some(ports), Some(address)) = (&self.ports, pci_address) {
+            ports.restore(address);
+        }
+        Ok(())
     }
 
     /// The address register of the PCI configuration ports, where there are such.

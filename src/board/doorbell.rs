@@ -130,6 +130,10 @@ impl Backend for Armed {
         self.backend.save()
     }
 
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        self.backend.restore(state)
+    }
+
     fn many_kicks(&mut self, kicks: &[EventFd]) {
         self.doorbells.arm(kicks);
     }

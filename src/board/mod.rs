@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use arch::acpi::{AcpiFacts, GenerationFacts, PortDevice, PowerFacts, Window};
 use arch::memory::GuestMemory;
+use arch::state::ClockShift;
 use arch::topology::Topology;
 use arch::vm::IrqchipMode;
 use arch::vmgenid::VMGENID_SIZE;
@@ -35,6 +36,7 @@ use crate::vm::irq::{self, Irqchip};
 
 use crate::config::{self, Transport};
 use crate::io::IoThread;
+use crate::snapshot::MachineState;
 use attach::{AttachError, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
 use plan::Plan;
@@ -61,6 +63,17 @@ pub enum BoardError {
     Timer(#[source] std::io::Error),
     /// A UART state that no UART can have.
     #[error("Cannot make a serial port")]
+    Serial(#[from] SerialError),
+}
+
+/// Devices cannot go back to an earlier state in place.
+#[derive(Debug, thiserror::Error)]
+pub enum ResetError {
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] attach::RestoreError),
+    /// A UART state that no UART can have.
+    #[error("Cannot set a serial port")]
     Serial(#[from] SerialError),
 }
 
@@ -219,6 +232,42 @@ impl Board {
                 ioapic: self.ioapic.as_ref().map(|ioapic| ioapic.save()),
                 pci_address: self.devices.pci_address(),
             }),
+        }
+    }
+
+    /// Has every device go back to `state`, a state of this machine: no device is made anew, and what
+    /// the host's side holds stays there. vCPUs stand still, and virtio devices do until
+    /// [`Devices::resume`].
+    ///
+    /// # Errors
+    /// [`ResetError`]; some devices have gone back then.
+    pub fn restore(&self, state: &BoardState) -> Result<(), ResetError> {
+        let none = PartsState::default();
+        let parts = state.parts.as_ref().unwrap_or(&none);
+        self.console.restore(state.console.clone())?;
+        self.agent.restore(state.agent.clone())?;
+        self.keyboard.restore(state.keyboard.clone());
+        self.power.restore(state.power.clone());
+        self.clock.restore(state.clock.clone());
+        if let (Some(watchdog), Some(state)) = (&self.watchdog, &parts.watchdog) {
+            watchdog.restore(state);
+        }
+        self.devices.restore(&parts.virtio, parts.pci_address)?;
+        // Last: the others may have raised lines.
+        if let (Some(ioapic), Some(state)) = (&self.ioapic, &parts.ioapic) {
+            ioapic.restore(state.clone());
+        }
+        Ok(())
+    }
+
+    /// Says how far the counter of the first vCPU of `saved` is from the host's, with its clocks so far
+    /// from where they were saved.
+    pub fn set_counter_offset(&self, saved: &MachineState, shift: &ClockShift) {
+        if let Some(tsc) = saved.vcpus.first().map(|state| state.tsc)
+            && let Some(offset) = tsc.offset
+        {
+            let offset = shift.tsc_offset(offset, tsc.khz);
+            self.devices.set_counter_offset(offset);
         }
     }
 

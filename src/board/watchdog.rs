@@ -61,6 +61,11 @@ impl BoardWatchdog {
         Ok(watchdog)
     }
 
+    /// Goes back to these registers. Its time stands still.
+    pub fn restore(&self, state: &WatchdogState) {
+        self.device.restore(state);
+    }
+
     /// Its registers, with the time that is left.
     pub fn save(&self) -> WatchdogState {
         self.device.save()

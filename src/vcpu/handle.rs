@@ -58,6 +58,8 @@ pub struct Given {
     pub shift: ClockShift,
     /// Whether the vCPU has the state's CPUID already.
     pub same_cpuid: bool,
+    /// Whether the vCPU has run.
+    pub ran: bool,
 }
 
 /// All that a vCPU thread works with.
@@ -219,8 +221,7 @@ impl VcpuHandle {
         state.recv().ok()
     }
 
-    /// Gives the vCPU, which is parked and has never run, its state of `given`; the answer says whether
-    /// it has it.
+    /// Gives the vCPU, which is parked, its state of `given`; the answer says whether it has it.
     pub fn give(&self, given: Given) -> Receiver<Result<(), StateError>> {
         let (reply, answer) = sync_channel(1);
         self.send(Command::Give(Box::new(given), reply));

@@ -51,7 +51,11 @@ fn take(vcpu: &Vcpu, given: &Given) -> Result<(), StateError> {
     if !given.same_cpuid {
         state.set_cpuid(&vcpu.fd)?;
     }
-    state.restore_registers(&vcpu.fd, &given.context, &given.shift)?;
+    let (context, shift) = (&given.context, &given.shift);
+    match given.ran {
+        true => state.reset_registers(&vcpu.fd, context, shift)?,
+        false => state.restore_registers(&vcpu.fd, context, shift)?,
+    }
     // No watchdog of the guest is to bark at the time that it was not there. Fails for guests that do
     // not use the clock.
     let _ = vcpu.fd.kvmclock_ctrl();

@@ -3,6 +3,7 @@
 //! `create_vm → memory slots → irqchip → PIT`, in the order that is fast (see `vm::build`). Booting and
 //! restoring both begin here.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use arch::capabilities::Capabilities;
@@ -203,6 +204,9 @@ impl Frame {
             fd: self.vm,
             memory: self.memory,
             slots: self.slots,
+            made_of: None,
+            rebased: AtomicBool::new(false),
+            running: AtomicBool::new(false),
             handler: None,
         })
     }

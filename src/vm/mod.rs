@@ -14,10 +14,12 @@ pub mod irq;
 pub mod kernel_cache;
 pub mod limits;
 pub mod memory;
+pub mod reset;
 pub mod shell;
 pub mod slots;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arch::memory::GuestMemory;
@@ -77,6 +79,12 @@ pub struct Vm {
     fd: Arc<VmFd>,
     memory: GuestMemory,
     slots: slots::DeviceSlots,
+    /// The snapshot whose memory files RAM is a private mapping of.
+    made_of: Option<[u8; 16]>,
+    /// RAM is no longer that.
+    rebased: AtomicBool,
+    /// vCPUs are not parked.
+    running: AtomicBool,
     /// Brings its memory; until its threads have ended.
     handler: Option<Watched>,
 }
@@ -99,6 +107,7 @@ impl Vm {
 
     /// Lets every vCPU run: first, or again after [`pause`](Self::pause).
     pub fn start(&self) {
+        self.running.store(true, Ordering::Relaxed);
         self.board.devices.resume();
         if let Some(watchdog) = &self.board.watchdog {
             watchdog.resume();
@@ -125,7 +134,23 @@ impl Vm {
         if let Some(watchdog) = &self.board.watchdog {
             watchdog.pause();
         }
+        self.running.store(false, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed)
+    }
+
+    /// The snapshot whose memory files RAM is a private mapping of, if it is that.
+    fn made_of(&self) -> Option<[u8; 16]> {
+        self.made_of
+            .filter(|_| !self.rebased.load(Ordering::Relaxed))
+    }
+
+    /// RAM was mapped anew from other files: it does not go back to those that the machine was made of.
+    pub fn rebased(&self) {
+        self.rebased.store(true, Ordering::Relaxed);
     }
 
     /// The machine's RAM.

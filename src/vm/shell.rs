@@ -157,7 +157,9 @@ impl Shell {
         if self.laid != Some(snapshot.id) {
             ram::lay(&self.frame.memory, &snapshot.layers)?;
         }
-        self.become_machine(snapshot, policy, wiring)
+        let mut vm = self.become_machine(snapshot, policy, wiring)?;
+        vm.made_of = Some(snapshot.id);
+        Ok(vm)
     }
 
     /// The rest of it, with the snapshot's memory in place.
@@ -175,6 +177,7 @@ impl Shell {
             context: self.context.clone(),
             shift,
             same_cpuid: self.cpuid.as_ref() == saved.vcpus.first().map(|state| &state.cpuid),
+            ran: false,
         };
         // The vCPU threads do that while the devices are made here.
         let vcpus = self.vcpus.iter();
@@ -190,12 +193,7 @@ impl Shell {
         }
         let frame = self.frame;
         saved.vm.restore(&frame.vm, &shift)?;
-        if let Some(tsc) = saved.vcpus.first().map(|state| state.tsc)
-            && let Some(offset) = tsc.offset
-        {
-            let offset = shift.tsc_offset(offset, tsc.khz);
-            board.devices.set_counter_offset(offset);
-        }
+        board.set_counter_offset(saved, &shift);
         let vm = frame.finish(board, self.vcpus, self.exit)?;
         let id = random().map_err(BuildError::Random)?;
         vm.announce_generation(id).map_err(BuildError::Generation)?;
@@ -245,6 +243,7 @@ impl Vm {
             ram::fill_plugged(snapshot, &plugged)?;
         }
         let mut vm = shell.become_machine(snapshot, policy, wiring)?;
+        vm.made_of = snapshot.handler.is_none().then_some(snapshot.id);
         if let Some(watched) = &watched {
             watched.loaded();
         }

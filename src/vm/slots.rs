@@ -55,6 +55,11 @@ impl DeviceSlots {
         Self(slots.collect())
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Registers them with KVM, from slot number `first` on.
     pub fn register(&self, vm: &VmFd, first: u32) -> Result<(), MemoryError> {
         for (slot, device) in (first..).zip(self.0.iter()) {

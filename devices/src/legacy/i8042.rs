@@ -271,6 +271,11 @@ impl I8042 {
         }
     }
 
+    /// Has this state, as [`new`](Self::new) takes it, without an interrupt.
+    pub fn restore(&self, state: I8042State) {
+        *lock(&self.controller) = Controller::new(state);
+    }
+
     /// Controller and keyboard as they are.
     pub fn save(&self) -> I8042State {
         lock(&self.controller).save()

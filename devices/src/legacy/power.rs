@@ -60,6 +60,11 @@ impl Power {
         }
     }
 
+    /// Has these registers, without an interrupt.
+    pub fn restore(&self, state: PowerState) {
+        *lock(&self.state) = state;
+    }
+
     /// The registers as they are.
     pub fn save(&self) -> PowerState {
         lock(&self.state).clone()

@@ -223,12 +223,19 @@ pub struct Cmos {
 
 impl Cmos {
     /// A CMOS that takes its time from `clock`, usually [`host_clock`].
-    pub fn new(clock: Clock, mut state: CmosState) -> Self {
-        state.index &= 0x7f;
-        Self {
+    pub fn new(clock: Clock, state: CmosState) -> Self {
+        let cmos = Self {
             clock,
-            state: Mutex::new(state),
-        }
+            state: Mutex::default(),
+        };
+        cmos.restore(state);
+        cmos
+    }
+
+    /// Has these registers.
+    pub fn restore(&self, mut state: CmosState) {
+        state.index &= 0x7f;
+        *lock(&self.state) = state;
     }
 
     /// The registers as they are.

@@ -214,6 +214,29 @@ impl Serial {
         })
     }
 
+    /// Has these registers and this input, without an interrupt. What the host has of output stays.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); nothing is changed.
+    pub fn restore(&self, state: SerialState) -> Result<(), SerialError> {
+        let len = state.input.len();
+        if len > FIFO_SIZE {
+            return Err(SerialError::InputTooLong { len });
+        }
+        let mut inner = lock(&self.inner);
+        let interrupt = inner.uart.interrupt_evt().0.get().cloned();
+        let out = std::mem::replace(inner.uart.writer_mut(), Box::new(std::io::sink()));
+        let line = Line::default();
+        let lost = self.lost.clone();
+        let uart = vm_superio::Serial::from_state(&state.into(), line.clone(), lost, out);
+        inner.uart = uart.map_err(|_| SerialError::InputTooLong { len })?;
+        if let Some(interrupt) = interrupt {
+            line.0.get_or_init(|| interrupt);
+        }
+        inner.polls = 0;
+        Ok(())
+    }
+
     /// The registers and the unread input as they are.
     pub fn save(&self) -> SerialState {
         lock(&self.inner).uart.state().into()

@@ -70,6 +70,19 @@ struct Registers {
     expired: bool,
 }
 
+impl Registers {
+    /// Those of a state, brought within the bounds, at the time `now` of the alarm's clock.
+    fn new(state: &WatchdogState, bounds: &RangeInclusive<u32>, now: Duration) -> Self {
+        let countdown = state.countdown.clamp(*bounds.start(), *bounds.end());
+        let left = state.left.map(|left| left.min(countdown));
+        Self {
+            countdown,
+            deadline: left.map(|left| now + periods(left)),
+            expired: state.expired,
+        }
+    }
+}
+
 /// The watchdog.
 pub struct Watchdog<A> {
     alarm: A,
@@ -86,20 +99,18 @@ impl<A: Alarm> Watchdog<A> {
     pub fn new(alarm: A, bounds: RangeInclusive<u32>, state: WatchdogState) -> Self {
         let least = (*bounds.start()).max(1);
         let bounds = least..=(*bounds.end()).max(least);
-        let within = |count: u32| count.clamp(*bounds.start(), *bounds.end());
-        let countdown = within(state.countdown);
-        let left = state.left.map(|left| left.min(countdown));
-        let deadline = left.map(|left| alarm.now() + periods(left));
-        alarm.set(left.map(periods));
+        let registers = Registers::new(&state, &bounds, alarm.now());
+        alarm.set(registers.deadline.map(|at| at.saturating_sub(alarm.now())));
         Self {
             alarm,
             bounds,
-            registers: Mutex::new(Registers {
-                countdown,
-                deadline,
-                expired: state.expired,
-            }),
+            registers: Mutex::new(registers),
         }
+    }
+
+    /// Has these registers. The alarm is not set: it goes off anyway when time goes on that stood still.
+    pub fn restore(&self, state: &WatchdogState) {
+        *lock(&self.registers) = Registers::new(state, &self.bounds, self.alarm.now());
     }
 
     /// The registers as they are.

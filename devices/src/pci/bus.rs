@@ -171,6 +171,11 @@ impl ConfigPorts {
         }
     }
 
+    /// Has this address register.
+    pub fn restore(&self, address: u32) {
+        *lock(&self.address) = address;
+    }
+
     /// The address register.
     pub fn save(&self) -> u32 {
         *lock(&self.address)

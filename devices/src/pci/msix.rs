@@ -64,14 +64,21 @@ pub struct Msix {
 impl Msix {
     /// MSI-X with `vectors` (1 to [`MAX_VECTORS`]) that go to `sink`. A saved table of another
     /// size is cut or filled up.
-    pub fn new(sink: Arc<dyn MsiSink>, vectors: u16, mut state: MsixState) -> Self {
-        let vectors = vectors.clamp(1, MAX_VECTORS);
-        state.entries.resize(vectors.into(), MsixEntry::default());
-        Self {
+    pub fn new(sink: Arc<dyn MsiSink>, vectors: u16, state: MsixState) -> Self {
+        let msix = Self {
             sink,
-            vectors,
-            state: Mutex::new(state),
-        }
+            vectors: vectors.clamp(1, MAX_VECTORS),
+            state: Mutex::default(),
+        };
+        msix.restore(state);
+        msix
+    }
+
+    /// Has this state, as [`new`](Self::new) takes it; no message is sent.
+    pub fn restore(&self, mut state: MsixState) {
+        let vectors = self.vectors.into();
+        state.entries.resize(vectors, MsixEntry::default());
+        *lock(&self.state) = state;
     }
 
     /// Number of vectors.

@@ -144,6 +144,13 @@ pub trait VirtioDevice: Send {
 
     /// The state that `new` takes to make the same device again.
     fn save(&self) -> DeviceState;
+
+    /// Goes back to a state that this device, or the one that it was cloned from, once saved. The
+    /// queues have left; the host's side stays as it is. False where it cannot: nothing is changed.
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let _ = state;
+        false
+    }
 }
 
 /// Saved states of devices, one arm per device type.

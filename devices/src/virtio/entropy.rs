@@ -145,6 +145,10 @@ impl VirtioDevice for Entropy {
     fn save(&self) -> DeviceState {
         DeviceState::Entropy(EntropyState {})
     }
+
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        matches!(state, DeviceState::Entropy(_) | DeviceState::Reset)
+    }
 }
 
 #[cfg(test)]

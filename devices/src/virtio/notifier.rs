@@ -108,7 +108,11 @@ impl Notifier {
     }
 
     pub(super) fn reset(&self) {
-        self.isr.store(0, Ordering::SeqCst);
-        self.needs_reset.store(false, Ordering::SeqCst);
+        self.set(0, false);
+    }
+
+    pub(super) fn set(&self, isr: u32, needs_reset: bool) {
+        self.isr.store(isr, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
     }
 }

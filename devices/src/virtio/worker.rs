@@ -84,6 +84,11 @@ pub trait Backend: Send {
     fn reset(&mut self);
     /// State of the device, which is stopped.
     fn save(&mut self) -> DeviceState;
+    /// Gives the device, which is stopped, a state that it saved; false where that cannot be done in place.
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let _ = state;
+        false
+    }
     /// Many kicks came through the transport, where `kicks` as ioeventfds would be faster.
     fn many_kicks(&mut self, kicks: &[EventFd]) {
         let _ = kicks;
@@ -480,6 +485,13 @@ impl Backend for LoopBackend {
         match &self.place {
             Place::Here(device) => device.save(),
             Place::There(_) | Place::Lost => DeviceState::Reset,
+        }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        match &mut self.place {
+            Place::Here(device) => device.restore(state),
+            Place::There(_) | Place::Lost => false,
         }
     }
 }

@@ -551,4 +551,26 @@ impl VirtioDevice for Block {
             read_only: Some(self.disk.read_only()),
         })
     }
+
+    /// The disk itself stays as it is.
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let state = match state {
+            DeviceState::Block(state) => *state,
+            DeviceState::Reset => BlockState::default(),
+            _ => return false,
+        };
+        let (disk, sectors) = (&self.disk, self.space.capacity());
+        let fits = state.check(disk.path(), sectors, disk.read_only());
+        if fits.is_err() {
+            return false;
+        }
+        self.space
+            .writeback
+            .store(state.writeback, Ordering::SeqCst);
+        if state.capacity.is_some_and(|saved| saved != sectors) {
+            // The driver of that time hears of the size. A counter at its maximum wakes as well.
+            let _ = self.wake.write(1);
+        }
+        true
+    }
 }

@@ -561,4 +561,30 @@ impl VirtioDevice for Console {
                 .collect(),
         })
     }
+
+    /// What the host's ends hold stays there.
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let reset = ConsoleState::default();
+        let state = match state {
+            DeviceState::Console(state) => state,
+            DeviceState::Reset => &reset,
+            _ => return false,
+        };
+        let names = self.ports.iter().map(|port| &port.name);
+        if !state.ports.is_empty() && !names.eq(state.ports.iter().map(|(name, _)| name)) {
+            return false;
+        }
+        self.ready = state.ready;
+        let mut states = state.ports.iter();
+        for port in &mut self.ports {
+            port.state = states.next().map(|(_, state)| *state).unwrap_or_default();
+            port.tell_open();
+        }
+        // The driver of that time may know another size.
+        let ready = self.ports.iter().any(|port| port.state.ready);
+        self.shared.resized.store(ready, Ordering::SeqCst);
+        // A counter at its maximum wakes as well.
+        let _ = self.shared.wake();
+        true
+    }
 }

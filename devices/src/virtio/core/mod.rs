@@ -121,17 +121,7 @@ impl VirtioCore {
             memory,
             kicks,
             slow_kicks: AtomicU32::new(0),
-            inner: Mutex::new(Inner {
-                status: state.status & DRIVER_BITS,
-                device_features_sel: state.device_features_sel,
-                driver_features_sel: state.driver_features_sel,
-                driver_features: state.driver_features,
-                queue_sel: state.queue_sel,
-                shm_sel: state.shm_sel,
-                queues,
-                backend,
-                running: false,
-            }),
+            inner: Mutex::new(Inner::new(&state, queues, backend)),
         })
     }
 
@@ -288,6 +278,25 @@ impl VirtioCore {
         state
     }
 
+    /// Goes back to `state`, which this device or the one that it was cloned from once saved, and stands
+    /// still until [`resume`](Self::resume). So do the vCPUs.
+    ///
+    /// # Errors
+    /// A state of another device, and a device that cannot do that: nothing is changed but that it
+    /// stands still.
+    pub fn restore(&self, state: &VirtioState) -> Result<(), RestoreError> {
+        let queues = check(state, &self.traits, self.features, &self.memory)?;
+        let mut inner = lock(&self.inner);
+        inner.stop();
+        if !inner.backend.restore(&state.device) {
+            return Err(RestoreError::InPlace);
+        }
+        let needs_reset = state.status & NEEDS_RESET != 0;
+        self.notifier.set(state.isr, needs_reset);
+        inner.load(state, queues);
+        Ok(())
+    }
+
     fn status(&self, inner: &Inner) -> u8 {
         let needs_reset = self.notifier.needs_reset();
         inner.status | if needs_reset { NEEDS_RESET } else { 0 }
@@ -400,6 +409,33 @@ impl VirtioCore {
 }
 
 impl Inner {
+    fn new(state: &VirtioState, queues: Vec<QueueCfg>, backend: Box<dyn Backend>) -> Self {
+        let mut inner = Self {
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+            shm_sel: 0,
+            queues: Vec::new(),
+            backend,
+            running: false,
+        };
+        inner.load(state, queues);
+        inner
+    }
+
+    /// Takes the registers of a state, and its `queues`, which were checked.
+    fn load(&mut self, state: &VirtioState, queues: Vec<QueueCfg>) {
+        self.status = state.status & DRIVER_BITS;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.driver_features = state.driver_features;
+        self.queue_sel = state.queue_sel;
+        self.shm_sel = state.shm_sel;
+        self.queues = queues;
+    }
+
     fn selected(&self) -> Option<(usize, &QueueCfg)> {
         let index = self.queue_sel as usize;
         self.queues.get(index).map(|queue| (index, queue))

@@ -178,6 +178,9 @@ pub enum RestoreError {
         /// The status register.
         status: u8,
     },
+    /// A device whose host side holds what the state says nothing of.
+    #[error("the device cannot go back to a state in place")]
+    InPlace,
     /// A live queue is broken.
     #[error("saved virtio queue cannot be used")]
     Queue(#[from] QueueError),

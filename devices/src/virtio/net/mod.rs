@@ -561,4 +561,20 @@ impl VirtioDevice for Net {
             mac: Some(self.space.mac),
         })
     }
+
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let state = match state {
+            DeviceState::Net(state) => *state,
+            DeviceState::Reset => NetState::default(),
+            _ => return false,
+        };
+        // The metadata service has connections of the guest's, which nothing saves.
+        if self.detour.is_some() || !(1..=self.space.pairs).contains(&state.pairs) {
+            return false;
+        }
+        self.active = state.pairs;
+        self.offloads = state.offloads;
+        self.mode = None;
+        true
+    }
 }

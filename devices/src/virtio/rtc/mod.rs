@@ -11,7 +11,7 @@ mod request;
 pub(super) mod tests;
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CLOCK;
@@ -19,6 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CLOCK;
 use self::request::{Failure, Request, Response};
 use super::device::{ConfigSpace, DeviceError, DeviceState, NoConfig, Traits, VirtioDevice};
 use super::io::{Chain, Io, read_at, total, write_at};
+use crate::lock;
 
 /// Size of the one queue.
 const QUEUE_SIZE: u16 = 64;
@@ -83,14 +84,13 @@ pub struct RtcState {
 
 /// The side of a clock device that the VMM keeps.
 #[derive(Clone, Debug)]
-pub struct RtcHandle(Arc<OnceLock<u64>>);
+pub struct RtcHandle(Arc<Mutex<Option<u64>>>);
 
 impl RtcHandle {
-    /// Says what is added to the host's counter to have that of the guest's first processor. Only
-    /// the first time counts, which is before that processor runs; clocks cannot be read together
-    /// with the counter until then.
+    /// Says what is added to the host's counter to have that of the guest's first processor, which
+    /// does not run now; clocks cannot be read together with the counter until then.
     pub fn set_counter_offset(&self, offset: u64) {
-        let _ = self.0.set(offset);
+        *lock(&self.0) = Some(offset);
     }
 }
 
@@ -99,27 +99,31 @@ impl RtcHandle {
 pub struct Rtc {
     leap_seconds: LeapSeconds,
     counter: Option<Counter>,
-    counter_offset: Arc<OnceLock<u64>>,
+    counter_offset: Arc<Mutex<Option<u64>>>,
     /// Nanoseconds that the guest's monotonic clock is ahead of the host's.
     ahead: u64,
     last: u64,
 }
 
+/// Nanoseconds that a guest's monotonic clock has to be ahead of the host's, which may have started since
+/// `state` was saved.
+fn ahead(state: RtcState) -> u64 {
+    match host(libc::CLOCK_MONOTONIC) {
+        Ok(now) => state.monotonic.saturating_sub(now),
+        Err(_) => 0,
+    }
+}
+
 impl Rtc {
     /// Makes the device and its handle.
     pub fn new(options: RtcOptions, state: RtcState) -> (Self, RtcHandle) {
-        // The host may have started since the state was saved.
-        let ahead = match host(libc::CLOCK_MONOTONIC) {
-            Ok(now) => state.monotonic.saturating_sub(now),
-            Err(_) => 0,
-        };
-        let counter_offset = Arc::new(OnceLock::new());
+        let counter_offset = Arc::new(Mutex::new(None));
         let handle = RtcHandle(counter_offset.clone());
         let rtc = Self {
             leap_seconds: options.leap_seconds,
             counter: options.counter,
             counter_offset,
-            ahead,
+            ahead: ahead(state),
             last: state.monotonic,
         };
         (rtc, handle)
@@ -161,7 +165,7 @@ impl Rtc {
     /// How to read a counter on the host, and what to add for the guest's.
     fn counter(&self, id: u8) -> Option<(fn() -> u64, u64)> {
         let counter = self.counter.filter(|counter| counter.id == id)?;
-        Some((counter.read, *self.counter_offset.get()?))
+        Some((counter.read, (*lock(&self.counter_offset))?))
     }
 
     fn read(&mut self, clock: u16) -> Result<u64, Failure> {
@@ -238,5 +242,15 @@ impl VirtioDevice for Rtc {
         DeviceState::Rtc(RtcState {
             monotonic: self.last,
         })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let state = match state {
+            DeviceState::Rtc(state) => *state,
+            DeviceState::Reset => RtcState::default(),
+            _ => return false,
+        };
+        (self.ahead, self.last) = (ahead(state), state.monotonic);
+        true
     }
 }

@@ -4,6 +4,7 @@
 //! configuration space, MSI-X, and which vector is whose. All structures are in BAR 0; the
 //! configuration access capability (4.1.4.9) reaches them without it.
 
+use std::iter;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -131,6 +132,17 @@ impl PciInterrupt {
             queue_vectors: queues.map(|v| vector(v.flatten())).collect(),
             msix,
         }
+    }
+
+    fn restore(&self, state: &PciState) {
+        self.msix.restore(state.msix.clone());
+        let queues = state.queue_vectors.iter().copied().chain(iter::repeat(None));
+        for (to, from) in self.queue_vectors.iter().zip(queues) {
+            to.store(from.unwrap_or(NO_VECTOR), Ordering::SeqCst);
+        }
+        let config = state.config_vector.unwrap_or(NO_VECTOR);
+        self.config_vector.store(config, Ordering::SeqCst);
+        *lock(&self.asserted) = false;
     }
 
     fn vector(&self, vector: Vector) -> Option<&AtomicU16> {
@@ -261,6 +273,18 @@ impl VirtioPci {
             data: None,
             fd,
         })
+    }
+
+    /// Goes back to a state of this device; no interrupt is sent. The core goes by itself.
+    pub fn restore(&self, state: &PciState) {
+        let mut config = lock(&self.config);
+        config.space.restore(&state.config);
+        self.interrupt.restore(state);
+        self.follow_messages(&config);
+        let disabled = config.space.intx_disabled();
+        self.interrupt
+            .line_disabled
+            .store(disabled, Ordering::SeqCst);
     }
 
     /// State of the transport; the core is saved by itself.

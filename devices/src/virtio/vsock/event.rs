@@ -4,6 +4,7 @@
 //! since. So nothing is given to it until it has seen the event, which it shows by making that buffer
 //! available again.
 
+use super::VsockState;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Chain, Io, write_at};
 
@@ -23,6 +24,14 @@ pub enum Reset {
 }
 
 impl Reset {
+    /// For a driver that was saved as in `state`, of a device that has `cid` now.
+    pub fn of(state: VsockState, cid: u32) -> Self {
+        match state.connected || state.cid != 0 && state.cid != cid {
+            true => Self::Due,
+            false => Self::Known,
+        }
+    }
+
     /// Whether there is something that the driver does not know yet.
     pub fn is_pending(&self) -> bool {
         !matches!(self, Self::Known)

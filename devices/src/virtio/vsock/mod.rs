@@ -222,10 +222,7 @@ impl Vsock {
             mux,
             timer,
             timer_at: None,
-            reset: match state.connected || state.cid != 0 && state.cid != cid {
-                true => Reset::Due,
-                false => Reset::Known,
-            },
+            reset: Reset::of(state, cid),
         })
     }
 
@@ -345,5 +342,17 @@ impl VirtioDevice for Vsock {
             cid: self.cid,
             connected: self.reset.is_pending() || !self.mux.is_empty(),
         })
+    }
+
+    /// Connections end; the sockets go on listening.
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let state = match state {
+            DeviceState::Vsock(state) => *state,
+            DeviceState::Reset => VsockState::default(),
+            _ => return false,
+        };
+        self.mux.clear();
+        self.reset = Reset::of(state, self.cid);
+        true
     }
 }
