@@ -304,6 +304,7 @@ impl Saver {
             let base = created.base.clone();
             let layer = Arc::new(created.into());
             self.ram = self.ram.onto(vm.memory(), layer, part, &mut Vec::new());
+            vm.rebased();
             self.base = (!self.ram.layers.is_empty()).then_some(base);
         }
         Ok(())

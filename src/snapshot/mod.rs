@@ -11,6 +11,7 @@ pub mod format;
 pub mod gc;
 pub mod image;
 mod merge;
+pub mod own;
 mod pages;
 mod publish;
 pub mod ram;

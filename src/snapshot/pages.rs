@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 /// Bytes of a page of the host.
@@ -20,6 +21,57 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// The page is a file's, or of shared anonymous memory.
 const SHARED: u64 = 1 << 61;
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: u32 = 0xc060_6610;
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+impl Scan {
+    fn new(which: Which, end: u64) -> Self {
+        let not_file = match which {
+            Which::Populated => 0,
+            Which::Own => PAGE_IS_FILE,
+        };
+        Self {
+            size: size_of::<Self>() as u64,
+            end,
+            category_inverted: not_file,
+            category_mask: not_file,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_PRESENT,
+            ..Self::default()
+        }
+    }
+}
 
 /// What is asked of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +101,58 @@ impl Pagemap {
     /// # Errors
     /// Of reading, and those of `f`.
     pub fn runs<E: From<io::Error>>(
+        &self,
+        which: Which,
+        range: (u64, u64),
+        mut f: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self.scan(which, range, &mut f)? {
+            true => Ok(()),
+            false => self.read(which, range, f),
+        }
+    }
+
+    /// Has the kernel look for them, which does not take it longer for memory that nobody touched. False
+    /// where it cannot (before Linux 6.7).
+    fn scan<E: From<io::Error>>(
+        &self,
+        which: Which,
+        (start, len): (u64, u64),
+        f: &mut impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let mut found = [PageRegion::default(); 256];
+        let mut scan = Scan::new(which, start + len);
+        let mut at = start;
+        let mut run: Option<(u64, u64)> = None;
+        while at < start + len {
+            scan.start = at;
+            (scan.vec, scan.vec_len) = (found.as_mut_ptr() as u64, found.len() as u64);
+            // SAFETY: a descriptor of pagemap, and the kernel writes to `scan` and as many of `found`
+            // as it says there are.
+            let count = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN as _, &mut scan) };
+            let Ok(count) = usize::try_from(count) else {
+                let error = io::Error::last_os_error();
+                return match (error.raw_os_error(), at == start) {
+                    (Some(libc::ENOTTY), true) => Ok(false),
+                    _ => Err(error.into()),
+                };
+            };
+            for region in found.iter().take(count) {
+                match &mut run {
+                    Some((_, end)) if *end == region.start => *end = region.end,
+                    _ => {
+                        let before = run.replace((region.start, region.end));
+                        before.map_or(Ok(()), |(from, to)| f(from - start, to - from))?;
+                    }
+                }
+            }
+            at = scan.walk_end.max(at + PAGE);
+        }
+        run.map_or(Ok(()), |(from, to)| f(from - start, to - from))?;
+        Ok(true)
+    }
+
+    fn read<E: From<io::Error>>(
         &self,
         which: Which,
         (start, len): (u64, u64),
@@ -120,14 +224,21 @@ mod tests {
     }
 
     fn runs(which: Which, at: *mut u8, len: u64) -> Vec<(u64, u64)> {
-        let mut runs = Vec::new();
         let pagemap = Pagemap::open().unwrap();
-        let push = |start, len| {
+        let range = (at as u64, len);
+        let (mut read, mut scanned) = (Vec::new(), Vec::new());
+        let push = |runs: &mut Vec<_>, start, len| {
             runs.push((start / PAGE, len / PAGE));
             Ok::<(), io::Error>(())
         };
-        pagemap.runs(which, (at as u64, len), push).unwrap();
-        runs
+        pagemap
+            .read(which, range, |start, len| push(&mut read, start, len))
+            .unwrap();
+        let mut f = |start, len| push(&mut scanned, start, len);
+        if pagemap.scan(which, range, &mut f).unwrap() {
+            assert_eq!(scanned, read);
+        }
+        read
     }
 
     #[test]

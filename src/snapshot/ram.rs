@@ -484,6 +484,9 @@ pub enum MapError {
     /// The map of memory and the machine's configuration are at odds.
     #[error("The snapshot's memory is not that of its machine: it is damaged")]
     Layout,
+    /// The kernel does not tell which pages were written.
+    #[error("Cannot open /proc/self/pagemap")]
+    Pages(#[source] io::Error),
     /// No descriptor left.
     #[error("Cannot duplicate the descriptor of a memory file")]
     Descriptor(#[source] io::Error),

@@ -71,6 +71,7 @@ impl Vm {
         };
         let frozen = stopped.map_err(VmForkError::from).and_then(|()| {
             let machine = self.save()?;
+            self.rebased();
             let frozen = Frozen::new(self.memory(), &self.plugged(), ram)?;
             Ok((machine, frozen))
         });

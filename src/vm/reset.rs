@@ -17,6 +17,7 @@ use vm_memory::GuestMemoryError;
 use super::build::random;
 use super::{PauseError, Vm};
 use crate::board;
+use crate::snapshot::own::OwnPages;
 use crate::snapshot::ram::{self, MapError};
 use crate::snapshot::{MachineState, Snapshot};
 use crate::vcpu::Given;
@@ -30,7 +31,9 @@ pub enum ResetError {
     )]
     Other,
     /// Memory beside RAM, which nothing tells the changes of.
-    #[error("The machine has memory of devices (pmem, hot-pluggable), which does not go back in place: make a new clone")]
+    #[error(
+        "The machine has memory of devices (pmem, hot-pluggable), which does not go back in place: make a new clone"
+    )]
     DeviceMemory,
     /// It runs on.
     #[error(transparent)]
@@ -65,7 +68,7 @@ pub struct Origin {
     id: [u8; 16],
     machine: Arc<MachineState>,
     memory: GuestMemory,
-    pages: ram::OwnPages,
+    pages: OwnPages,
 }
 
 impl Origin {
@@ -78,7 +81,7 @@ impl Origin {
             id: snapshot.id,
             machine: snapshot.machine.clone(),
             memory: ram::map(snapshot, &snapshot.config.machine_config)?.0,
-            pages: ram::OwnPages::new().map_err(MapError::Pages)?,
+            pages: OwnPages::new().map_err(MapError::Pages)?,
         })
     }
 }

@@ -8,6 +8,7 @@ mod common;
 mod forks;
 #[path = "../common/machine.rs"]
 mod machine;
+mod resets;
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use arch::kernel::KernelImage;
@@ -46,23 +46,43 @@ impl Write for Output {
 }
 
 impl Output {
+    /// Forgets what was not taken.
+    pub fn clear(&self) {
+        let mut inner = self.0.0.lock().unwrap();
+        *inner = Written::default();
+    }
+
     /// Waits for `len` bytes and takes them; also says when the first came.
     #[track_caller]
     pub fn take(&self, len: usize) -> (Vec<u8>, Instant) {
+        let mut inner = self.wait(|written| written.len() >= len);
+        let bytes = inner.bytes.drain(..len).collect();
+        (bytes, inner.first.take().unwrap())
+    }
+
+    /// Waits for a line and takes it, without its end.
+    #[track_caller]
+    pub fn line(&self) -> String {
+        let mut inner = self.wait(|written| written.contains(&b'\n'));
+        let end = inner.bytes.iter().position(|byte| *byte == b'\n').unwrap();
+        let line = inner.bytes.drain(..=end).collect();
+        String::from_utf8(line).unwrap().trim().to_owned()
+    }
+
+    #[track_caller]
+    fn wait(&self, there: impl Fn(&[u8]) -> bool) -> MutexGuard<'_, Written> {
         let inner = self.0.0.lock().unwrap();
-        let wanted = |inner: &mut Written| inner.bytes.len() < len;
-        let (mut inner, timeout) = self
+        let (inner, timeout) = self
             .0
             .1
-            .wait_timeout_while(inner, PATIENCE, wanted)
+            .wait_timeout_while(inner, PATIENCE, |inner| !there(&inner.bytes))
             .unwrap();
         assert!(
             !timeout.timed_out(),
             "{:?}",
             String::from_utf8_lossy(&inner.bytes)
         );
-        let bytes = inner.bytes.drain(..len).collect();
-        (bytes, inner.first.take().unwrap())
+        inner
     }
 }
 

@@ -136,7 +136,11 @@ impl PciInterrupt {
 
     fn restore(&self, state: &PciState) {
         self.msix.restore(state.msix.clone());
-        let queues = state.queue_vectors.iter().copied().chain(iter::repeat(None));
+        let queues = state
+            .queue_vectors
+            .iter()
+            .copied()
+            .chain(iter::repeat(None));
         for (to, from) in self.queue_vectors.iter().zip(queues) {
             to.store(from.unwrap_or(NO_VECTOR), Ordering::SeqCst);
         }

@@ -1,5 +1,6 @@
 //! Keeps a random number in its memory only. For each byte that comes on COM1: `n` writes the
-//! number's eight bytes, `d` writes to 64 pages and answers with a byte, a line's end ends it.
+//! number's eight bytes, `d` writes to 64 pages and answers with a byte, `c` changes the number and
+//! answers with a byte, a line's end ends it.
 #![no_std]
 #![no_main]
 
@@ -44,6 +45,10 @@ fn main(_: &StartInfo) -> u8 {
                     // SAFETY: within the static, which only this processor touches.
                     unsafe { ptr::write_volatile(first.add(page * PAGE), nonce as u8) };
                 }
+                io::out8(COM1, b'.');
+            }
+            b'c' => {
+                nonce = nonce.rotate_left(7) ^ 1;
                 io::out8(COM1, b'.');
             }
             _ => return 0,
