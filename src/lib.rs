@@ -14,6 +14,7 @@ pub mod config;
 pub mod control;
 pub mod guest;
 pub mod io;
+pub mod pool;
 pub mod registry;
 pub mod remote;
 pub mod sandbox;

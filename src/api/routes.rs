@@ -146,6 +146,7 @@ pub const ROUTES: &[Route] = &[
         input.deprecated |= load.mem_file_path.is_some() || load.enable_diff_snapshots;
         Ok(Action::LoadSnapshot(load))
     }),
+    route(Put, "/fork", |input| Ok(Action::Fork(input.parse()?))),
 ];
 
 /// Body of `PUT /actions`.

@@ -2,11 +2,13 @@
 
 mod api;
 mod caller;
+mod clone;
 mod completion;
 mod console;
 mod devices;
 mod exec;
 mod firecracker;
+mod fork;
 mod inspect;
 mod jailer;
 mod kernel;
@@ -17,8 +19,10 @@ mod memory;
 mod metadata;
 mod pause;
 mod ps;
+mod rebind;
 mod run;
 mod share;
+mod shell;
 mod snapshot;
 mod stats;
 mod stop;
@@ -60,6 +64,13 @@ enum Command {
     Resume(pause::PauseArgs),
     /// Save microVMs to directories, and make microVMs of what was saved
     Snapshot(Box<snapshot::SnapshotArgs>),
+    /// Make microVMs of a snapshot, each in a process of its own, and print their names
+    Clone(Box<clone::CloneArgs>),
+    /// Make copies of a microVM that goes on, each in a process of its own, and print their names
+    Fork(Box<fork::ForkArgs>),
+    /// Wait to become a clone
+    #[command(hide = true)]
+    Shell(shell::ShellArgs),
     /// Have guests switch themselves off, and kill those that do not
     Stop(stop::StopArgs),
     /// Print what a guest wrote to its console
@@ -115,6 +126,9 @@ impl Command {
             Self::Pause(args) => pause::pause(&args),
             Self::Resume(args) => pause::resume(&args),
             Self::Snapshot(args) => snapshot::run(*args),
+            Self::Clone(args) => clone::run(&args),
+            Self::Fork(args) => fork::run(&args),
+            Self::Shell(args) => shell::run(&args),
             Self::Stop(args) => stop::run(&args),
             Self::Kill(args) => kill::run(&args),
             Self::Logs(args) => logs::run(&args),

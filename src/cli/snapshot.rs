@@ -15,10 +15,11 @@ use serde_json::json;
 
 use super::api::parse_id;
 use super::metadata;
+use super::rebind::RebindArgs;
 use super::target::{RuntimeArgs, Target};
 use crate::control::{
-    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, PmemOverride, ShareOverride,
-    SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotType, VmStatistics, VsockOverride,
+    MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotType,
+    VmStatistics,
 };
 use crate::remote::Remote;
 use crate::session;
@@ -56,14 +57,15 @@ enum SnapshotCommand {
 
 /// A snapshot.
 #[derive(Debug, Args)]
-struct DirectoryArgs {
+pub struct DirectoryArgs {
     /// Directory of the snapshot, which has the files `state` and `memory`
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }
 
 impl DirectoryArgs {
-    fn open(&self) -> Result<Snapshot> {
+    /// Opens it.
+    pub fn open(&self) -> Result<Snapshot> {
         Ok(Snapshot::open(
             &state(&self.directory),
             &memory(&self.directory),
@@ -99,31 +101,12 @@ struct RestoreArgs {
     /// Name by which other commands find it: 1 to 64 letters, digits and '-' [default: eight digits]
     #[arg(long, value_name = "NAME", value_parser = parse_id)]
     name: Option<String>,
-    /// Leave it paused
-    #[arg(long)]
-    paused: bool,
     /// Memory is not in the directory: the process that listens at this socket brings it, as
     /// Firecracker's page fault handlers do
     #[arg(long, value_name = "SOCKET")]
     uffd: Option<PathBuf>,
-    /// The guest's clocks go on where they stopped, instead of jumping to now
-    #[arg(long)]
-    frozen_clock: bool,
-    /// Another image for a drive
-    #[arg(long, value_name = "ID=FILE", value_parser = pair)]
-    drive: Vec<(String, PathBuf)>,
-    /// Another file for persistent memory
-    #[arg(long, value_name = "ID=FILE", value_parser = pair)]
-    pmem: Vec<(String, PathBuf)>,
-    /// Another directory for a share
-    #[arg(long, value_name = "TAG=DIR", value_parser = pair)]
-    share: Vec<(String, PathBuf)>,
-    /// Another tap interface for a network interface
-    #[arg(long, value_name = "ID=TAP", value_parser = pair)]
-    tap: Vec<(String, PathBuf)>,
-    /// Another path for the sockets of the vsock device
-    #[arg(long, value_name = "PATH")]
-    vsock: Option<PathBuf>,
+    #[command(flatten)]
+    rebind: RebindArgs,
     #[command(flatten)]
     runtime: RuntimeArgs,
     /// Command to run in the guest, and its arguments, if it was saved with `bulle run --save`
@@ -250,7 +233,7 @@ fn written(vm: &mut Remote, path: &Path) -> Result<u8> {
 fn restore(args: RestoreArgs) -> Result<u8> {
     let directory = &args.snapshot.directory;
     let mut load = SnapshotLoad::new(state(directory), memory(directory));
-    load.resume_vm = !args.paused;
+    args.rebind.apply(&mut load)?;
     if let Some(socket) = args.uffd {
         load.mem_file_path = None;
         load.mem_backend = Some(MemoryBackend {
@@ -258,34 +241,6 @@ fn restore(args: RestoreArgs) -> Result<u8> {
             backend_path: socket,
         });
     }
-    load.clock_realtime = !args.frozen_clock;
-    let drives = args.drive.into_iter();
-    load.drive_overrides = drives
-        .map(|(drive_id, path_on_host)| DriveOverride {
-            drive_id,
-            path_on_host,
-        })
-        .collect();
-    let pmem = args.pmem.into_iter();
-    load.pmem_overrides = pmem
-        .map(|(id, path_on_host)| PmemOverride { id, path_on_host })
-        .collect();
-    let shares = args.share.into_iter();
-    load.share_overrides = shares
-        .map(|(tag, path_on_host)| ShareOverride { tag, path_on_host })
-        .collect();
-    for (iface_id, tap) in args.tap {
-        let Some(tap) = tap.to_str() else {
-            bail!("the tap interface's name {} is no text", tap.display());
-        };
-        load.network_overrides.push(NetworkOverride {
-            iface_id,
-            host_dev_name: Some(tap.to_owned()),
-            fd: None,
-            publish: None,
-        });
-    }
-    load.vsock_override = args.vsock.map(|uds_path| VsockOverride { uds_path });
     let place = args.runtime.place(args.name);
     let mmds = metadata::read(None, DEFAULT_LIMIT)?;
     Ok(session::launch_saved(&load, args.command, &mmds, place)?)
@@ -360,11 +315,4 @@ fn rebase(args: &RebaseArgs) -> Result<u8> {
     make(to)?;
     merge(&snapshot, &state(to), &memory(to))?;
     Ok(0)
-}
-
-fn pair(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((id, path)) if !id.is_empty() && !path.is_empty() => Ok((id.to_owned(), path.into())),
-        _ => Err(format!("'{text}' is not of the form ID=PATH")),
-    }
 }

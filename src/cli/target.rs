@@ -47,7 +47,12 @@ pub struct Target {
 impl Target {
     /// The one that is meant.
     pub fn find(&self) -> Result<Entry> {
-        Ok(registry::find(&self.runtime.base()?, &self.name)?)
+        Ok(registry::find(&self.base()?, &self.name)?)
+    }
+
+    /// Where it is found.
+    pub fn base(&self) -> Result<PathBuf, RegistryError> {
+        self.runtime.base()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::ExecRequest;
@@ -110,6 +110,8 @@ pub enum Action {
     CreateSnapshot(SnapshotCreate),
     /// Makes a microVM of a saved one.
     LoadSnapshot(SnapshotLoad),
+    /// Hands out what copies of the microVM are made of, which goes on.
+    Fork(ForkRequest),
 }
 
 /// What changes of a disk.
@@ -207,6 +209,14 @@ pub struct SnapshotCreate {
     pub background: bool,
 }
 
+/// Who gets what copies are made of. bulle's own.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkRequest {
+    /// Unix socket that somebody listens at.
+    pub uds_path: PathBuf,
+}
+
 /// How much of a microVM's memory is saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum SnapshotType {
@@ -218,7 +228,7 @@ pub enum SnapshotType {
 }
 
 /// What a microVM is made of that was saved.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {
     /// File of the state.
@@ -279,7 +289,7 @@ impl SnapshotLoad {
 }
 
 /// Page size of loaded memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LoadPages {
     /// As it was saved.
     Snapshot,
@@ -293,7 +303,7 @@ pub enum LoadPages {
 }
 
 /// Where the memory of a saved microVM is.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
     /// What it is.
@@ -303,7 +313,7 @@ pub struct MemoryBackend {
 }
 
 /// What has the memory of a saved microVM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryBackendType {
     /// A file.
     File,
@@ -312,7 +322,7 @@ pub enum MemoryBackendType {
 }
 
 /// Another interface of the host.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkOverride {
     /// The device.
     pub iface_id: String,
@@ -325,7 +335,7 @@ pub struct NetworkOverride {
 }
 
 /// Another image.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
     /// The drive.
@@ -335,7 +345,7 @@ pub struct DriveOverride {
 }
 
 /// Another file.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemOverride {
     /// The device.
@@ -345,7 +355,7 @@ pub struct PmemOverride {
 }
 
 /// Another directory.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShareOverride {
     /// The share.
@@ -355,7 +365,7 @@ pub struct ShareOverride {
 }
 
 /// Another path of the sockets.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockOverride {
     /// The path.
     pub uds_path: PathBuf,

@@ -160,6 +160,12 @@ pub enum ActionError {
         /// Causes, joined.
         text: String,
     },
+    /// Nobody can have copies of the machine. The text has the causes.
+    #[error("Fork error: {text}")]
+    Fork {
+        /// Causes, joined.
+        text: String,
+    },
     /// The machine cannot be built. The text has the causes.
     #[error("Start microvm error: {text}")]
     Start {
@@ -208,6 +214,7 @@ impl ActionError {
             Self::Start { .. } => "start-failed",
             Self::Load { .. } => "load-failed",
             Self::Save { .. } => "save-failed",
+            Self::Fork { .. } => "fork-failed",
             Self::Balloon(_) | Self::Memory(_) | Self::Failed { .. } | Self::Keyboard => {
                 "machine-failed"
             }

@@ -16,10 +16,10 @@ mod statistics;
 use std::time::Duration;
 
 pub use action::{
-    Action, BalloonUpdate, DriveOverride, DriveUpdate, HintingStart, LoadPages, MemoryBackend,
-    MemoryBackendType, MemoryHotplugUpdate, NetworkOverride, NetworkUpdate, PmemOverride,
-    PmemUpdate, ShareOverride, SnapshotCreate, SnapshotLoad, SnapshotType, StatisticsUpdate,
-    VsockOverride,
+    Action, BalloonUpdate, DriveOverride, DriveUpdate, ForkRequest, HintingStart, LoadPages,
+    MemoryBackend, MemoryBackendType, MemoryHotplugUpdate, NetworkOverride, NetworkUpdate,
+    PmemOverride, PmemUpdate, ShareOverride, SnapshotCreate, SnapshotLoad, SnapshotType,
+    StatisticsUpdate, VsockOverride,
 };
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};

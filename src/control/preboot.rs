@@ -162,6 +162,7 @@ impl Preboot {
             | Action::GetMemoryHotplug
             | Action::PatchMemoryHotplug(_)
             | Action::Unplug
+            | Action::Fork(_)
             | Action::CreateSnapshot(_) => Err(ActionError::BeforeStart),
         }
     }

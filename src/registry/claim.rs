@@ -156,7 +156,7 @@ fn discard(dir: &Path) -> bool {
 }
 
 /// Eight digits that nobody has.
-fn random_name() -> io::Result<String> {
+pub fn random_name() -> io::Result<String> {
     let mut bytes = [0; 4];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
         .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;

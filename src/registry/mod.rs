@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 
-pub use claim::{Claim, Place};
+pub use claim::{Claim, Place, random_name};
 pub use list::{Entry, find, list};
 pub use process::Process;
 

@@ -2,4 +2,5 @@
 
 pub mod child;
 pub mod jail;
+pub mod reaper;
 pub mod thread;

@@ -14,6 +14,8 @@ pub enum Role {
     Io(u16),
     /// Serves the API.
     Api,
+    /// Closes what is over.
+    Reaper,
     /// Watches the process that brings guest memory.
     Pager,
 }
@@ -24,6 +26,7 @@ impl Role {
             Self::Vcpu(index) => format!("vcpu{index}"),
             Self::Io(index) => format!("io{index}"),
             Self::Api => "api".to_string(),
+            Self::Reaper => "reaper".to_string(),
             Self::Pager => "pager".to_string(),
         }
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arch::kernel::{KernelError, KernelImage};
+use arch::kernel::KernelImage;
 use devices::legacy::boot_timer::{BootTimer, Times};
 use devices::mmds::Mmds;
 use devices::virtio::console::HostPort;
@@ -22,6 +22,8 @@ use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
 use super::events::Events;
 use super::foreground::{Foreground, GuestEvents, Rest};
 use super::hvc::Hvc;
+pub use super::launch_error::LaunchError;
+use super::launch_error::session;
 use super::managed::Door;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
@@ -30,85 +32,27 @@ use super::runtime::{FigureParts, Runtime, Startup, has_command};
 use super::signals::Signals;
 use super::snapshots::{Saved, Saver};
 use super::terminal::{RawTerminal, window_size};
-use crate::board::plan::{ConsoleEnds, Plan, PlanError, fit, limits, open_files, plan};
+use crate::board::plan::{ConsoleEnds, Plan, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Config, Console, RateLimiter, Spec};
-use crate::control::{
-    ActionError, Instance, SnapshotCreate, SnapshotLoad, State, channel, startable,
-};
-use crate::guest::client::{RequestError, TalkError};
-use crate::guest::prepare::{PrepareError, prepare};
-use crate::registry::{Place, RegistryError};
-use crate::snapshot::GuestFacts;
-use crate::telemetry::{LogFileError, Metrics, tell};
+use crate::control::{Instance, SnapshotCreate, SnapshotLoad, State, channel, startable};
+use crate::guest::prepare::prepare;
+use crate::registry::Place;
+use crate::snapshot::{GuestFacts, ram};
+use crate::telemetry::{Metrics, tell};
 use crate::vm::build::Initrd;
-use crate::vm::{BuildError, Host, Vm};
+use crate::vm::{Host, Shell, Vm};
 
 /// Milliseconds that output may wait for its reader when the end was asked for.
 const OUTPUT_PATIENCE: u16 = 2000;
-
-/// A run that never came to an outcome.
-#[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// The kernel cannot be used.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// What goes into the guest cannot be prepared.
-    #[error(transparent)]
-    Prepare(#[from] PrepareError),
-    /// The command does not fit the agent's protocol.
-    #[error(transparent)]
-    Request(#[from] RequestError),
-    /// A device lacks something of the host.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// The machine cannot be built.
-    #[error(transparent)]
-    Build(#[from] BuildError),
-    /// File of figures.
-    #[error(transparent)]
-    LogFile(#[from] LogFileError),
-    /// The name.
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    /// Console file.
-    #[error(transparent)]
-    Console(#[from] ConsoleFileError),
-    /// The host's side of the session.
-    #[error("Cannot set up the session: {what}")]
-    Session {
-        /// Which part.
-        what: &'static str,
-        /// What went wrong.
-        #[source]
-        source: io::Error,
-    },
-    /// A command for a guest without agent.
-    #[error(
-        "The snapshot's guest has no agent of bulle's that could run a command: leave the command out"
-    )]
-    NoAgent,
-    /// A command for a guest that has one.
-    #[error(
-        "The snapshot's guest was saved with its command, which goes on: leave yours out, and run it with bulle exec"
-    )]
-    Busy,
-    /// A conversation with the agent.
-    #[error("The snapshot cannot be used")]
-    Talk(#[from] TalkError),
-    /// A snapshot.
-    #[error(transparent)]
-    Load(#[from] ActionError),
-    /// The event loop.
-    #[error("The event loop failed")]
-    Loop(#[source] event_manager::Error),
-}
 
 /// Runs the machine of `spec` to its end, tells what a person should know on stderr, and returns
 /// the exit code. The guest finds `mmds` where the configuration has a metadata service; others find
 /// the machine at `place` meanwhile.
 pub fn launch(spec: Spec, mmds: &Arc<Mmds>, place: Option<Place>) -> Result<u8, LaunchError> {
-    launch_with(spec, mmds, place, None, |spec| Prepared::new(spec, mmds))
+    launch_with(spec, mmds, place, After::default(), |spec| {
+        Prepared::new(spec, mmds)
+    })
 }
 
 /// Boots the machine of `spec` until bulle's agent waits for a command in it, saves it as `create`
@@ -119,9 +63,11 @@ pub fn save_ready(
     place: Option<Place>,
     create: SnapshotCreate,
 ) -> Result<u8, LaunchError> {
-    launch_with(spec, mmds, place, Some(create), |spec| {
-        Prepared::new(spec, mmds)
-    })
+    let after = After {
+        save: Some(create),
+        begun: None,
+    };
+    launch_with(spec, mmds, place, after, |spec| Prepared::new(spec, mmds))
 }
 
 /// Makes a machine of the snapshot that `load` names and runs it to its end, as [`launch`] does, with
@@ -133,6 +79,19 @@ pub fn launch_saved(
     place: Option<Place>,
 ) -> Result<u8, LaunchError> {
     let (saved, mut config) = Saved::open(load, &Config::new(PathBuf::new()))?;
+    give_command(&mut config, &saved, command)?;
+    let spec = startable(&config)?;
+    launch_with(spec, mmds, place, After::default(), |spec| {
+        Prepared::load(spec, saved, mmds)
+    })
+}
+
+/// Has the agent of a loaded machine run `command`.
+pub fn give_command(
+    config: &mut Config,
+    saved: &Saved,
+    command: Vec<String>,
+) -> Result<(), LaunchError> {
     match &mut config.guest {
         Some(_) if saved.snapshot.guest.talk.is_some() => {
             if !command.is_empty() {
@@ -143,17 +102,24 @@ pub fn launch_saved(
         None if command.is_empty() => {}
         None => return Err(LaunchError::NoAgent),
     }
-    let spec = startable(&config)?;
-    launch_with(spec, mmds, place, None, |spec| {
-        Prepared::load(spec, saved, mmds)
-    })
+    Ok(())
 }
 
-fn launch_with(
+/// What happens once a machine is there.
+#[derive(Default)]
+pub struct After {
+    /// It is saved so when its agent waits for a command.
+    pub save: Option<SnapshotCreate>,
+    /// Called when it has begun.
+    pub begun: Option<Box<dyn FnOnce()>>,
+}
+
+/// Runs what `prepare` makes of `spec` to its end.
+pub fn launch_with(
     spec: Spec,
     mmds: &Arc<Mmds>,
     place: Option<Place>,
-    save: Option<SnapshotCreate>,
+    after: After,
     prepare: impl FnOnce(Spec) -> Result<Prepared, LaunchError>,
 ) -> Result<u8, LaunchError> {
     let metrics = spec.config().metrics.as_ref();
@@ -176,7 +142,7 @@ fn launch_with(
     let machine = (config, session.take_saver());
     let runtime = Runtime::new(requests, (instance, session.state()), machine, parts)
         .map_err(|error| self::session("the control channel", error))?;
-    session.save_when_ready = save;
+    session.after = after;
     session.run(signals, runtime, door)
 }
 
@@ -209,6 +175,8 @@ enum Source {
     Kernel(Box<KernelImage>, Initrd),
     /// A snapshot.
     Saved(Box<Saved>),
+    /// A snapshot, for a machine that waits.
+    Template(Box<Saved>, Box<Shell>),
 }
 
 impl Prepared {
@@ -255,6 +223,32 @@ impl Prepared {
             source: Source::Saved(Box::new(saved)),
         })
     }
+
+    /// Opens all that `spec`, the machine of `saved`, names; the rest is open, and a machine may wait.
+    pub fn adopt(
+        spec: Spec,
+        saved: Saved,
+        (host, shell): (Host, Option<Shell>),
+        mmds: &Arc<Mmds>,
+    ) -> Result<Self, LaunchError> {
+        let (started, begin) = (Instant::now(), times());
+        let (mut devices, ends) = plan(&spec, mmds)?;
+        fit(&mut devices, window_size(), &saved.snapshot.guest.release);
+        let saved = Box::new(saved);
+        Ok(Self {
+            spec,
+            started,
+            begin,
+            progress: Progress::new(),
+            devices,
+            ends,
+            host,
+            source: match shell {
+                None => Source::Saved(saved),
+                Some(shell) => Source::Template(saved, Box::new(shell)),
+            },
+        })
+    }
 }
 
 /// A machine that is built and not started, with the host's ends of it.
@@ -272,8 +266,7 @@ pub struct Session {
     runs: bool,
     /// What was going on with bulle's agent in a machine that was saved.
     guest: GuestFacts,
-    /// Where it is saved when its agent waits.
-    save_when_ready: Option<SnapshotCreate>,
+    after: After,
 }
 
 impl Session {
@@ -315,7 +308,7 @@ impl Session {
         };
         let guest = match &source {
             Source::Kernel(..) => GuestFacts::default(),
-            Source::Saved(saved) => saved.snapshot.guest.clone(),
+            Source::Saved(saved) | Source::Template(saved, _) => saved.snapshot.guest.clone(),
         };
         let (vm, saver, runs) = match source {
             Source::Kernel(kernel, initrd) => {
@@ -325,6 +318,12 @@ impl Session {
             Source::Saved(saved) => {
                 let snapshot = &saved.snapshot;
                 let (vm, origin) = Vm::restore(host, snapshot, saved.policy, wiring)?;
+                (vm, Saver::loaded(snapshot, origin), saved.resume)
+            }
+            Source::Template(saved, shell) => {
+                let snapshot = &saved.snapshot;
+                let vm = shell.adopt(snapshot, saved.policy, wiring)?;
+                let origin = ram::origin(&snapshot.layers);
                 (vm, Saver::loaded(snapshot, origin), saved.resume)
             }
         };
@@ -340,7 +339,7 @@ impl Session {
             saver,
             runs,
             guest,
-            save_when_ready: None,
+            after: After::default(),
         })
     }
 
@@ -377,7 +376,7 @@ impl Session {
             saver: _,
             runs,
             guest,
-            save_when_ready,
+            after,
         } = self;
         let agent = agent_link(&spec, guest, (port, ends.agent))?;
         let raw = if agent.as_ref().is_none_or(AgentLink::has_tty) {
@@ -411,7 +410,7 @@ impl Session {
                     .limit(limit, started.elapsed())
                     .map_err(|error| session("the time limit", error))?;
             }
-            begin(&mut foreground, runs.then_some(&vm), save_when_ready, door)?;
+            begin(&mut foreground, runs.then_some(&vm), after, door)?;
             run(foreground)?
         };
         tap.close();
@@ -430,20 +429,22 @@ impl Session {
     }
 }
 
-/// Lets the machine run if `vm` says which, saves it as `save` says when it is ready, and has it found at
-/// `door`.
+/// Lets the machine run if `vm` says which, does what comes `after` that, and has it found at `door`.
 fn begin(
     foreground: &mut Foreground<'_>,
     vm: Option<&Vm>,
-    save: Option<SnapshotCreate>,
+    after: After,
     door: Option<Door>,
 ) -> Result<(), LaunchError> {
     foreground.write_figures();
-    if let Some(create) = save {
+    if let Some(create) = after.save {
         foreground.save_when_ready(create);
     }
     if let Some(vm) = vm {
         vm.start();
+    }
+    if let Some(begun) = after.begun {
+        begun();
     }
     foreground.begun();
     let opened = door.map_or(Ok(()), |door| foreground.open_soon(door));
@@ -506,10 +507,6 @@ fn report(outcome: &Outcome, tap: &ConsoleTap, shown: bool) {
         ));
     }
     tell(outcome);
-}
-
-fn session(what: &'static str, source: io::Error) -> LaunchError {
-    LaunchError::Session { what, source }
 }
 
 fn event() -> Result<EventFd, LaunchError> {

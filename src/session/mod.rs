@@ -7,6 +7,7 @@
 
 mod agent;
 mod agent_port;
+mod clone;
 mod commands;
 mod console;
 mod duplex;
@@ -17,6 +18,7 @@ mod foreground;
 mod hvc;
 mod input;
 mod launch;
+mod launch_error;
 mod managed;
 mod outcome;
 mod output;
@@ -31,11 +33,13 @@ mod terminal;
 mod timer;
 mod token;
 
+pub use clone::become_clone;
 pub use launch::{LaunchError, launch, launch_saved, save_ready};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };
 pub use runtime::Startup;
 pub use serve::{Serve, ServeError, serve};
+pub use snapshots::overrides;
 pub use terminal::restore as restore_terminal;
 pub use terminal::{RawTerminal, end_on_panic, window_size};

@@ -20,12 +20,12 @@ use super::exec::Execs;
 use super::outcome::Outcome;
 use super::readers::{Console, Readers};
 use super::snapshots::Saver;
-use super::{commands, statistics};
+use super::{commands, snapshots, statistics};
 use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
-    Action, ActionError, Event, ExecRequest, Instance, PAUSE_PATIENCE, Reply, Requests,
-    SnapshotCreate, SnapshotType, State, chain, no_balloon,
+    Action, ActionError, Event, ExecRequest, ForkRequest, Instance, PAUSE_PATIENCE, Reply,
+    Requests, SnapshotCreate, SnapshotType, State, chain, no_balloon,
 };
 use crate::snapshot::AgentReady;
 use crate::telemetry::Metrics;
@@ -241,6 +241,7 @@ impl Runtime {
             let result = match &call.action {
                 Action::Exec(request) => self.exec(request, agent.as_deref_mut()),
                 Action::CreateSnapshot(create) => self.save(create, vm, agent.as_deref_mut()),
+                Action::Fork(request) => self.fork(request, vm, agent.as_deref_mut()),
                 action => self.act(action, console),
             };
             call.answer(result);
@@ -375,8 +376,9 @@ impl Runtime {
                 self.flush(vm);
                 Ok(Reply::Done)
             }
-            // As the conversation with the agent is saved too, `serve` has it.
+            // As the conversation with the agent is saved too, `serve` has these.
             Action::CreateSnapshot(create) => self.save(create, vm, None),
+            Action::Fork(request) => self.fork(request, vm, None),
             Action::PutMachine(_)
             | Action::PatchMachine(_)
             | Action::PutBootSource(_)
@@ -476,6 +478,22 @@ impl Runtime {
         })?;
         self.saver.guest.talk = Some(Box::new(talk));
         Ok(())
+    }
+}
+
+impl Runtime {
+    /// Sends what copies are made of to whoever asked; the machine goes on as it was.
+    fn fork(
+        &mut self,
+        request: &ForkRequest,
+        vm: &Vm,
+        agent: Option<&mut AgentLink>,
+    ) -> Result<Reply, ActionError> {
+        let runs = self.instance.state == State::Running;
+        let socket = snapshots::connect(&request.uds_path)?;
+        let pause = self.saver.fork((vm, runs), &self.config, agent, &socket)?;
+        self.latencies.insert("fork", pause);
+        Ok(Reply::Done)
     }
 }
 

@@ -1,21 +1,29 @@
 //! Snapshots of the session's machine, on the vmm thread.
 
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arch::kernel::KernelImage;
 use arch::state::ClockPolicy;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, socket};
 
+use super::agent::AgentLink;
 use crate::config::{Config, HugePages, MemoryBacking, Spec};
 use crate::control::{
-    ActionError, LoadPages, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotType, chain,
+    ActionError, LoadPages, MemoryBackendType, PAUSE_PATIENCE, SnapshotCreate, SnapshotLoad,
+    SnapshotType, chain,
 };
+use crate::sandbox::reaper::Reaper;
 use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
 use crate::snapshot::image::Base;
 use crate::snapshot::ram::{Origin, Part};
 use crate::snapshot::{
     self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Plugged, Request, Snapshot,
-    SnapshotError,
+    SnapshotError, Template,
 };
 use crate::vm::Vm;
 
@@ -37,7 +45,18 @@ impl Saved {
     /// # Errors
     /// [`ActionError::Load`]; nothing is changed.
     pub fn open(load: &SnapshotLoad, present: &Config) -> Result<(Self, Config), ActionError> {
-        let mut snapshot = open(load)?;
+        Self::of(open(load)?, load, present)
+    }
+
+    /// As [`open`](Self::open), of a snapshot that is open.
+    ///
+    /// # Errors
+    /// [`ActionError::Load`]; nothing is changed.
+    pub fn of(
+        mut snapshot: Snapshot,
+        load: &SnapshotLoad,
+        present: &Config,
+    ) -> Result<(Self, Config), ActionError> {
         let mut config = snapshot.config.clone();
         overrides(load).apply(&mut config).map_err(|e| failed(&e))?;
         config.logger.clone_from(&present.logger);
@@ -113,7 +132,8 @@ fn pages(load: &SnapshotLoad, snapshot: &Snapshot) -> Result<HugePages, ActionEr
     }
 }
 
-fn overrides(load: &SnapshotLoad) -> Overrides {
+/// What of the host is to be another, as `load` says.
+pub fn overrides(load: &SnapshotLoad) -> Overrides {
     let networks = load.network_overrides.iter().map(|net| NetworkRebind {
         iface_id: net.iface_id.clone(),
         host_dev_name: net.host_dev_name.clone(),
@@ -172,6 +192,7 @@ pub struct Saver {
     pub base: Option<Base>,
     /// What is known of the guest.
     pub guest: GuestFacts,
+    reaper: Option<Reaper>,
 }
 
 impl Saver {
@@ -193,6 +214,7 @@ impl Saver {
                 agent: None,
                 talk: None,
             },
+            reaper: None,
         }
     }
 
@@ -212,6 +234,7 @@ impl Saver {
                 talk: None,
                 release: snapshot.guest.release.clone(),
             },
+            reaper: None,
         }
     }
 
@@ -309,4 +332,61 @@ impl Saver {
         }
         Ok(())
     }
+
+    /// Sends what copies of the machine `vm`, made of `config`, are made of; says how long it stood
+    /// still, if it runs.
+    ///
+    /// # Errors
+    /// [`ActionError::Fork`]; the machine goes on.
+    pub fn fork(
+        &mut self,
+        (vm, runs): (&Vm, bool),
+        config: &Config,
+        agent: Option<&mut AgentLink>,
+        to: &UnixStream,
+    ) -> Result<Duration, ActionError> {
+        let failed = |error: &dyn std::error::Error| ActionError::Fork { text: chain(error) };
+        let mut guest = self.guest.clone();
+        let facts = || {
+            if let Some(agent) = agent {
+                guest.talk = Some(Box::new(agent.save()?));
+            }
+            Some(guest)
+        };
+        let fork = vm.fork((runs, PAUSE_PATIENCE), config, facts, &mut self.ram);
+        let fork = fork.map_err(|e| failed(&e))?;
+        // What changes is told from here on by other files than those of the last snapshot.
+        self.base = None;
+        log::info!("forked within {:?}", fork.pause);
+        let reaper = match &self.reaper {
+            Some(reaper) => reaper,
+            None => self.reaper.insert(Reaper::new().map_err(|e| failed(&e))?),
+        };
+        reaper.reap(fork.retired);
+        let template = Template::new(fork.snapshot).map_err(|e| failed(&e))?;
+        template.send(to).map_err(|e| failed(&e))?;
+        Ok(fork.pause)
+    }
+}
+
+/// Connects to a socket that somebody listens at, without waiting.
+///
+/// # Errors
+/// [`ActionError::Fork`].
+pub fn connect(path: &Path) -> Result<UnixStream, ActionError> {
+    let connected = || -> nix::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        let address = UnixAddr::new(path)?;
+        socket::connect(socket.as_raw_fd(), &address)?;
+        Ok(socket)
+    };
+    let path = path.display();
+    connected()
+        .map(UnixStream::from)
+        .map_err(|errno| ActionError::Fork {
+            text: format!(
+                "cannot connect to {path}, where what clones are made of was to go: {errno}"
+            ),
+        })
 }

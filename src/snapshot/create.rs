@@ -15,7 +15,8 @@ use super::image::{Base, Image, ImageWriter, MemoryMap, belongs, previous};
 use super::publish::Unpublished;
 use super::ram::{self, Part};
 use super::{
-    CONFIG, GUEST, GuestFacts, Layer, MACHINE, MEMORY, MachineState, ORIGIN, Origin, SnapshotError,
+    CONFIG, FormatError, GUEST, GuestFacts, Layer, MACHINE, MEMORY, MachineState, ORIGIN, Origin,
+    SnapshotError,
 };
 use crate::config::Config;
 use crate::vm::build::random;
@@ -220,16 +221,25 @@ fn write_memory(request: &Request<'_>, id: [u8; 16], file: &fs::File) -> io::Res
     writer.finish(regions, request.base.clone())
 }
 
-fn encode(parts: &Parts<'_>, id: [u8; 16], map: &MemoryMap) -> Result<Vec<u8>, super::FormatError> {
-    let mut writer = Writer::new(id);
+/// Writes the sections of `parts`, and between them what `memory` says of memory.
+pub fn describe(
+    writer: &mut Writer,
+    parts: &Parts<'_>,
+    memory: impl FnOnce(&mut Writer) -> Result<(), FormatError>,
+) -> Result<(), FormatError> {
     let config = serde_json::to_vec(parts.config).map_err(|error| {
         let (name, why) = (CONFIG.name, error.to_string());
-        super::FormatError::Content { name, why }
+        FormatError::Content { name, why }
     })?;
     writer.section(CONFIG, &config);
     writer.value(MACHINE, parts.machine)?;
-    writer.value(MEMORY, map)?;
-    writer.value(GUEST, parts.guest)?;
+    memory(writer)?;
+    writer.value(GUEST, parts.guest)
+}
+
+fn encode(parts: &Parts<'_>, id: [u8; 16], map: &MemoryMap) -> Result<Vec<u8>, FormatError> {
+    let mut writer = Writer::new(id);
+    describe(&mut writer, parts, |writer| writer.value(MEMORY, map))?;
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let kernel = uname().map(|name| name.release().to_string_lossy().into_owned());
     let origin = Origin {

@@ -8,13 +8,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use arch::memory::GuestMemory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::image::{Image, ImageWriter, MemoryMap};
+use super::image::{ImageWriter, MemoryMap};
 use super::ram::{self, Origin, Part, Retired};
 use super::{Layer, Plugged};
 
@@ -216,12 +215,7 @@ fn write(
 }
 
 fn layer(file: File, map: MemoryMap) -> Arc<Layer> {
-    let path = PathBuf::from("memory of the parent");
-    Arc::new(Layer {
-        id: [0; 16],
-        image: Image { file, path },
-        map,
-    })
+    Arc::new(Layer::in_memory(file, map))
 }
 
 /// An empty file in memory, that can be sealed.

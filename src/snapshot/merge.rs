@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use super::create::{Parts, write};
-use super::image::{ImageWriter, MAX_RUN};
+use super::image::{ImageWriter, MAX_RUN, Region};
 use super::ram::copy;
 use super::{Snapshot, SnapshotError};
 
@@ -21,13 +21,22 @@ pub fn merge(snapshot: &Snapshot, state: &Path, memory: &Path) -> Result<(), Sna
     };
     write((state, memory), &parts, |file, id| {
         let mut writer = ImageWriter::new(file, id);
-        let regions = snapshot.layers.first().map(|top| top.map.regions.clone());
-        for piece in pieces(snapshot) {
-            piece.copy(snapshot, &mut writer)?;
-        }
-        writer.finish(regions.unwrap_or_default(), None)
+        let regions = copy_all(snapshot, &mut writer)?;
+        writer.finish(regions, None)
     })?;
     Ok(())
+}
+
+/// Copies all of the memory of `snapshot`, and says where it is.
+pub(super) fn copy_all(
+    snapshot: &Snapshot,
+    writer: &mut ImageWriter<'_>,
+) -> io::Result<Vec<Region>> {
+    for piece in pieces(snapshot) {
+        piece.copy(snapshot, writer)?;
+    }
+    let regions = snapshot.layers.first().map(|top| top.map.regions.clone());
+    Ok(regions.unwrap_or_default())
 }
 
 /// Bytes that come from one layer.

@@ -6,6 +6,7 @@
 
 pub mod background;
 mod create;
+pub mod exclusive;
 pub mod fork;
 pub mod format;
 pub mod gc;
@@ -17,10 +18,12 @@ mod publish;
 pub mod ram;
 mod rebind;
 mod retired;
+pub mod template;
 #[cfg(test)]
 mod tests;
 pub mod uffd;
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +36,7 @@ use self::format::{FormatError, Kind, MAX_FILE, Reader};
 use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
 pub use self::merge::merge;
 pub use self::rebind::{NetworkRebind, Overrides, RebindError};
+pub use self::template::Template;
 use crate::board::BoardState;
 use crate::config::{Config, MAX_VCPUS};
 use crate::guest::client::Talk;
@@ -187,6 +191,18 @@ pub struct Layer {
     pub map: MemoryMap,
 }
 
+impl Layer {
+    /// In a file that has no name.
+    fn in_memory(file: File, map: MemoryMap) -> Self {
+        let path = PathBuf::from("in memory");
+        Self {
+            id: [0; 16],
+            image: Image { file, path },
+            map,
+        }
+    }
+}
+
 /// A snapshot, read and checked.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -315,33 +331,39 @@ fn parts_of(bytes: &[u8], path: &Path) -> Result<Parts, SnapshotError> {
         path: path.to_owned(),
         source,
     })?;
-    let wrong = |why| {
+    if let Some(why) = wrong_vcpus(&parts.config, &parts.machine) {
         let path = path.to_owned();
-        Err(SnapshotError::State { path, why })
-    };
-    let vcpus = &parts.machine.vcpus;
-    if vcpus.len() != usize::from(parts.config.machine_config.vcpu_count)
-        || vcpus.len() > usize::from(MAX_VCPUS)
-    {
-        return wrong("its vCPUs are not those of its configuration");
-    }
-    if !(0..).zip(vcpus).all(|(index, vcpu)| vcpu.index == index) {
-        return wrong("its vCPUs are not in order");
+        return Err(SnapshotError::State { path, why });
     }
     parts.memory.check()?;
     Ok(parts)
 }
 
+/// What is wrong with the vCPUs of a state, if anything is.
+fn wrong_vcpus(config: &Config, machine: &MachineState) -> Option<&'static str> {
+    let vcpus = &machine.vcpus;
+    if vcpus.len() != usize::from(config.machine_config.vcpu_count)
+        || vcpus.len() > usize::from(MAX_VCPUS)
+    {
+        return Some("its vCPUs are not those of its configuration");
+    }
+    let in_order = (0..).zip(vcpus).all(|(index, vcpu)| vcpu.index == index);
+    (!in_order).then_some("its vCPUs are not in order")
+}
+
+fn parse_config(reader: &Reader<'_>) -> Result<Config, FormatError> {
+    serde_json::from_slice(reader.get(CONFIG)?).map_err(|error| {
+        let (name, why) = (CONFIG.name, error.to_string());
+        FormatError::Content { name, why }
+    })
+}
+
 fn parse(bytes: &[u8]) -> Result<Parts, FormatError> {
     let reader = Reader::new(bytes)?;
     reader.only_knows(&KNOWN)?;
-    let config = serde_json::from_slice(reader.get(CONFIG)?).map_err(|error| {
-        let (name, why) = (CONFIG.name, error.to_string());
-        FormatError::Content { name, why }
-    })?;
     Ok(Parts {
         id: reader.id(),
-        config,
+        config: parse_config(&reader)?,
         machine: reader.value(MACHINE)?,
         memory: reader.value(MEMORY)?,
         guest: reader.value(GUEST)?,

@@ -30,6 +30,9 @@ pub enum VmForkError {
          huge_pages, or with transparent ones"
     )]
     HugePages,
+    /// A guest that is ending.
+    #[error("the guest's command has just ended")]
+    Ending,
     /// Random numbers.
     #[error("cannot get random numbers for the fork's id")]
     Random(#[source] io::Error),
@@ -48,17 +51,18 @@ pub struct Fork {
 
 impl Vm {
     /// Forks the machine, which was made of `config` and whose RAM is `ram`, and has it go on, if it
-    /// `runs`. Nothing is written to a disk, and nothing but new sockets and disks of their own keeps
-    /// clones from running beside it.
+    /// `runs`: it parks within `patience`. `facts` says what is known of the guest once all is at rest.
+    /// Nothing is written to a disk, and nothing but new sockets and disks of their own keeps clones
+    /// from running beside it.
     ///
     /// # Errors
     /// [`VmForkError`]; the machine goes on.
     pub fn fork(
         &self,
-        runs: bool,
-        (config, guest): (&Config, &GuestFacts),
+        (runs, patience): (bool, Duration),
+        config: &Config,
+        facts: impl FnOnce() -> Option<GuestFacts>,
         ram: &mut Ram,
-        patience: Duration,
     ) -> Result<Fork, VmForkError> {
         if config.machine_config.huge_pages.reserved_mib().is_some() {
             return Err(VmForkError::HugePages);
@@ -71,15 +75,16 @@ impl Vm {
         };
         let frozen = stopped.map_err(VmForkError::from).and_then(|()| {
             let machine = self.save()?;
+            let guest = facts().ok_or(VmForkError::Ending)?;
             self.rebased();
             let frozen = Frozen::new(self.memory(), &self.plugged(), ram)?;
-            Ok((machine, frozen))
+            Ok((machine, guest, frozen))
         });
         if runs {
             self.start();
         }
         let pause = begin.elapsed();
-        let (machine, frozen) = frozen?;
+        let (machine, guest, frozen) = frozen?;
         let (layers, own, retired) = frozen.finish();
         *ram = own;
         let snapshot = Snapshot {
@@ -87,7 +92,7 @@ impl Vm {
             path: PathBuf::new(),
             config: config.clone(),
             machine: Arc::new(machine),
-            guest: guest.clone(),
+            guest,
             layers,
             handler: None,
             origin: None,

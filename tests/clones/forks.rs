@@ -57,8 +57,9 @@ impl Parent {
     }
 
     fn fork(&mut self) -> Fork {
-        let facts = (self.spec.config(), &GuestFacts::default());
-        self.vm.fork(true, facts, &mut self.ram, PATIENCE).unwrap()
+        let (config, facts) = (self.spec.config(), || Some(GuestFacts::default()));
+        let fork = self.vm.fork((true, PATIENCE), config, facts, &mut self.ram);
+        fork.unwrap()
     }
 
     fn child(&self, snapshot: &Snapshot) -> (Vm, Output) {

@@ -8,6 +8,7 @@ mod common;
 mod forks;
 #[path = "../common/machine.rs"]
 mod machine;
+mod processes;
 mod resets;
 
 use std::path::Path;

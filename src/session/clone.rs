@@ -1,0 +1,89 @@
+//! The process that becomes a clone: `bulle shell`, which a pool starts.
+//!
+//! It has its template before it makes the machine that waits, and what it is to become, the host's side of
+//! it, only with the order. All of KVM is open by then.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use devices::mmds::Mmds;
+
+use super::launch::{After, LaunchError, Prepared, block_signals, give_command, launch_with};
+use super::launch_error::session;
+use super::snapshots::Saved;
+use crate::config::{Config, Console};
+use crate::control::{chain, startable};
+use crate::pool::{Order, Word, receive, send};
+use crate::registry::Place;
+use crate::snapshot::{Snapshot, template};
+use crate::vm::limits::allow_most_open_files;
+use crate::vm::{Host, Shell};
+
+/// Becomes what is ordered at the other end of `socket`, runs it to its end and returns the exit code.
+///
+/// # Errors
+/// As of a launch; told at the other end too, while it listens.
+pub fn become_clone(socket: OwnedFd, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
+    let socket = UnixStream::from(socket);
+    let told = socket.try_clone();
+    let told = told.map_err(|error| session("the pool's socket", error))?;
+    let result = wait(socket, mmds);
+    if let Err(error) = &result {
+        // The pool may be gone, or not listen any more.
+        let _ = send(&told, &Word::Failed(chain(error)));
+    }
+    result
+}
+
+fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
+    let talk = |error| session("the pool's socket", error);
+    let snapshot = template::receive(&socket)?;
+    // Before the vCPUs' threads are made.
+    let _signals = block_signals()?;
+    allow_most_open_files();
+    let host = Host::open(&startable(&snapshot.config)?, 0)?;
+    let shell = has_no_memory_of_devices(&snapshot)
+        .then(|| Shell::new(host.clone(), &snapshot))
+        .transpose()?;
+    send(&socket, &Word::Ready).map_err(talk)?;
+    let Some(order) = receive::<Order>(&socket).map_err(talk)? else {
+        return Ok(0);
+    };
+    let (saved, mut config) = Saved::of(snapshot, &order.load, &Config::new("".into()))?;
+    own_output(&mut config);
+    give_command(&mut config, &saved, order.command)?;
+    let spec = startable(&config)?;
+    let name = order.name;
+    let place = order.base.map(|base| Place { base, name });
+    let begun = Box::new(move || {
+        if let Err(error) = send(&socket, &Word::Begun) {
+            log::debug!("nobody is told of the start: {error}");
+        }
+    });
+    let after = After {
+        save: None,
+        begun: Some(begun),
+    };
+    launch_with(spec, mmds, place, after, |spec| {
+        Prepared::adopt(spec, saved, (host, shell), mmds)
+    })
+}
+
+/// Files and ports of the host that the template's machine has are not for its clones, and need not be named.
+fn own_output(config: &mut Config) {
+    config.serial = None;
+    config.console = match config.console.take() {
+        Some(Console::File(_)) => Some(Console::Off),
+        Some(Console::Hvc0File(_)) => Some(Console::Hvc0),
+        console => console,
+    };
+    for net in &mut config.network_interfaces {
+        net.publish.clear();
+    }
+}
+
+/// A shell's slots are those of RAM.
+fn has_no_memory_of_devices(snapshot: &Snapshot) -> bool {
+    snapshot.config.pmem.is_empty() && snapshot.config.memory_hotplug.is_none()
+}

@@ -1,0 +1,208 @@
+//! `bulle clone` and `bulle fork`: each clone a process of its own, found by its name.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::alone;
+use crate::common::{Bulle, Input, Outcome, Running};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A directory of microVMs, which end with it.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn start(&self, command: &mut Command) -> Running {
+        let command = std::mem::replace(command, Command::new("true"));
+        let mut command = command;
+        command.env("BULLE_RUNTIME_DIR", self.0.path());
+        Running::start(command, Input::Null, PATIENCE)
+    }
+
+    /// Runs one of the commands.
+    fn bulle(&self, words: &[&str]) -> Outcome {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+        self.start(command.args(words)).finish()
+    }
+
+    /// A guest that writes a line for each step of a sequence that began with a random number.
+    fn parent(&self, more: &[&str]) -> Running {
+        let bulle = Bulle::payload("carry_on").args(["--name", "parent", "--memory", "64M"]);
+        let bulle = bulle.arg("--runtime-dir").arg(self.0.path());
+        bulle.args(more).input(Input::Open).start().wait_for("tick")
+    }
+
+    fn names(&self) -> BTreeSet<String> {
+        let listed = self.bulle(&["ps", "--json"]).exits(0).stdout;
+        let listed: Vec<Value> = serde_json::from_str(&listed).unwrap();
+        let names = listed.iter().map(|vm| vm["name"].as_str().unwrap());
+        names.map(str::to_owned).collect()
+    }
+
+    /// Whole lines of a microVM's console, once there are some.
+    #[track_caller]
+    fn lines(&self, name: &str) -> Vec<String> {
+        let begin = Instant::now();
+        loop {
+            let log = self.bulle(&["logs", name]).exits(0).stdout;
+            let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            let lines: Vec<_> = whole.lines().map(str::to_owned).collect();
+            // The first may be the end of one that began before.
+            if lines.len() > 3 {
+                return lines[1..].to_vec();
+            }
+            assert!(begin.elapsed() < PATIENCE, "{name} says nothing: {log:?}");
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        for name in self.names() {
+            self.bulle(&["kill", &name]);
+        }
+    }
+}
+
+/// Checks that all of `lines` come to be said by `parent` too, which goes on as if nothing had been.
+#[track_caller]
+fn follows(parent: &mut Running, said: &mut String, lines: &[String]) {
+    let begin = Instant::now();
+    while !said.contains(lines.last().unwrap()) {
+        said.push_str(&parent.more_output());
+        assert!(begin.elapsed() < PATIENCE, "{lines:?} is not in {said}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(
+        said.contains(&lines.join("\n")),
+        "{lines:?} is not in {said}"
+    );
+    assert!(!said.contains("LOST"), "{said}");
+}
+
+#[test]
+fn a_guest_that_runs_is_forked_again_and_again() {
+    let _alone = alone();
+    for backing in ["memfd", "anonymous"] {
+        let place = Place::new();
+        let mut parent = place.parent(&["--memory-backing", backing]);
+        let mut said = String::new();
+        for round in 0..2 {
+            let prefix = format!("kid{round}");
+            let fork = ["fork", "parent", "--count", "3", "--name", &prefix];
+            let names = place.bulle(&fork).exits(0).stdout;
+            assert_eq!(names, format!("{prefix}-1\n{prefix}-2\n{prefix}-3\n"));
+            for name in names.lines() {
+                let lines = place.lines(name);
+                assert!(!lines.join("\n").contains("LOST"), "{lines:?}");
+                follows(&mut parent, &mut said, &lines);
+            }
+        }
+        assert_eq!(place.names().len(), 7);
+        place.bulle(&["kill", "parent"]).exits(0);
+        // Its memory is its children's for as long as one lives.
+        let before = place.lines("kid1-3").len();
+        let begin = Instant::now();
+        while place.lines("kid1-3").len() == before {
+            assert!(begin.elapsed() < PATIENCE);
+        }
+    }
+}
+
+#[test]
+fn a_child_is_forked_and_a_paused_parent_stays_paused() {
+    let _alone = alone();
+    let place = Place::new();
+    let _parent = place.parent(&["--memory-backing", "memfd"]);
+    place.bulle(&["fork", "parent", "--name", "a"]).exits(0);
+    place.bulle(&["fork", "a", "--name", "b"]).exits(0);
+    place.bulle(&["pause", "parent"]).exits(0);
+    place
+        .bulle(&["fork", "parent", "--name", "c", "--paused"])
+        .exits(0);
+    let listed = place.bulle(&["ps", "--json"]).exits(0).stdout;
+    let listed: Vec<Value> = serde_json::from_str(&listed).unwrap();
+    let state = |name: &str| {
+        let vm = listed.iter().find(|vm| vm["name"] == name).unwrap();
+        vm["state"].as_str().unwrap()
+    };
+    assert_eq!(
+        ["parent", "a", "b", "c"].map(state),
+        ["paused", "running", "running", "paused"]
+    );
+    place.lines("b");
+}
+
+#[test]
+fn clones_of_a_snapshot_are_processes_with_names() {
+    let _alone = alone();
+    let place = Place::new();
+    let mut parent = place.parent(&[]);
+    let saved = place.path("saved");
+    place
+        .bulle(&["snapshot", "create", "parent", &saved])
+        .exits(0);
+    let mut said = String::new();
+    for more in [&[][..], &["--in-memory"]] {
+        let clone = [&["clone", &saved, "--count", "4"], more].concat();
+        let names = place.bulle(&clone).exits(0).stdout;
+        if !more.is_empty() {
+            // From here on nobody has them.
+            std::fs::remove_dir_all(Path::new(&saved)).unwrap();
+        }
+        assert_eq!(names.lines().count(), 4);
+        let mut first = BTreeSet::new();
+        for name in names.lines() {
+            let lines = place.lines(name);
+            first.insert(lines[0].clone());
+            follows(&mut parent, &mut said, &lines);
+        }
+        assert_eq!(first.len(), 1, "all begin where it was saved");
+    }
+    assert_eq!(place.names().len(), 9);
+}
+
+#[test]
+fn what_cannot_be_cloned_says_why() {
+    let _alone = alone();
+    let place = Place::new();
+    let disk = place.path("disk");
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let drive = format!("path={disk},id=d");
+    let _parent = place.parent(&["--disk", &drive]);
+    let fork = ["fork", "parent", "--count", "2", "--name", "kid"];
+    let refused = place.bulle(&fork).exits(125);
+    refused
+        .complains("drive 'd' of the parent and clone 1")
+        .complains("--drive");
+    for number in 1..=2 {
+        std::fs::copy(&disk, format!("{disk}-{number}")).unwrap();
+    }
+    let drive = format!("d={disk}-%n");
+    let again = [&fork[..], &["--drive", &drive]].concat();
+    place.bulle(&again).exits(0);
+    // The names are theirs now: a third of that name is refused, a fourth is not.
+    let taken = place.bulle(&again).exits(125);
+    taken.complains("kid-1' runs already");
+    let missing = place.bulle(&["fork", "parent", "--drive", "x=/nowhere"]);
+    missing.exits(125).complains("no drive 'x'");
+    place
+        .bulle(&["fork", "nobody"])
+        .exits(125)
+        .complains("'nobody'");
+    place.bulle(&["clone", &place.path("nothing")]).exits(125);
+    assert_eq!(place.names().len(), 3);
+}
