@@ -23,6 +23,8 @@ mod ready;
 mod served;
 mod shares;
 mod snapshot;
+#[path = "../common/state_file.rs"]
+mod state_file;
 mod vsock;
 mod watchdog;
 

@@ -5,20 +5,18 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use bulle::snapshot::format::{Kind, Reader, Writer};
 use ciborium::Value;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::saved::{Files, machine, save, try_load};
 use crate::served::Served;
+use crate::state_file;
 
 /// Lies told of each section.
 const LIES: usize = 300;
 /// Exit codes of a process that ended by its own fault: a panic, SIGILL, SIGABRT, SIGBUS, SIGSEGV.
 const FAULTS: [i32; 5] = [101, 132, 134, 135, 139];
-/// The sections, in the order of the file.
-const SECTIONS: [&str; 5] = ["config", "machine", "memory", "guest", "origin"];
 
 /// A guest with a device of each kind, whose files are in `dir`.
 fn saved(dir: &Path) -> Files {
@@ -108,21 +106,6 @@ fn lie(value: &mut Value, which: usize) {
     }
 }
 
-/// The file with another payload of one section, which has the checksums of a file that is whole.
-fn with(good: &[u8], section: &'static str, payload: &[u8]) -> Vec<u8> {
-    let reader = Reader::new(good).unwrap();
-    let mut writer = Writer::new(reader.id());
-    for name in SECTIONS {
-        let kind = match name {
-            "origin" => Kind::optional(name, 1),
-            _ => Kind::mandatory(name, 1),
-        };
-        let whole = reader.get(kind).unwrap();
-        writer.section(kind, if name == section { payload } else { whole });
-    }
-    writer.finish()
-}
-
 /// Lies told, and how many of them were believed.
 #[derive(Debug, Default)]
 struct Told {
@@ -157,7 +140,6 @@ fn whatever_a_section_says_the_process_lives() {
     let dir = tempfile::tempdir().unwrap();
     let truth = saved(dir.path());
     let good = fs::read(&truth.state).unwrap();
-    let reader = Reader::new(&good).unwrap();
     let files = Files {
         state: dir.path().join("lie"),
         ..truth.clone()
@@ -165,16 +147,14 @@ fn whatever_a_section_says_the_process_lives() {
     let mut told = Told::default();
     let mut loader = Served::new();
     for section in ["machine", "memory", "guest"] {
-        let value: Value = reader.value(Kind::mandatory(section, 1)).unwrap();
+        let value = state_file::section(&good, section);
         let mut ways = Vec::new();
         nodes(&value, &mut Vec::new(), &mut ways);
         for (index, way) in (0..LIES / 3).zip(ways.iter().cycle()) {
             let mut lying = value.clone();
             lie(at(&mut lying, way), index / ways.len() + index);
-            let mut payload = Vec::new();
-            ciborium::into_writer(&lying, &mut payload).unwrap();
             let what = format!("{section} {way:?}");
-            let bytes = with(&good, section, &payload);
+            let bytes = state_file::with(&good, section, &lying);
             loader = tell(loader, &files, &bytes, &what, &mut told);
         }
     }

@@ -20,4 +20,6 @@ mod rebind;
 mod saved;
 #[path = "../api/served.rs"]
 mod served;
+#[path = "../common/state_file.rs"]
+mod state_file;
 mod uffd;

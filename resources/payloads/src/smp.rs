@@ -81,6 +81,13 @@ pub struct Record {
 
 unsafe extern "C" {
     static boot_cpuid: [[u32; 6]; 5];
+    static boot_xcr0: u32;
+}
+
+/// Whether the boot processor has AVX switched on.
+pub fn boot_avx() -> bool {
+    // SAFETY: written before Rust started, never after.
+    unsafe { boot_xcr0 & 4 != 0 }
 }
 
 /// EAX, EBX, ECX, EDX of a leaf that the boot code read in kernel mode: 0, 1, 0x4000_0000, and the

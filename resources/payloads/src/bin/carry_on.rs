@@ -9,6 +9,7 @@
 use core::arch::asm;
 
 use payloads::random::Random;
+use payloads::smp::boot_avx;
 use payloads::virtio::devices;
 use payloads::virtio::disk::{Disk, ID, IN, OUT};
 use payloads::{io, println, start::StartInfo, tsc};
@@ -27,7 +28,8 @@ const SECTORS: u64 = LEN as u64 / 512;
 /// How long registers are held, in turns of the loop.
 const TURNS: u64 = 200_000;
 
-/// What registers hold: eight doubles for the x87 stack, sixteen vectors, eight integers.
+/// What registers hold: eight doubles for the x87 stack, sixteen vectors and, with AVX, their upper halves,
+/// eight integers.
 #[repr(C, align(16))]
 #[derive(PartialEq, Eq)]
 struct Registers {
@@ -35,10 +37,11 @@ struct Registers {
     xmm: [u64; 32],
     integers: [u64; 8],
     mxcsr: u32,
+    upper: [u64; 32],
 }
 
 impl Registers {
-    fn of(seed: u64) -> Self {
+    fn of(seed: u64, avx: bool) -> Self {
         let mut random = Random::new(seed);
         Self {
             // Between 1 and 2: loading and storing changes no bit.
@@ -47,16 +50,18 @@ impl Registers {
             integers: core::array::from_fn(|_| random.u64()),
             // Rounding as it is never set otherwise.
             mxcsr: 0x1f80 | ((1 + seed as u32 % 3) << 13),
+            upper: core::array::from_fn(|_| if avx { random.u64() } else { 0 }),
         }
     }
 
     /// Puts them into registers, spends `turns` there, and takes them out again.
-    fn held(&self, turns: u64) -> Self {
+    fn held(&self, turns: u64, avx: bool) -> Self {
         let mut after = Self {
             x87: [0; 8],
             xmm: [0; 32],
             integers: [0; 8],
             mxcsr: 0,
+            upper: [0; 32],
         };
         let usual: u32 = 0x1f80;
         let (from, to) = (self as *const Self, &mut after as *mut Self);
@@ -71,6 +76,12 @@ impl Registers {
                 ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
                 "movups xmm\\i, [rsi + 64 + 16 * \\i]",
                 ".endr",
+                "test rax, rax",
+                "jz 3f",
+                ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+                "vinsertf128 ymm\\i, ymm\\i, [rsi + 392 + 16 * \\i], 1",
+                ".endr",
+                "3:",
                 ".irp i, 8, 9, 10, 11, 12, 13, 14, 15",
                 "mov r\\i, [rsi + 256 + 8 * \\i]",
                 ".endr",
@@ -86,12 +97,20 @@ impl Registers {
                 ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
                 "movups [rdi + 64 + 16 * \\i], xmm\\i",
                 ".endr",
+                "test rax, rax",
+                "jz 4f",
+                ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+                "vextractf128 [rdi + 392 + 16 * \\i], ymm\\i, 1",
+                ".endr",
+                "vzeroupper",
+                "4:",
                 ".irp i, 7, 6, 5, 4, 3, 2, 1, 0",
                 "fstp qword ptr [rdi + 8 * \\i]",
                 ".endr",
                 in("rsi") from,
                 in("rdi") to,
                 in("rdx") &usual,
+                inout("rax") u64::from(avx) => _,
                 inout("rcx") turns => _,
                 out("r12") _,
                 out("r13") _,
@@ -190,13 +209,14 @@ fn main(info: &StartInfo) -> u8 {
     let mut disk = device
         .filter(|_| number("disk").is_some())
         .and_then(|device| Disk::start(device, RINGS));
+    let avx = boot_avx();
     let nonce = tsc::now();
     println!("nonce {nonce}");
     let mut slices = Slices::new(nonce, number("slices").unwrap_or(SLICES));
     let (mut before, mut value) = (0, nonce);
     for tick in 0..number("ticks").unwrap_or(u64::MAX) {
-        let registers = Registers::of(value);
-        let good = registers.held(TURNS) == registers;
+        let registers = Registers::of(value, avx);
+        let good = registers.held(TURNS, avx) == registers;
         if !good {
             println!("LOST registers");
             return 1;

@@ -48,7 +48,19 @@ pvh_start:
     add $24, %edi
     cmp $boot_cpuid_end, %edi
     jb 2b
-    mov %ebp, %edi
+    mov boot_cpuid + 24 + 16, %eax  // leaf 1, ECX
+    and $0x14000000, %eax           // AVX and XSAVE
+    cmp $0x14000000, %eax
+    jne 3f
+    mov %cr4, %rax
+    or $0x40000, %eax               // OSXSAVE
+    mov %rax, %cr4
+    xor %ecx, %ecx
+    xor %edx, %edx
+    mov $7, %eax                    // x87, SSE, AVX
+    xsetbv
+    mov %eax, boot_xcr0
+3:  mov %ebp, %edi
     pushq $0x23
     pushq $stack_top - 8
     pushq $0x3002                   // RFLAGS: I/O privilege level 3
@@ -82,6 +94,9 @@ boot_cpuid:                         // leaf, level; then EAX, EBX, ECX, EDX
     .long 0xb, 0, 0, 0, 0, 0
     .long 0xb, 1, 0, 0, 0, 0
 boot_cpuid_end:
+.global boot_xcr0
+boot_xcr0:                          // XCR0, where it was set
+    .long 0
     .balign 4096
 .global pml4
 pml4:
