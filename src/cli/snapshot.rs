@@ -105,6 +105,9 @@ struct RestoreArgs {
     /// Firecracker's page fault handlers do
     #[arg(long, value_name = "SOCKET")]
     uffd: Option<PathBuf>,
+    /// When it ends, note which memory it touched: later restores bring that early
+    #[arg(long, conflicts_with = "uffd")]
+    record: bool,
     #[command(flatten)]
     rebind: RebindArgs,
     #[command(flatten)]
@@ -241,6 +244,7 @@ fn restore(args: RestoreArgs) -> Result<u8> {
             backend_path: socket,
         });
     }
+    load.record_working_set = args.record;
     let place = args.runtime.place(args.name);
     let mmds = metadata::read(None, DEFAULT_LIMIT)?;
     Ok(session::launch_saved(&load, args.command, &mmds, place)?)

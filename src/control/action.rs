@@ -265,6 +265,10 @@ pub struct SnapshotLoad {
     pub clock_realtime: bool,
     /// Page size of its memory on the host.
     pub huge_pages: Option<LoadPages>,
+    /// When it ends, which pages it touched is written beside the memory file, and the next load has them
+    /// brought early. bulle's own.
+    #[serde(default)]
+    pub record_working_set: bool,
 }
 
 impl SnapshotLoad {
@@ -284,6 +288,7 @@ impl SnapshotLoad {
             share_overrides: Vec::new(),
             clock_realtime: true,
             huge_pages: None,
+            record_working_set: false,
         }
     }
 }

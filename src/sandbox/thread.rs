@@ -18,6 +18,8 @@ pub enum Role {
     Reaper,
     /// Watches the process that brings guest memory.
     Pager,
+    /// Brings guest memory that is going to be used.
+    Prefetch,
 }
 
 impl Role {
@@ -28,6 +30,7 @@ impl Role {
             Self::Api => "api".to_string(),
             Self::Reaper => "reaper".to_string(),
             Self::Pager => "pager".to_string(),
+            Self::Prefetch => "prefetch".to_string(),
         }
     }
 }

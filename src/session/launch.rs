@@ -32,6 +32,7 @@ use super::runtime::{FigureParts, Runtime, Startup, has_command};
 use super::signals::Signals;
 use super::snapshots::{Saved, Saver};
 use super::terminal::{RawTerminal, window_size};
+use super::touched::Touched;
 use crate::board::plan::{ConsoleEnds, Plan, fit, limits, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{Config, Console, RateLimiter, Spec};
@@ -262,6 +263,7 @@ pub struct Session {
     port: Arc<AgentPort>,
     events: GuestEvents,
     saver: Saver,
+    touched: Touched,
     /// Whether it runs at once.
     runs: bool,
     /// What was going on with bulle's agent in a machine that was saved.
@@ -310,6 +312,7 @@ impl Session {
             Source::Kernel(..) => GuestFacts::default(),
             Source::Saved(saved) | Source::Template(saved, _) => saved.snapshot.guest.clone(),
         };
+        let mut touched = Touched::Ignored;
         let (vm, saver, runs) = match source {
             Source::Kernel(kernel, initrd) => {
                 let vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
@@ -318,6 +321,7 @@ impl Session {
             Source::Saved(saved) => {
                 let snapshot = &saved.snapshot;
                 let (vm, origin) = Vm::restore(host, snapshot, saved.policy, wiring)?;
+                touched = Touched::of(snapshot, &vm, saved.record);
                 (vm, Saver::loaded(snapshot, origin), saved.resume)
             }
             Source::Template(saved, shell) => {
@@ -337,6 +341,7 @@ impl Session {
             port,
             events,
             saver,
+            touched,
             runs,
             guest,
             after: After::default(),
@@ -374,6 +379,7 @@ impl Session {
             port,
             events,
             saver: _,
+            touched,
             runs,
             guest,
             after,
@@ -415,6 +421,7 @@ impl Session {
         };
         tap.close();
         vm.stop();
+        touched.finish(&vm);
         vm.board().log_unclaimed();
         vm.board().devices.log_memory();
         let lost = write_rest(rest, &outcome);

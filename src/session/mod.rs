@@ -32,6 +32,7 @@ mod statistics;
 mod terminal;
 mod timer;
 mod token;
+mod touched;
 
 pub use clone::become_clone;
 pub use launch::{LaunchError, launch, launch_saved, save_ready};

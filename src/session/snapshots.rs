@@ -36,6 +36,8 @@ pub struct Saved {
     pub policy: ClockPolicy,
     /// Whether the machine runs at once.
     pub resume: bool,
+    /// Whether what it touches is recorded when it ends.
+    pub record: bool,
 }
 
 impl Saved {
@@ -85,6 +87,7 @@ impl Saved {
             snapshot,
             policy,
             resume: load.resume_vm,
+            record: load.record_working_set,
         };
         Ok((saved, config))
     }
@@ -97,6 +100,12 @@ fn open(load: &SnapshotLoad) -> Result<Snapshot, ActionError> {
         (Some(backend), _) => match backend.backend_type {
             MemoryBackendType::File => &backend.backend_path,
             MemoryBackendType::Uffd => {
+                if load.record_working_set {
+                    return Err(ActionError::Load {
+                        text: "a page fault handler knows the working set itself: leave out record_working_set"
+                            .to_owned(),
+                    });
+                }
                 let snapshot = Snapshot::open_state(state, &backend.backend_path);
                 let snapshot = snapshot.map_err(|e| failed(&e))?;
                 return match snapshot.config.memory_hotplug {

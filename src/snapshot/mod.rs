@@ -22,6 +22,7 @@ pub mod template;
 #[cfg(test)]
 mod tests;
 pub mod uffd;
+pub mod working_set;
 
 use std::fs::File;
 use std::io::{self, Read};

@@ -23,3 +23,4 @@ mod served;
 #[path = "../common/state_file.rs"]
 mod state_file;
 mod uffd;
+mod working_set;

@@ -1,0 +1,81 @@
+//! The working set of a machine that is loaded: brought early, or recorded at its end. On the vmm thread.
+
+use std::path::PathBuf;
+
+use crate::control::chain;
+use crate::snapshot::Snapshot;
+use crate::snapshot::working_set::{self, Prefetch, WorkingSet};
+use crate::telemetry::tell;
+use crate::vm::Vm;
+
+/// What is done about it.
+#[derive(Debug, Default)]
+pub enum Touched {
+    /// Nothing.
+    #[default]
+    Ignored,
+    /// It is being brought.
+    Brought {
+        /// The thread that does it, until this is dropped.
+        _prefetch: Prefetch,
+    },
+    /// It is recorded when the machine ends.
+    Recorded {
+        /// Where to.
+        path: PathBuf,
+        /// Of which snapshot.
+        id: [u8; 16],
+    },
+}
+
+impl Touched {
+    /// For `vm`, made of `snapshot`, and not started. One that cannot be brought is no error: the guest gets its
+    /// pages when it needs them.
+    pub fn of(snapshot: &Snapshot, vm: &Vm, record: bool) -> Self {
+        let Some(top) = snapshot.layers.first() else {
+            return Self::Ignored;
+        };
+        let path = working_set::path(&top.image.path);
+        let id = snapshot.id;
+        if record {
+            return Self::Recorded { path, id };
+        }
+        let set = match WorkingSet::open(&path, id) {
+            Ok(Some(set)) => set,
+            Ok(None) => return Self::Ignored,
+            Err(error) => {
+                log::warn!("the snapshot's working set is not used: {}", chain(&error));
+                return Self::Ignored;
+            }
+        };
+        log::debug!("a working set of {} KiB is brought", set.len() >> 10);
+        match set.prefetch(vm.memory().clone()) {
+            Ok(prefetch) => Self::Brought {
+                _prefetch: prefetch,
+            },
+            Err(error) => {
+                log::warn!(
+                    "the snapshot's working set is not brought: {}",
+                    chain(&error)
+                );
+                Self::Ignored
+            }
+        }
+    }
+
+    /// The machine `vm` has ended, and still has its memory.
+    pub fn finish(self, vm: &Vm) {
+        let Self::Recorded { path, id } = self else {
+            return;
+        };
+        let set = match WorkingSet::of(vm.memory()) {
+            Ok(set) => set,
+            Err(error) => {
+                return tell(format_args!("the working set cannot be told: {error}"));
+            }
+        };
+        if let Err(error) = set.save(&path, id) {
+            tell(chain(&error));
+        }
+    }
+}
