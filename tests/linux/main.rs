@@ -146,26 +146,6 @@ fn exit_code_zero() {
 }
 
 #[test]
-fn a_command_that_is_missing_is_127() {
-    let outcome = linux("cloud-amd64").command(["no-such-command"]).outcome();
-    outcome.exits(127).complains("no-such-command");
-}
-
-#[test]
-fn a_command_that_cannot_run_is_126() {
-    linux("cloud-amd64")
-        .command(["/proc/version"])
-        .outcome()
-        .exits(126)
-        .complains("/proc/version");
-}
-
-#[test]
-fn a_command_killed_by_a_signal_is_128_and_more() {
-    shell("cloud-amd64", &[], "kill -9 $$").exits(137);
-}
-
-#[test]
 fn amd64_panic() {
     let script = "echo before; echo c > /proc/sysrq-trigger; sleep 100";
     let outcome = shell("amd64", &[], script).exits(121).prints("before\n");
@@ -192,24 +172,6 @@ fn timeout() {
         .exits(124)
         .prints("started\n");
     outcome.within(Duration::from_secs(45));
-}
-
-#[test]
-fn a_guest_that_switches_itself_off_is_0() {
-    let outcome = shell("cloud-amd64", &[], "poweroff -f; sleep 100").exits(0);
-    outcome.within(Duration::from_secs(90));
-}
-
-#[test]
-fn a_guest_that_halts_ends_too() {
-    let outcome = shell("cloud-amd64", &[], "halt; sleep 100").exits(0);
-    outcome.within(Duration::from_secs(90));
-}
-
-#[test]
-fn a_reboot_loses_the_status() {
-    let outcome = shell("cloud-amd64", &[], "reboot -f; sleep 100").exits(123);
-    outcome.within(Duration::from_secs(90));
 }
 
 #[test]

@@ -7,11 +7,27 @@ use std::time::{Duration, SystemTime};
 use crate::common::{Input, Outcome, Running};
 use crate::linux;
 
-fn restore(dir: &Path, script: &str, input: Input) -> Outcome {
+fn restore(dir: &Path, words: &[&str], input: Input) -> Outcome {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
     command.args(["snapshot", "restore"]).arg(dir);
-    command.args(["--", "sh", "-c", script]);
+    command.arg("--").args(words);
     Running::start(command, input, Duration::from_secs(280)).finish()
+}
+
+/// All ways in which a command ends that is not simply done.
+fn ends(dir: &Path) {
+    let run = |words: &[&str]| restore(dir, words, Input::Null);
+    let shell = |script: &str| run(&["sh", "-c", script]).within(Duration::from_secs(90));
+    run(&["no-such-command"])
+        .exits(127)
+        .complains("no-such-command");
+    run(&["/proc/version"])
+        .exits(126)
+        .complains("/proc/version");
+    shell("kill -9 $$").exits(137);
+    shell("poweroff -f; sleep 100").exits(0);
+    shell("halt; sleep 100").exits(0);
+    shell("reboot -f; sleep 100").exits(123);
 }
 
 #[test]
@@ -26,7 +42,8 @@ fn a_guest_that_waits_takes_another_command_in_each_process() {
     let mut seen = std::collections::BTreeSet::new();
     for code in [0, 37] {
         let script = format!("head -c 32 /dev/urandom | md5sum; nproc; date +%s; cat; exit {code}");
-        let outcome = restore(&dir, &script, Input::Bytes(b"typed\n".to_vec())).exits(code);
+        let typed = Input::Bytes(b"typed\n".to_vec());
+        let outcome = restore(&dir, &["sh", "-c", &script], typed).exits(code);
         let lines: Vec<_> = outcome.stdout.lines().collect();
         let [random, processors, clock, typed] = lines[..] else {
             panic!("{outcome:?}");
@@ -42,6 +59,7 @@ fn a_guest_that_waits_takes_another_command_in_each_process() {
         let behind = now.as_secs() as i64 - clock.parse::<i64>().unwrap();
         assert!((-2..60).contains(&behind), "the clock is {behind} s behind");
     }
+    ends(&dir);
 }
 
 /// A guest's command, whose input and output go to one process after the other; with its own runtime
