@@ -8,6 +8,7 @@
 //! in `devices`; neither knows this crate. Threads are made in [`sandbox::thread`] alone.
 
 pub mod api;
+pub mod bench;
 pub mod board;
 pub mod cli;
 pub mod config;

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
 mod api;
+mod bench;
 mod caller;
 mod clone;
 mod completion;
@@ -68,6 +69,8 @@ enum Command {
     Clone(Box<clone::CloneArgs>),
     /// Make copies of a microVM that goes on, each in a process of its own, and print their names
     Fork(Box<fork::ForkArgs>),
+    /// Measure how long things take on this machine
+    Bench(bench::BenchArgs),
     /// Wait to become a clone
     #[command(hide = true)]
     Shell(shell::ShellArgs),
@@ -127,6 +130,7 @@ impl Command {
             Self::Resume(args) => pause::resume(&args),
             Self::Snapshot(args) => snapshot::run(*args),
             Self::Clone(args) => clone::run(&args),
+            Self::Bench(args) => bench::run(&args),
             Self::Fork(args) => fork::run(&args),
             Self::Shell(args) => shell::run(&args),
             Self::Stop(args) => stop::run(&args),

@@ -155,3 +155,34 @@ fn a_shell_takes_a_snapshot_of_its_shape_only() {
     let (vm, output) = same.adopt(shell(&small));
     same.proves(&vm, &output);
 }
+
+#[test]
+fn the_bench_command_measures_each_way() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let _parent = parent(dir.path(), r#"{"machine-config":{"mem_size_mib":64}}"#);
+    for name in ["state", "memory"] {
+        let from = dir.path().join(format!("parent.{name}"));
+        std::fs::rename(from, dir.path().join(name)).unwrap();
+    }
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_bulle"))
+        .args(["bench", "clone", "--count", "5", "--alive", "3"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    let lines: Vec<_> = text.lines().map(str::trim_start).collect();
+    for way in [
+        "new ",
+        "pooled ",
+        "reset in place  ",
+        "making one ",
+        "closing ",
+        "3 alive: ",
+    ] {
+        let line = lines.iter().find(|line| line.starts_with(way));
+        let figures = line.map(|line| line.split_whitespace().filter(|w| w.parse::<f64>().is_ok()));
+        assert!(figures.is_some_and(|f| f.count() > 0), "{way}: {text}");
+    }
+}
