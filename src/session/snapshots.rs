@@ -77,7 +77,7 @@ impl Saved {
         machine.track_dirty_pages = load.track_dirty_pages || load.enable_diff_snapshots;
         // Private, whatever it was before.
         machine.memory_backing = MemoryBacking::Anonymous;
-        machine.huge_pages = pages(load, &snapshot)?;
+        machine.huge_pages = pages(load, &snapshot);
         snapshot.config.machine_config = machine.clone();
         let policy = match load.clock_realtime {
             true => ClockPolicy::Advance,
@@ -124,20 +124,12 @@ fn open(load: &SnapshotLoad) -> Result<Snapshot, ActionError> {
 }
 
 /// In which pages the memory of `snapshot` is to be.
-fn pages(load: &SnapshotLoad, snapshot: &Snapshot) -> Result<HugePages, ActionError> {
-    let pages = match load.huge_pages.unwrap_or(LoadPages::Snapshot) {
+fn pages(load: &SnapshotLoad, snapshot: &Snapshot) -> HugePages {
+    match load.huge_pages.unwrap_or(LoadPages::Snapshot) {
         LoadPages::Snapshot => snapshot.config.machine_config.huge_pages,
         LoadPages::None => HugePages::None,
         LoadPages::Transparent => HugePages::Transparent,
         LoadPages::Huge2M => HugePages::Huge2M,
-    };
-    match snapshot.handler.is_none() && pages.reserved_mib().is_some() {
-        false => Ok(pages),
-        true => Err(ActionError::Load {
-            text: "a memory file cannot be mapped in reserved huge pages: load it with \
-                   huge_pages None or Transparent"
-                .to_owned(),
-        }),
     }
 }
 

@@ -35,6 +35,11 @@ impl Touched {
         let Some(top) = snapshot.layers.first() else {
             return Self::Ignored;
         };
+        // All of a copy is there.
+        let pages = snapshot.config.machine_config.huge_pages;
+        if pages.reserved_mib().is_some() {
+            return Self::Ignored;
+        }
         let path = working_set::path(&top.image.path);
         let id = snapshot.id;
         if record {

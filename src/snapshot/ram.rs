@@ -162,11 +162,15 @@ pub(super) fn data_runs(file: &File, start: u64, len: u64) -> io::Result<Vec<(u6
     Ok(runs)
 }
 
-/// Maps the RAM of `snapshot` copy-on-write, as `config` says.
+/// Maps the RAM of `snapshot` copy-on-write, as `config` says; of reserved huge pages, which no file can be
+/// mapped in, it is a copy.
 ///
 /// # Errors
 /// [`MapError`].
 pub fn map(snapshot: &Snapshot, config: &MachineConfig) -> Result<(GuestMemory, Origin), MapError> {
+    if config.huge_pages.reserved_mib().is_some() {
+        return Ok((copied(snapshot, config)?, Origin::Nothing));
+    }
     let (base, changes) = snapshot.layers.split_last().ok_or(MapError::Layout)?;
     let wanted = ram_regions(config.mem_size_mib << 20);
     let mut regions = Vec::with_capacity(wanted.len());
@@ -181,6 +185,34 @@ pub fn map(snapshot: &Snapshot, config: &MachineConfig) -> Result<(GuestMemory, 
         lay_over(&memory, layer)?;
     }
     Ok((memory, origin(&snapshot.layers)))
+}
+
+/// RAM with the data of all files of `snapshot`, the oldest first.
+fn copied(snapshot: &Snapshot, config: &MachineConfig) -> Result<GuestMemory, MapError> {
+    let memory = crate::vm::memory::map(config)?;
+    for layer in snapshot.layers.iter().rev() {
+        let regions = &layer.map.regions;
+        for (index, region) in memory.iter().enumerate() {
+            let fits = |r: &&Region| r.address == region.start_addr().0 && r.len == region.len();
+            let here = regions.get(index).filter(fits).ok_or(MapError::Layout)?;
+            let runs = layer.map.runs.iter();
+            for (start, len) in runs.filter_map(|run| within(run, here.offset, here.len)) {
+                // SAFETY: within the region's mapping, as just checked, which nobody uses yet.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        region.as_ptr().add(start as usize),
+                        len as usize,
+                    )
+                };
+                let read = layer.image.file.read_exact_at(bytes, here.offset + start);
+                read.map_err(|source| {
+                    let path = layer.image.path.clone();
+                    MapError::Image(ImageError::Read { path, source })
+                })?;
+            }
+        }
+    }
+    Ok(memory)
 }
 
 /// Where RAM comes from that is a private mapping of `layers`.

@@ -13,6 +13,7 @@ mod common;
 mod gc;
 mod goes_on;
 mod golden;
+mod huge;
 mod killed;
 mod lies;
 mod pager;
