@@ -26,8 +26,8 @@ pub struct DeviceArgs {
     share: Vec<Share>,
     /// Network interface (repeatable): user (through passt, without privileges), tap=NAME (an
     /// interface of the host, or a pattern as bulle%d for a new one) or fd=N (inherited); then
-    /// [,mac=ADDRESS][,mtu=BYTES][,queues=N: tap][,id=NAME][,rx_rate.bandwidth.size=BYTES]
-    /// [,tx_rate.ops.size=N]. none: no interface, nor those of --config [default: none]
+    /// [,mac=ADDRESS][,mtu=BYTES][,queues=N: tap][,vhost=on: the host's kernel moves a tap's frames]
+    /// [,id=NAME][,rx_rate.bandwidth.size=BYTES][,tx_rate.ops.size=N]. none: no interface, nor those of --config [default: none]
     #[arg(long, value_name = "NETWORK", value_parser = parse_net)]
     net: Vec<MaybeNetwork>,
     /// Lead a port of the host into the guest (repeatable; implies --net user):

@@ -77,6 +77,57 @@ fn taps_of_a_poor_host() {
 }
 
 #[test]
+fn the_kernel_moves_frames_only_of_taps_and_nothing_else() {
+    for options in [
+        &["--net", "user,vhost=on"][..],
+        &["--net", "tap=x,vhost=on,rx_rate.ops.size=1"],
+        &["--net", "tap=x,vhost=on", "--hotplug-memory", "total=1G"],
+    ] {
+        refuses(
+            with(options),
+            &["'net0' with vhost=on", "leave vhost=on or"],
+        );
+    }
+    let metadata = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&metadata, "{}").unwrap();
+    let path = metadata.path().to_str().unwrap();
+    let options = ["--net", "tap=x,vhost=on", "--metadata", path];
+    refuses(with(&options), &["'net0' with vhost=on", "metadata"]);
+    let tap = "ip tuntap add dev one mode tap; ";
+    let vhost = ["--net", "tap=one,vhost=on"];
+    // A device of which nothing can be opened, whatever the host has.
+    let none = "mount --bind /dev/null /dev/vhost-net 2>/dev/null || [ ! -e /dev/vhost-net ]; ";
+    let prelude = [tap, none].concat();
+    refuses(
+        in_a_network(&prelude, &vhost),
+        &["'net0'", "/dev/vhost-net", "modprobe vhost_net"],
+    );
+    let mut command = Command::new("bash");
+    let socket = "exec 9<>/dev/tcp/127.0.0.1/$0; exec \"$@\" --net fd=9,vhost=on";
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    command.args(["-c", socket, &port, env!("CARGO_BIN_EXE_bulle"), "run"]);
+    command.args(["--root", "none", "--kernel", "/dev/null"]);
+    let outcome = Running::start(command, Input::Null, Duration::from_secs(60)).finish();
+    refuses(outcome, &["file descriptor 9 is a socket", "vhost=on"]);
+}
+
+#[test]
+fn a_tun_device_of_roots() {
+    let prelude = "file=$(mktemp); chmod 0 $file; mount --bind $file /dev/net/tun; rm $file
+        set -- setpriv --bounding-set=-all --inh-caps=-all \"$@\"; ";
+    let outcome = in_a_network(prelude, &["--net", "tap=x%d"]);
+    refuses(
+        outcome,
+        &[
+            "/dev/net/tun",
+            "Permission denied",
+            "may not read and write it",
+        ],
+    );
+}
+
+#[test]
 fn descriptors_that_are_none() {
     for fd in ["2", "77"] {
         let words = [

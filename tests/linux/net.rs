@@ -47,7 +47,7 @@ fn own_network(dir: &Path) {
     let resolver = dir.join("resolv.conf");
     fs::write(&resolver, format!("nameserver {HOST}\n")).unwrap();
     sh(&format!(
-        "[ -e /dev/net/tun ] || modprobe tun
+        "modprobe tun; modprobe vhost_net
          mount --make-rprivate /; mount --bind {} /etc/resolv.conf
          ip link set lo up
          ip tuntap add dev uplink mode tap; ip addr add {HOST}/24 dev uplink
@@ -169,9 +169,12 @@ fn tap(flavour: &str, more: &[&str]) {
     sh(
         "ip tuntap add dev fast mode tap multi_queue; ip addr add 10.9.0.1/24 dev fast
         ip tuntap add dev slow mode tap; ip addr add 10.9.1.1/24 dev slow
-        ip link set fast up; ip link set slow up",
+        ip tuntap add dev kern mode tap multi_queue; ip addr add 10.9.2.1/24 dev kern
+        ip link set fast up; ip link set slow up; ip link set kern up",
     );
-    let (fast, slow) = (Ipv4Addr::new(10, 9, 0, 1), Ipv4Addr::new(10, 9, 1, 1));
+    let [fast, slow, kern] = [0, 1, 2].map(|net| Ipv4Addr::new(10, 9, net, 1));
+    let (kern_down, _) = serve_file(kern, BYTES, 2);
+    let (kern_up, kern_taken) = take_files(kern, BYTES, 1);
     let (down, _) = serve_file(fast, BYTES, 4);
     let (up, taken) = take_files(fast, BYTES, 2);
     let (slow_down, down_times) = serve_file(slow, SLOW_BYTES, 1);
@@ -180,6 +183,7 @@ fn tap(flavour: &str, more: &[&str]) {
         "cd /sys/class/net; echo interfaces $(ls)
         ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up
         ip addr add 10.9.1.2/24 dev eth1; ip link set eth1 up
+        ip addr add 10.9.2.2/24 dev eth2; ip link set eth2 up
         echo mac $(cat eth0/address); echo mtu $(cat eth0/mtu) $(cat eth1/mtu)
         echo queues $(ls -d eth0/queues/rx-* | wc -l) $(ls -d eth0/queues/tx-* | wc -l)
         echo features $(cat eth0/device/features); cd /tmp
@@ -188,21 +192,33 @@ fn tap(flavour: &str, more: &[&str]) {
         echo sums $(md5sum got* | cut -d ' ' -f 1 | sort -u)
         for n in 1 2; do nc 10.9.0.1 {up} <got$n & done; wait
         wget -q -O slow http://10.9.1.1:{slow_down}/; echo slow $(md5sum <slow)
-        nc 10.9.1.1 {slow_up} <slow"
+        nc 10.9.1.1 {slow_up} <slow
+        echo kernel $(cat /sys/class/net/eth2/device/features)
+        ping -c 5 -i 0.1 -s 1200 10.9.2.1 | grep -o ', [0-9]*% packet loss'
+        for n in 1 2; do wget -q -O kern$n http://10.9.2.1:{kern_down}/ & done; wait
+        echo by-kernel $(md5sum kern* | cut -d ' ' -f 1 | sort -u)
+        nc 10.9.2.1 {kern_up} <kern1; echo open; read answer"
     );
     let limits = "tap=slow,rx_rate.bandwidth.size=256K,tx_rate.bandwidth.size=256K";
-    let outcome = linux(flavour)
+    let running = linux(flavour)
         .args(["--cpus", "2", "--net"])
         .arg("tap=fast,queues=2,mtu=1400,mac=02:00:00:00:be:ef")
-        .args(["--net", limits])
+        .args(["--net", limits, "--net", "tap=kern,queues=2,vhost=on"])
         .args(more)
         .timeout("180s")
         .patience(Duration::from_secs(190))
         .command(["sh", "-c", &script])
-        .outcome()
-        .exits(0);
+        .input(Input::Open)
+        .start()
+        .wait_for("open\n");
+    // An instance for each pair of queues.
+    let files = fs::read_dir(format!("/proc/{}/fd", running.pid())).unwrap();
+    let files = files.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
+    let instances = files.filter(|file| file == Path::new("/dev/vhost-net"));
+    assert_eq!(instances.count(), 2);
+    let outcome = running.types("seen\n").finish().exits(0);
     let sum = md5(&pattern(BYTES));
-    assert_eq!(outcome.value("interfaces"), "eth0 eth1 lo");
+    assert_eq!(outcome.value("interfaces"), "eth0 eth1 eth2 lo");
     assert_eq!(outcome.value("mac"), "02:00:00:00:be:ef");
     assert_eq!(outcome.value("mtu"), "1400 1500");
     assert_eq!(outcome.value("queues"), "2 2");
@@ -211,10 +227,20 @@ fn tap(flavour: &str, more: &[&str]) {
     assert!(taken.recv().unwrap().1 && taken.recv().unwrap().1);
     let slow_sum = format!("{} -", md5(&pattern(SLOW_BYTES)));
     assert_eq!(outcome.value("slow"), slow_sum);
+    assert_eq!(outcome.value(", 0%"), "packet loss");
+    assert_eq!(outcome.value("by-kernel"), sum);
+    assert!(kern_taken.recv().unwrap().1);
     // CSUM, GUEST_CSUM, MTU, GUEST_TSO4, HOST_TSO4, MRG_RXBUF, CTRL_VQ, MQ (section 5.1.3).
-    let bits = outcome.value("features").as_bytes();
-    for bit in [0, 1, 3, 5, 7, 8, 11, 12, 15, 16, 17, 22] {
-        assert_eq!(bits[bit], b'1', "feature {bit}: {outcome:#?}");
+    for (interface, mtu) in [("features", true), ("kernel", false)] {
+        let bits = outcome.value(interface).as_bytes();
+        for bit in [0, 1, 3, 5, 7, 8, 11, 12, 15, 16, 17, 22] {
+            let expected = bit != 3 || mtu;
+            assert_eq!(
+                bits[bit] == b'1',
+                expected,
+                "{interface} {bit}: {outcome:#?}"
+            );
+        }
     }
     for (direction, expected) in [("RX", 2 * BYTES), ("TX", 4 * BYTES)] {
         let (bytes, packets) = statistics("fast", direction);

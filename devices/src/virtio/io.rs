@@ -13,6 +13,7 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::BS;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestRam;
 use super::device::{ChainFault, DeviceError, Source};
@@ -170,6 +171,10 @@ pub(super) struct ActiveQueue {
     told: u16,
     /// Empty vectors for the next chains.
     spare: Vec<Vec<Segment>>,
+    /// The host's kernel has it: its rings are left alone.
+    lent: bool,
+    /// Interrupt, whatever the driver wants.
+    interrupt: bool,
 }
 
 /// What comes after a device's turn on one queue.
@@ -194,6 +199,8 @@ impl ActiveQueue {
             starved: false,
             added: false,
             spare: Vec::new(),
+            lent: false,
+            interrupt: false,
         }
     }
 
@@ -211,13 +218,19 @@ impl ActiveQueue {
 
     /// Tells the driver not to notify while the device works anyway.
     pub(super) fn suppress(&mut self, ram: &GuestRam) -> Result<(), virtio_queue::Error> {
+        if self.lent {
+            return Ok(());
+        }
         self.queue.disable_notification(ram)
     }
 
     /// Ends the turn: whether to interrupt, and what comes next.
     pub(super) fn end(&mut self, ram: &GuestRam) -> Result<(bool, Next), virtio_queue::Error> {
-        let interrupt = std::mem::take(&mut self.added) && self.wants_interrupt(ram)?;
-        let next = if self.starved {
+        let wanted = std::mem::take(&mut self.added) && self.wants_interrupt(ram)?;
+        let interrupt = std::mem::take(&mut self.interrupt) || wanted;
+        let next = if self.lent {
+            Next::Wait
+        } else if self.starved {
             Next::Later
         } else if self.drained && self.queue.enable_notification(ram)? {
             Next::Again
@@ -278,6 +291,9 @@ impl ActiveQueue {
     }
 
     fn pop(&mut self, index: usize, ram: &GuestRam) -> Result<Option<Chain>, DeviceError> {
+        if self.lent {
+            return Ok(None);
+        }
         if self.budget == 0 {
             self.starved = true;
             return Ok(None);
@@ -370,6 +386,21 @@ pub(super) enum Change {
     Arm(u32, bool),
     /// A new one.
     Watch(Source),
+    /// No kicks of this queue any more.
+    Lent(usize),
+}
+
+/// A queue as the host's kernel takes it over: [`Io::lend`].
+#[derive(Debug)]
+pub(super) struct Lent<'a> {
+    /// Size in descriptors.
+    pub size: u16,
+    /// Guest addresses of the descriptor table, the available ring and the used ring.
+    pub rings: [u64; 3],
+    /// Index of the next chain to take from the available ring.
+    pub next_avail: u16,
+    /// The driver's kicks.
+    pub kick: &'a EventFd,
 }
 
 /// What a running device may do: take chains, give them back used, and look at guest RAM.
@@ -380,6 +411,7 @@ pub struct Io<'a> {
     pub(super) queues: &'a mut [Option<ActiveQueue>],
     pub(super) config_changed: &'a mut bool,
     pub(super) changes: &'a mut Vec<Change>,
+    pub(super) kicks: &'a [EventFd],
 }
 
 impl<'a> Io<'a> {
@@ -471,6 +503,49 @@ impl<'a> Io<'a> {
     pub fn queue_size(&self, index: usize) -> u16 {
         let queue = self.queues.get(index).and_then(Option::as_ref);
         queue.map_or(0, |queue| queue.queue.size())
+    }
+
+    /// Leaves queue `index` to the host's kernel until [`take_back`](Self::take_back): no kick comes
+    /// and no chain any more. `None` where the driver did not set it up.
+    pub(super) fn lend(&mut self, index: usize) -> Option<Lent<'a>> {
+        let kick = self.kicks.get(index)?;
+        let active = self.queue(index)?;
+        active.lent = true;
+        let queue = &active.queue;
+        let lent = Lent {
+            size: queue.size(),
+            rings: [queue.desc_table(), queue.avail_ring(), queue.used_ring()],
+            next_avail: queue.next_avail(),
+            kick,
+        };
+        self.changes.push(Change::Lent(index));
+        Some(lent)
+    }
+
+    /// Has queue `index` back from the host's kernel, which would take the chain at `next_avail` next,
+    /// and whose used ring says where it is.
+    pub(super) fn take_back(&mut self, index: usize, next_avail: u16) -> Result<(), DeviceError> {
+        let ram = self.ram();
+        let Some(active) = self.queue(index) else {
+            return Ok(());
+        };
+        let used = active.queue.used_idx(ram, Ordering::Acquire);
+        let used = used.map_err(|source| DeviceError::Queue {
+            queue: index,
+            source,
+        })?;
+        active.queue.set_next_avail(next_avail);
+        active.queue.set_next_used(used.0);
+        active.told = used.0;
+        active.lent = false;
+        Ok(())
+    }
+
+    /// Interrupts the driver for queue `index` after this turn.
+    pub(super) fn interrupt(&mut self, index: usize) {
+        if let Some(queue) = self.queue(index) {
+            queue.interrupt = true;
+        }
     }
 
     /// Tells the driver that the configuration space changed.

@@ -204,6 +204,7 @@ impl Worker {
             queues: &mut self.queues,
             config_changed,
             changes: &mut self.changes,
+            kicks: &self.start.kicks,
         };
         match turn {
             Turn::Queue(index) if io.ready(index) => self.device.on_queue(index, &mut io)?,
@@ -240,6 +241,7 @@ impl Worker {
                     queues: &mut self.queues,
                     config_changed,
                     changes: &mut self.changes,
+                    kicks: &self.start.kicks,
                 };
                 self.device.on_queue(index, &mut io)?;
             }
@@ -318,6 +320,15 @@ impl Worker {
                     // memory; the event then comes as before.
                     if let Some(Err(error)) = source.map(|s| ops.modify(Self::events(s, on))) {
                         log::warn!("cannot change what a virtio device waits for: {error}");
+                    }
+                }
+                Change::Lent(queue) => {
+                    let none = EventSet::EDGE_TRIGGERED;
+                    let kick = self.start.kicks.get(queue);
+                    let kick = kick.map(|kick| Events::with_data(kick, queue as u32, none));
+                    // Kicks that still come wake this thread in vain.
+                    if let Some(Err(error)) = kick.map(|kick| ops.modify(kick)) {
+                        log::warn!("cannot leave kicks to the host's kernel: {error}");
                     }
                 }
                 Change::Watch(source) => match ops.add(Self::events(&source, true)) {

@@ -114,8 +114,8 @@ pub fn open_files(plans: &[Plan]) -> u64 {
     let files = plans.iter().map(|plan| match &plan.config {
         // A kick and a ring for each queue.
         DeviceConfig::Block(_, options) => EACH + 2 * u64::from(options.queues),
-        // As for a disk, and a tap's file descriptor for each pair.
-        DeviceConfig::Net(options) => EACH + 5 * u64::from(options.backend.pairs()),
+        // As for a disk, and a tap's file descriptor for each pair; four more with vhost-net.
+        DeviceConfig::Net(options) => EACH + 9 * u64::from(options.backend.pairs()),
         // Two queues for each port, and the host's end.
         DeviceConfig::Console(options) => EACH + 5 * options.ports.len() as u64,
         _ => EACH,

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use devices::mmds::{Mmds, Service, Stack};
-use devices::virtio::net::{Detour, NetBackend, NetOptions, Tap, TapError};
+use devices::virtio::net::{Detour, NetBackend, NetOptions, Tap, TapError, Vhost, VhostError};
 use devices::virtio::registry::DeviceConfig;
 
 use super::Plan;
@@ -20,6 +20,26 @@ pub enum NetError {
     /// A tap interface.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The host's kernel in place of bulle.
+    #[error("network interface '{id}'")]
+    Vhost {
+        /// The interface.
+        id: String,
+        /// Why.
+        #[source]
+        source: VhostError,
+    },
+    /// The same for what is no tap.
+    #[error(
+        "network interface '{id}': file descriptor {fd} is a socket, for which there is no vhost=on: \
+         leave it out"
+    )]
+    VhostSocket {
+        /// The interface.
+        id: String,
+        /// As given.
+        fd: u32,
+    },
     /// User-mode networking.
     #[error(transparent)]
     Passt(#[from] PasstError),
@@ -89,6 +109,7 @@ pub(super) fn plan(
             let taken = inherited(fd);
             let taken = taken.ok_or_else(|| NetError::Descriptor { id: id.clone(), fd })?;
             let backend = match is_socket(&taken) {
+                true if interface.vhost => return Err(NetError::VhostSocket { id, fd }),
                 true => NetBackend::stream(taken).map_err(host("use a socket"))?,
                 false => NetBackend::Tap(Tap::from_fd(taken)?),
             };
@@ -104,6 +125,11 @@ pub(super) fn plan(
         Some(mac) => mac,
         None => random_mac().map_err(host("get random numbers"))?,
     };
+    let vhost = interface.vhost.then(Vhost::new).transpose();
+    let vhost = vhost.map_err(|source| NetError::Vhost {
+        id: id.clone(),
+        source,
+    })?;
     Ok(Plan {
         id,
         config: DeviceConfig::Net(NetOptions {
@@ -113,6 +139,7 @@ pub(super) fn plan(
             rx_limiter: limiters.get(interface.rx_rate_limiter.as_ref()),
             tx_limiter: limiters.get(interface.tx_rate_limiter.as_ref()),
             detour,
+            vhost,
         }),
     })
 }

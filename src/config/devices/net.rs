@@ -31,6 +31,9 @@ pub struct NetworkInterface {
     /// Pairs of queues of a tap interface; absent: one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// Have the host's kernel move the frames of a tap (vhost-net).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vhost: bool,
     /// Limits of what the guest receives.
     #[serde(alias = "rx_rate", default, skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
@@ -211,6 +214,7 @@ mod tests {
         assert!(user.mode == NetMode::User && user.mtu == Some(1500));
         let text = "tap=vm0,mac=02:00:00:00:00:01,queues=4,id=x,rx_rate.bandwidth.size=1M";
         let tap = parse_net(text).unwrap().unwrap();
+        assert!(!tap.vhost && parse_net("tap=a,vhost=on").unwrap().unwrap().vhost);
         assert_eq!(tap.host_dev_name.as_deref(), Some("vm0"));
         assert_eq!(tap.mac(), Some([2, 0, 0, 0, 0, 1]));
         assert!(tap.queues == Some(4) && tap.rx_rate_limiter.is_some());

@@ -62,6 +62,15 @@ pub enum NetError {
         /// The interface.
         id: String,
     },
+    /// What the host's kernel cannot do.
+    #[error(
+        "network interface '{id}' with vhost=on goes with mode tap or a tap's fd, without limits, metadata \
+         service or hot-pluggable memory: leave vhost=on or those out"
+    )]
+    Vhost {
+        /// The interface.
+        id: String,
+    },
     /// A port for two.
     #[error("port {port} of the host is published twice: leave one out")]
     Port {
@@ -88,6 +97,9 @@ pub(super) fn validate(config: &Config) -> Result<(), NetError> {
             return Err(NetError::Id { id });
         }
         one(interface)?;
+        if interface.vhost && !can_vhost(config, interface) {
+            return Err(NetError::Vhost { id });
+        }
         let mac = interface.mac();
         if let (Some(text), true) = (
             &interface.guest_mac,
@@ -111,6 +123,15 @@ pub(super) fn validate(config: &Config) -> Result<(), NetError> {
         }
     }
     Ok(())
+}
+
+/// vhost-net knows frames and RAM as it was when the driver started the device, and nothing else.
+fn can_vhost(config: &Config, interface: &NetworkInterface) -> bool {
+    let limited = interface.rx_rate_limiter.is_some() || interface.tx_rate_limiter.is_some();
+    let id = &interface.iface_id;
+    let mmds = config.mmds_config.as_ref();
+    let detour = mmds.is_some_and(|mmds| mmds.network_interfaces.contains(id));
+    interface.mode != NetMode::User && !limited && !detour && config.memory_hotplug.is_none()
 }
 
 fn one(interface: &NetworkInterface) -> Result<(), NetError> {

@@ -122,7 +122,7 @@ impl Jail {
         forget()?;
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.map_err(host("open /dev/null"))?;
-        let userfaultfd = root::userfaultfd();
+        let of_this_host = root::of_this_host();
         root::keep_mounts_apart()?;
         let root = root::make(&self.base, [&self.name, &self.id, "root"])?;
         if let Some(path) = &self.netns {
@@ -140,7 +140,7 @@ impl Jail {
         root::change(&root)?;
         root::furnish(
             (Uid::from_raw(self.uid), Gid::from_raw(self.gid)),
-            userfaultfd,
+            of_this_host,
         )?;
         if self.daemonize {
             own_session(&null)?;

@@ -71,15 +71,27 @@ pub(super) fn change(root: &OwnedFd) -> Result<(), JailError> {
     std::env::set_current_dir("/").map_err(host("enter the jail"))
 }
 
-/// Minor number of /dev/userfaultfd, which is not the same everywhere.
-pub(super) fn userfaultfd() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/misc").ok()?;
-    let line = text.lines().find(|line| line.ends_with(" userfaultfd"))?;
-    line.split_ascii_whitespace().next()?.parse().ok()
+/// Devices that not every host has, as nodes with major and minor number.
+pub(super) fn of_this_host() -> Vec<(&'static str, u64, u64)> {
+    let misc = std::fs::read_to_string("/proc/misc").unwrap_or_default();
+    let minor = |name: &str| -> Option<u64> {
+        let mut fields = misc.lines().map(str::split_ascii_whitespace);
+        let mut line = fields.find(|line| line.clone().nth(1) == Some(name))?;
+        line.next()?.parse().ok()
+    };
+    let nodes = [
+        ("userfaultfd", "/dev/userfaultfd"),
+        ("vhost-net", "/dev/vhost-net"),
+    ];
+    let there = nodes.map(|(name, path)| Some((path, MISC, minor(name)?)));
+    there.into_iter().flatten().collect()
 }
 
 /// Makes directories and devices inside, all of them `owner`'s alone.
-pub(super) fn furnish(owner: (Uid, Gid), userfaultfd: Option<u64>) -> Result<(), JailError> {
+pub(super) fn furnish(
+    owner: (Uid, Gid),
+    more: Vec<(&'static str, u64, u64)>,
+) -> Result<(), JailError> {
     for path in ["/", "/dev", "/dev/net", "/run"] {
         directory(path, owner).map_err(|source| inside(path, source))?;
     }
@@ -88,7 +100,7 @@ pub(super) fn furnish(owner: (Uid, Gid), userfaultfd: Option<u64>) -> Result<(),
         ("/dev/net/tun", MISC, 200),
         ("/dev/urandom", 1, 9),
     ];
-    nodes.extend(userfaultfd.map(|minor| ("/dev/userfaultfd", MISC, minor)));
+    nodes.extend(more);
     for (path, major, minor) in nodes {
         device(path, makedev(major, minor), owner).map_err(|source| inside(path, source))?;
     }

@@ -4,7 +4,8 @@
 //! headers are copied and cleaned. What the driver has no buffers for stays with the host, which
 //! is not waited for meanwhile. A limit delays what follows the frame that went over it. The host's
 //! ends are in `backend`, `tap` and `stream`, receiving in `rx`, the driver's commands in `control`, a
-//! service of the VMM's own in front of the host's end in `detour`.
+//! service of the VMM's own in front of the host's end in `detour`, the host's kernel in place of this
+//! thread in `vhost`.
 
 mod backend;
 mod control;
@@ -14,6 +15,7 @@ mod rx;
 mod space;
 mod stream;
 mod tap;
+mod vhost;
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -39,6 +41,7 @@ use self::space::{Counters, Space};
 pub use self::space::{Mac, Traffic};
 pub use self::stream::Stream;
 pub use self::tap::{Tap, TapError};
+pub use self::vhost::{Vhost, VhostError};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Io, read_at, total};
 use super::limiter::Limiter;
@@ -72,6 +75,9 @@ pub struct NetOptions {
     pub tx_limiter: Option<Arc<Limiter>>,
     /// Takes some of the guest's frames.
     pub detour: Option<Box<dyn Detour>>,
+    /// Has the host's kernel move the frames; with a tap, and with neither limits nor detour, which it
+    /// does not know.
+    pub vhost: Option<Vhost>,
 }
 
 /// A network device could not be made.
@@ -145,6 +151,7 @@ struct Tx {
 pub struct Net {
     backend: NetBackend,
     detour: Option<Box<dyn Detour>>,
+    vhost: Option<Vhost>,
     space: Arc<Space>,
     counters: Arc<Counters>,
     limiters: [Option<Arc<Limiter>>; 2],
@@ -210,6 +217,7 @@ impl Net {
             rx_limiter,
             tx_limiter,
             detour,
+            vhost,
         } = options;
         let pairs = backend.pairs();
         if !(1..=MAX_PAIRS).contains(&pairs) {
@@ -250,12 +258,13 @@ impl Net {
             wake: Arc::clone(&handle.wake),
             backend,
             detour,
+            vhost,
         };
         Ok((net, handle))
     }
 
     /// What is negotiated; the first call after a start makes the host's end fit it.
-    fn begin(&mut self, io: &Io<'_>) -> Result<RxMode, DeviceError> {
+    fn begin(&mut self, io: &mut Io<'_>) -> Result<RxMode, DeviceError> {
         if let Some(mode) = self.mode {
             return Ok(mode);
         }
@@ -264,6 +273,9 @@ impl Net {
         configured.map_err(|error| host_error("set the offloads of a tap interface", error))?;
         let csum = takes(VIRTIO_NET_F_GUEST_CSUM);
         self.use_pairs()?;
+        if let (Some(vhost), NetBackend::Tap(tap)) = (&mut self.vhost, &self.backend) {
+            vhost.start(io, tap)?;
+        }
         let mode = RxMode::new(io, self.space.mtu, csum);
         self.mode = Some(mode);
         Ok(mode)
@@ -319,7 +331,7 @@ impl Net {
     /// One turn of [`receive`](Self::receive): whether the host is to be waited for.
     fn receive_turn(&mut self, pair: usize, io: &mut Io<'_>) -> Result<bool, DeviceError> {
         let mode = self.begin(io)?;
-        if pair >= usize::from(self.active) {
+        if pair >= usize::from(self.active) || self.vhost.is_some() {
             return Ok(false);
         }
         for _ in 0..TURN {
@@ -381,7 +393,7 @@ impl Net {
     fn transmit_turn(&mut self, pair: usize, io: &mut Io<'_>) -> Result<bool, DeviceError> {
         self.begin(io)?;
         let mut detoured = false;
-        while !self.blocked {
+        while !self.blocked && self.vhost.is_none() {
             let Some(tx) = self.tx.get_mut(pair) else {
                 return Ok(detoured);
             };
@@ -462,6 +474,9 @@ impl VirtioDevice for Net {
         if self.space.mtu != 0 {
             features |= 1 << VIRTIO_NET_F_MTU;
         }
+        if let Some(vhost) = &self.vhost {
+            features = vhost.features(features);
+        }
         let mut queues = vec![QUEUE_SIZE; 2 * self.rx.len()];
         if self.rx.len() > 1 {
             features |= 1 << VIRTIO_NET_F_MQ;
@@ -484,7 +499,12 @@ impl VirtioDevice for Net {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let pairs = (0..self.rx.len()).filter_map(|pair| Some((pair, self.backend.fd(pair)?)));
+        let own = if self.vhost.is_some() {
+            0
+        } else {
+            self.rx.len()
+        };
+        let pairs = (0..own).filter_map(|pair| Some((pair, self.backend.fd(pair)?)));
         let mut sources: Vec<_> = pairs
             .map(|(pair, fd)| Source::readable(pair as u32, fd))
             .collect();
@@ -509,6 +529,11 @@ impl VirtioDevice for Net {
     }
 
     fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        if let Some(vhost) = &self.vhost
+            && vhost.on_source(token, io)?
+        {
+            return Ok(());
+        }
         match token {
             TIMER => {
                 let cleared = self.timer.clear();
@@ -543,7 +568,10 @@ impl VirtioDevice for Net {
         self.backend.let_go();
         self.mode = None;
         self.blocked = false;
-        Ok(())
+        match &mut self.vhost {
+            Some(vhost) => vhost.stop(io),
+            None => Ok(()),
+        }
     }
 
     fn reset(&mut self) {

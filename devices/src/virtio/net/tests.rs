@@ -2,6 +2,7 @@ mod detour;
 mod limits;
 mod stream;
 mod tap;
+mod vhost;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -39,6 +40,7 @@ pub fn with_backend(backend: NetBackend) -> NetOptions {
         rx_limiter: None,
         tx_limiter: None,
         detour: None,
+        vhost: None,
     }
 }
 

@@ -231,6 +231,98 @@ fn what_one_queue_does_to_another_is_told() {
     assert!(signals.contains(&Vector::Queue(0)), "{signals:?}");
 }
 
+/// Leaves its queue to somebody else, who is the test.
+struct Lender {
+    calls: Arc<EventFd>,
+    next: Arc<AtomicU16>,
+    turns: Arc<AtomicU16>,
+    lent: bool,
+}
+
+impl VirtioDevice for Lender {
+    fn traits(&self) -> Traits {
+        Traits {
+            id: 4,
+            features: 0,
+            queues: vec![16],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(NoConfig)
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.turns.fetch_add(1, Ordering::SeqCst);
+        if !std::mem::replace(&mut self.lent, true) {
+            let lent = io.lend(queue).unwrap();
+            self.next.store(lent.next_avail, Ordering::SeqCst);
+            use std::os::fd::AsRawFd;
+            io.watch(Source::readable(0, self.calls.as_raw_fd()));
+        }
+        assert!(io.pop(queue)?.is_none(), "somebody else's");
+        Ok(())
+    }
+
+    fn on_source(&mut self, _: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.calls.read().unwrap();
+        io.interrupt(0);
+        Ok(())
+    }
+
+    fn drain(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.lent = false;
+        io.take_back(0, self.next.load(Ordering::SeqCst))
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
+#[test]
+fn a_queue_may_be_left_to_somebody_else() {
+    let ram = ram();
+    let mut vq = Vq::new(ram.clone(), 0, 16);
+    let signals = Arc::new(Signals::default());
+    let start = start(&ram, &vq, Arc::clone(&signals) as _);
+    let calls = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let (next, turns) = (Arc::new(AtomicU16::new(0)), Arc::new(AtomicU16::new(0)));
+    let device = Lender {
+        calls: Arc::clone(&calls),
+        next: Arc::clone(&next),
+        turns: Arc::clone(&turns),
+        lent: false,
+    };
+    let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
+    let mut backend = LoopBackend::inline(Box::new(device), Arc::clone(&host));
+    let head = vq.add(&[(BUF, 1, true)]);
+    backend.start(start.clone()).unwrap();
+    let run = || host.lock().unwrap().run_with_timeout(0).unwrap();
+    start.kicks[0].write(1).unwrap();
+    run();
+    assert_eq!(
+        turns.load(Ordering::SeqCst),
+        1,
+        "a kick that was not its own"
+    );
+    // The other uses the chain, and has the driver told.
+    let [_, _, used] = vq.rings();
+    let write = |value: u32, at| ram.write_obj(value, GuestAddress(used + at)).unwrap();
+    write(head.into(), 4);
+    write(7, 8);
+    write(1 << 16, 0);
+    next.store(1, Ordering::SeqCst);
+    assert!(signals.0.lock().unwrap().is_empty());
+    calls.write(1).unwrap();
+    run();
+    assert_eq!(*signals.0.lock().unwrap(), [Vector::Queue(0)]);
+    let queue = backend.stop()[0].unwrap();
+    assert_eq!((queue.next_avail, queue.next_used), (1, 1));
+    assert_eq!(vq.used().get(&head.into()), Some(&7));
+}
+
 struct Edge(EventFd);
 
 impl VirtioInterrupt for Edge {

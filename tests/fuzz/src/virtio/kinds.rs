@@ -143,6 +143,7 @@ pub fn net(data: &[u8]) {
             rx_limiter: None,
             tx_limiter: None,
             detour: None,
+            vhost: None,
         };
         made(DeviceConfig::Net(options), state)
     };

@@ -6,7 +6,7 @@ use std::process::Command;
 use super::*;
 
 /// A new tap, or why there is none here.
-fn tap(queues: u16) -> Option<Tap> {
+pub fn tap(queues: u16) -> Option<Tap> {
     match Tap::open("bulletest%d", queues) {
         Ok(tap) => Some(tap),
         // No tun driver or no CAP_NET_ADMIN: then the error says so, which is all there is to see.
@@ -20,7 +20,7 @@ fn tap(queues: u16) -> Option<Tap> {
 }
 
 /// A raw socket on the host's side of an interface.
-fn packet_socket(name: &str) -> UnixStream {
+pub fn packet_socket(name: &str) -> UnixStream {
     use std::os::fd::FromRawFd;
     let name = std::ffi::CString::new(name).unwrap();
     // SAFETY: plain system calls with structures that live as long as the calls; the descriptor is
@@ -49,7 +49,7 @@ fn packet_socket(name: &str) -> UnixStream {
 }
 
 /// An Ethernet frame of no protocol that the host would answer.
-fn ether(len: usize) -> Vec<u8> {
+pub fn ether(len: usize) -> Vec<u8> {
     let mut bytes = vec![0xff; 6];
     bytes.extend(MAC);
     bytes.extend([0x88, 0xb5]);
@@ -58,7 +58,7 @@ fn ether(len: usize) -> Vec<u8> {
 }
 
 /// The next frame of ours.
-fn next(socket: &mut UnixStream) -> Vec<u8> {
+pub fn next(socket: &mut UnixStream) -> Vec<u8> {
     loop {
         let mut bytes = vec![0; 65600];
         let len = socket.read(&mut bytes).unwrap();
@@ -69,7 +69,7 @@ fn next(socket: &mut UnixStream) -> Vec<u8> {
     }
 }
 
-fn ours(frames: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+pub fn ours(frames: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
     let bodies = frames.into_iter().map(|mut all| all.split_off(12));
     bodies.filter(|body| body[12..14] == [0x88, 0xb5]).collect()
 }
