@@ -53,8 +53,9 @@ fn reasons(counts: &ExitCounts) -> [(&'static str, u64); 6] {
 fn device(device: &Attached) -> DeviceStatistics {
     let mut totals = BTreeMap::new();
     let mut values = BTreeMap::new();
-    let failures = device.core.notifier().failures();
-    totals.insert("failures".to_owned(), failures.into());
+    let notifier = device.core.notifier();
+    totals.insert("failures".to_owned(), notifier.failures().into());
+    totals.insert("interrupts".to_owned(), notifier.interrupts());
     let mut value = |name: &str, value: u64| values.insert(name.to_owned(), value);
     let kind = match &device.handle {
         DeviceHandle::Entropy(entropy) => {

@@ -115,5 +115,6 @@ pub fn run(case: &Case, file: &File, count: usize, seed: u64) -> Run {
         median: times[(count - 1) / 2],
         p99: times[(count - 1) * 99 / 100],
         kicks: 0.0,
+        interrupts: 0.0,
     }
 }

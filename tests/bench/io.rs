@@ -33,6 +33,8 @@ pub struct Case {
     sequential: bool,
     depth: usize,
     size: usize,
+    /// The guest asks for an interrupt whenever it has seen all that is done.
+    interrupts: bool,
 }
 
 /// How it went.
@@ -42,9 +44,11 @@ pub struct Run {
     rate: f64,
     median: Duration,
     p99: Duration,
-    /// Per request. Each is an exit, and the guest has no others of its own: it polls without
-    /// interrupts.
+    /// Per request. Each is an exit, and the guest has no others of its own: it polls, and takes no
+    /// interrupt.
     kicks: f64,
+    /// Interrupts that the device raised, per request.
+    interrupts: f64,
 }
 
 const fn case(name: &'static str, write: bool, sequential: bool, depth: usize, kib: usize) -> Case {
@@ -54,14 +58,24 @@ const fn case(name: &'static str, write: bool, sequential: bool, depth: usize, k
         sequential,
         depth,
         size: kib << 10,
+        interrupts: false,
     }
 }
 
-const CASES: [Case; 6] = [
+/// A case in which the guest asks for interrupts.
+const fn interrupting(name: &'static str, write: bool) -> Case {
+    let mut case = case(name, write, false, 32, 4);
+    case.interrupts = true;
+    case
+}
+
+const CASES: [Case; 8] = [
     case("4 KiB random read, depth 1", false, false, 1, 4),
     case("4 KiB random read, depth 32", false, false, 32, 4),
     case("4 KiB random write, depth 1", true, false, 1, 4),
     case("4 KiB random write, depth 32", true, false, 32, 4),
+    interrupting("4 KiB random read, depth 32, interrupts", false),
+    interrupting("4 KiB random write, depth 32, interrupts", true),
     case("128 KiB sequential read, depth 8", false, true, 8, 128),
     case("128 KiB sequential write, depth 8", true, true, 8, 128),
 ];
@@ -125,15 +139,56 @@ fn cycles_per_second() -> f64 {
     (now() - cycles) as f64 / begin.elapsed().as_secs_f64()
 }
 
-fn guest(case: &Case, disk: &str, count: usize, seed: u64, hertz: f64) -> Run {
+fn append(case: &Case, count: usize, seed: u64) -> String {
     let mut append = format!(
         "depth={} size={} count={count} seed={seed}",
         case.depth, case.size
     );
     append += if case.write { " write=1" } else { "" };
     append += if case.sequential { " sequential=1" } else { "" };
-    let disk = ["--disk".to_owned(), disk.to_owned()];
-    let line = Guest::start("block_bench", &append, &disk).line();
+    append + if case.interrupts { " interrupts=1" } else { "" }
+}
+
+fn guest(case: &Case, disk: &str, count: usize, seed: u64, hertz: f64) -> Run {
+    let name = format!("bench-{}", std::process::id());
+    let more = ["--name", &name, "--disk", disk].map(str::to_owned);
+    let mut guest = Guest::start("block_bench", &append(case, count, seed), &more);
+    let mut run = numbers(&guest.line(), count, hertz);
+    if case.interrupts {
+        run.interrupts = interrupts(&name) / count as f64;
+    }
+    run
+}
+
+/// The same in the peer QEMU, with an I/O thread, if it is named.
+fn peer(case: &Case, (path, direct): (&Path, bool), count: usize, hertz: f64) -> Option<Run> {
+    let cache = if direct { "none" } else { "writeback" };
+    let path = path.display();
+    let more = [
+        "-object",
+        "iothread,id=io",
+        "-drive",
+        &format!("if=none,id=d,file={path},format=raw,cache={cache},aio=io_uring"),
+        "-device",
+        "virtio-blk-device,drive=d,iothread=io",
+    ];
+    let append = append(case, count, 1);
+    let command = turns::qemu("block_bench", &append, &more.map(str::to_owned))?;
+    Some(numbers(&Guest::spawn(command).line(), count, hertz))
+}
+
+/// What the first device of a guest has raised.
+fn interrupts(name: &str) -> f64 {
+    let output = Command::new(bulle())
+        .args(["stats", "--json", name])
+        .output();
+    let json = output.expect("bulle runs").stdout;
+    let all: serde_json::Value = serde_json::from_slice(&json).expect("statistics");
+    let value = &all[0]["devices"][0]["totals"]["interrupts"];
+    value.as_f64().expect("a number of interrupts")
+}
+
+fn numbers(line: &str, count: usize, hertz: f64) -> Run {
     let numbers: Vec<f64> = line.split_whitespace().flat_map(str::parse).collect();
     let [_, cycles, median, p99, kicks] = numbers[..] else {
         panic!("the guest said {line:?}")
@@ -144,6 +199,7 @@ fn guest(case: &Case, disk: &str, count: usize, seed: u64, hertz: f64) -> Run {
         median: time(median),
         p99: time(p99),
         kicks: kicks / count as f64,
+        interrupts: 0.0,
     }
 }
 
@@ -166,12 +222,13 @@ fn measure(case: &Case, path: &Path, direct: bool, rounds: usize, hertz: f64) ->
     // A first turn of the host, to find how many requests make a turn.
     let probe = host::run(case, &file, 1000, 1).rate;
     let count = ((probe * TURN.as_secs_f64()) as usize).clamp(2000, 200_000);
-    let (mut hosts, mut guests) = (Vec::new(), Vec::new());
+    let (mut hosts, mut guests, mut peers) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds as u64 {
-        for turn in [round % 2, (round + 1) % 2] {
+        for turn in [round % 3, (round + 1) % 3, (round + 2) % 3] {
             match turn {
                 0 => hosts.push(host::run(case, &file, count, round)),
-                _ => guests.push(guest(case, &disk, count, round, hertz)),
+                1 => guests.push(guest(case, &disk, count, round, hertz)),
+                _ => peers.extend(peer(case, (path, direct), count, hertz)),
             }
         }
     }
@@ -183,11 +240,11 @@ fn measure(case: &Case, path: &Path, direct: bool, rounds: usize, hertz: f64) ->
         .map(|(host, guest)| guest.rate / host.rate);
     let ratio = middle(ratios.collect());
     print!(
-        "{:<34}{:<8}",
+        "{:<42}{:<8}",
         case.name,
         if direct { "direct" } else { "cached" }
     );
-    for runs in [&hosts, &guests] {
+    let figures = |runs: &[Run]| {
         print!(
             "{:>10.1}{:>9.1}{:>9.1}",
             of(runs, |r| r.rate) / 1000.0,
@@ -196,10 +253,21 @@ fn measure(case: &Case, path: &Path, direct: bool, rounds: usize, hertz: f64) ->
                 .as_secs_f64()))),
             micros(Duration::from_secs_f64(of(runs, |r| r.p99.as_secs_f64()))),
         );
-    }
+    };
+    figures(&hosts);
+    figures(&guests);
     let kicks = of(&guests, |r| r.kicks);
-    println!("{ratio:>8.2}{kicks:>9.4}");
-    (ratio, kicks)
+    let interrupts = of(&guests, |r| r.interrupts);
+    print!("{ratio:>8.2}{kicks:>9.4}");
+    match case.interrupts {
+        true => print!("{interrupts:>9.4}"),
+        false => print!("{:>9}", "-"),
+    }
+    if !peers.is_empty() {
+        figures(&peers);
+    }
+    println!();
+    (ratio, kicks + interrupts)
 }
 
 /// The file, written once so that every block has a place on the disk.
@@ -233,36 +301,46 @@ fn goal(what: &str, value: f64, limit: f64, at_least: bool) {
 fn disks(rounds: usize, hertz: f64) {
     let path = prepare();
     println!("\nblock: {rounds} turns each, medians; thousands a second, µs, per request");
-    println!("{:<42}{:>28}{:>28}", "", "host", "guest");
     println!(
-        "{:<42}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>8}{:>9}",
-        "", "rate", "p50", "p99", "rate", "p50", "p99", "ratio", "kicks"
+        "{:<50}{:>28}{:>28}{:>26}{:>28}",
+        "", "host", "guest", "", "QEMU microvm, if named"
+    );
+    println!(
+        "{:<50}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>8}{:>9}{:>9}{:>10}{:>9}{:>9}",
+        "",
+        "rate",
+        "p50",
+        "p99",
+        "rate",
+        "p50",
+        "p99",
+        "ratio",
+        "kicks",
+        "intr",
+        "rate",
+        "p50",
+        "p99"
     );
     let mut goals = Vec::new();
     for direct in [true, false] {
         for case in &CASES {
             let figures = measure(case, &path, direct, rounds, hertz);
             if case.depth == 32 && !case.write {
-                goals.push((direct, figures));
+                goals.push((direct, case.interrupts, figures));
             }
         }
     }
     let _ = fs::remove_file(&path);
     println!();
-    for (direct, (ratio, kicks)) in goals {
+    for (direct, interrupts, (ratio, per_request)) in goals {
         let cache = if direct { "direct" } else { "cached" };
-        goal(
-            &format!("4 KiB random read at depth 32, {cache}"),
-            ratio,
-            0.9,
-            true,
-        );
-        goal(
-            &format!("kicks per request at depth 32, without interrupts, {cache}"),
-            kicks,
-            0.06,
-            false,
-        );
+        if interrupts {
+            let what = format!("kicks and interrupts per request at depth 32, {cache}");
+            goal(&what, per_request, 0.06, false);
+        } else {
+            let what = format!("4 KiB random read at depth 32, {cache}");
+            goal(&what, ratio, 0.9, true);
+        }
     }
 }
 

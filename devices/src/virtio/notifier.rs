@@ -4,7 +4,7 @@
 //! call waits.
 
 use std::error::Error;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -38,6 +38,7 @@ pub struct Notifier {
     isr: AtomicU32,
     needs_reset: AtomicBool,
     failures: AtomicU32,
+    interrupts: AtomicU64,
     /// Written at each failure, where somebody wants to know.
     alarm: OnceLock<EventFd>,
 }
@@ -49,6 +50,7 @@ impl Notifier {
             isr: AtomicU32::new(isr),
             needs_reset: AtomicBool::new(needs_reset),
             failures: AtomicU32::new(0),
+            interrupts: AtomicU64::new(0),
             alarm: OnceLock::new(),
         }
     }
@@ -61,6 +63,7 @@ impl Notifier {
     /// Buffers of `queue` were used.
     pub fn used(&self, queue: u16) {
         self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
+        self.interrupts.fetch_add(1, Ordering::Relaxed);
         self.interrupt.signal(Vector::Queue(queue));
     }
 
@@ -90,6 +93,11 @@ impl Notifier {
     /// How often the device failed since it was made.
     pub fn failures(&self) -> u32 {
         self.failures.load(Ordering::Relaxed)
+    }
+
+    /// Interrupts for used buffers since it was made.
+    pub fn interrupts(&self) -> u64 {
+        self.interrupts.load(Ordering::Relaxed)
     }
 
     /// ISR status.
