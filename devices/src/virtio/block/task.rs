@@ -18,8 +18,45 @@ const MAX_RETRIES: u32 = 64;
 #[derive(Debug, Default)]
 struct Buffers {
     /// Behind `next` all are whole; that one may have been cut at its start.
-    iovecs: Vec<libc::iovec>,
+    iovecs: IoVecs,
     next: usize,
+}
+
+/// Most requests have one buffer, for which nothing is allocated.
+#[derive(Debug)]
+enum IoVecs {
+    One([libc::iovec; 1]),
+    Several(Vec<libc::iovec>),
+}
+
+impl Default for IoVecs {
+    fn default() -> Self {
+        Self::Several(Vec::new())
+    }
+}
+
+impl IoVecs {
+    fn push(&mut self, one: libc::iovec) {
+        match self {
+            Self::One([first]) => *self = Self::Several(vec![*first, one]),
+            Self::Several(all) if all.is_empty() => *self = Self::One([one]),
+            Self::Several(all) => all.push(one),
+        }
+    }
+
+    fn all(&self) -> &[libc::iovec] {
+        match self {
+            Self::One(one) => one,
+            Self::Several(all) => all,
+        }
+    }
+
+    fn get_mut(&mut self, at: usize) -> Option<&mut libc::iovec> {
+        match self {
+            Self::One(one) => one.get_mut(at),
+            Self::Several(all) => all.get_mut(at),
+        }
+    }
 }
 
 // SAFETY: the pointers are only given to the kernel, which may use them from any thread; the
@@ -99,7 +136,7 @@ impl Task {
             Op::Read => (chain.writable(), 0),
             _ => (chain.readable(), HEADER),
         };
-        let mut iovecs = Vec::with_capacity(segments.len());
+        let mut iovecs = IoVecs::default();
         for_slices(&ram, segments, skip, len, |slice| {
             iovecs.push(libc::iovec {
                 iov_base: slice.ptr_guard_mut().as_ptr().cast(),
@@ -139,14 +176,14 @@ impl Task {
 
     /// The buffers of the next step. They stay where they are until [`step`](Self::step).
     pub fn iovecs(&self) -> &[libc::iovec] {
-        let rest = self.buffers.iovecs.get(self.buffers.next..);
+        let rest = self.buffers.iovecs.all().get(self.buffers.next..);
         let rest = rest.unwrap_or_default();
         rest.get(..rest.len().min(IOV_MAX)).unwrap_or_default()
     }
 
     /// Whether all buffers lie at multiples of `align`.
     pub fn is_aligned(&self, align: usize) -> bool {
-        let mut iovecs = self.buffers.iovecs.iter();
+        let mut iovecs = self.buffers.iovecs.all().iter();
         align <= 1
             || iovecs.all(|v| {
                 (v.iov_base as usize).is_multiple_of(align) && v.iov_len.is_multiple_of(align)

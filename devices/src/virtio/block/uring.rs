@@ -309,19 +309,33 @@ fn fall_back(disk: &Disk, task: &Task, result: io::Result<u64>) -> io::Result<u6
 fn entry(task: &Task) -> squeue::Entry {
     let iovecs = task.iovecs();
     let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as u32);
-    match &task.op {
-        Op::Read => opcode::Readv::new(DISK, pointer, count)
+    let flags = match task.op {
+        Op::Write { sync: true } => libc::RWF_DSYNC,
+        _ => 0,
+    };
+    match (&task.op, iovecs) {
+        // One buffer, as most have: there is no vector for the kernel to read.
+        (Op::Read, [one]) => opcode::Read::new(DISK, one.iov_base.cast(), one.iov_len as u32)
             .offset(task.offset)
             .build(),
-        Op::Write { sync } => opcode::Writev::new(DISK, pointer, count)
+        (Op::Write { .. }, [one]) => {
+            opcode::Write::new(DISK, one.iov_base.cast(), one.iov_len as u32)
+                .offset(task.offset)
+                .rw_flags(flags)
+                .build()
+        }
+        (Op::Read, _) => opcode::Readv::new(DISK, pointer, count)
             .offset(task.offset)
-            .rw_flags(if *sync { libc::RWF_DSYNC } else { 0 })
             .build(),
-        Op::Flush => opcode::Fsync::new(DISK)
+        (Op::Write { .. }, _) => opcode::Writev::new(DISK, pointer, count)
+            .offset(task.offset)
+            .rw_flags(flags)
+            .build(),
+        (Op::Flush, _) => opcode::Fsync::new(DISK)
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
-        Op::Discard(ranges) => fallocate(ranges, |_| PUNCH),
-        Op::Zero { ranges, .. } => fallocate(ranges, |range| zero_mode(range.unmap)),
+        (Op::Discard(ranges), _) => fallocate(ranges, |_| PUNCH),
+        (Op::Zero { ranges, .. }, _) => fallocate(ranges, |range| zero_mode(range.unmap)),
     }
 }
 
