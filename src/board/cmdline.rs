@@ -1,6 +1,7 @@
 //! bulle's own part of the kernel command line.
 
-use crate::config::{Config, Console, Transport};
+use super::plan::host_has_ipv6;
+use crate::config::{Config, Console, Transport, UserNetwork};
 
 /// Words for the board, then for the agent. The user's are appended after these and so override
 /// them where Linux takes the last.
@@ -56,13 +57,10 @@ pub fn kernel_words(config: &Config) -> String {
         }
     };
     words.extend(root.as_deref());
-    let networks = config.user_networks().map(|network| {
-        let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
-        let (address, prefix) = (network.address, network.prefix);
-        let (gateway, dns) = (network.gateway, network.dns);
-        format!("bulle.net={mac},{address}/{prefix},{gateway},{dns}")
-    });
-    let networks: Vec<_> = networks.collect();
+    let networks = config.user_networks();
+    let networks: Vec<_> = networks
+        .map(|network| network_word(&network, host_has_ipv6()))
+        .collect();
     if config.guest.is_some() {
         words.extend(networks.iter().map(String::as_str));
         words.extend(["rdinit=/.bulle/init", "bulle.agent=port:bulle.agent,ttyS1"]);
@@ -72,6 +70,19 @@ pub fn kernel_words(config: &Config) -> String {
         }
     }
     words.join(" ")
+}
+
+/// What the agent gets to know of a network.
+fn network_word(network: &UserNetwork, ipv6: bool) -> String {
+    let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
+    let (address, prefix) = (network.address, network.prefix);
+    let (gateway, dns) = (network.gateway, network.dns);
+    let mut word = format!("bulle.net={mac},{address}/{prefix},{gateway},{dns}");
+    if ipv6 {
+        let [address, gateway] = network.ipv6;
+        word += &format!(",{address},{gateway}");
+    }
+    word
 }
 
 #[cfg(test)]
@@ -97,9 +108,12 @@ mod tests {
             {"iface_id":"t","host_dev_name":"t"},{"iface_id":"u","mode":"user"}]}"#;
         let mut config: Config = serde_json::from_str(text).unwrap();
         let words = kernel_words(&config);
-        let word = " bulle.net=02:62:75:6c:6c:03,10.0.3.15/24,10.0.3.2,10.0.3.3 ";
+        let word = " bulle.net=02:62:75:6c:6c:03,10.0.3.15/24,10.0.3.2,10.0.3.3";
         assert!(words.contains(word), "{words}");
         assert_eq!(words.matches("bulle.net").count(), 1);
+        let network = config.user_networks().next().unwrap();
+        let (four, six) = (network_word(&network, false), network_word(&network, true));
+        assert_eq!(six, four + ",fd62:756c:6c65:3::15,fd62:756c:6c65:3::2");
         config.guest = None;
         assert!(!kernel_words(&config).contains("bulle.net"));
     }

@@ -31,7 +31,8 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "NETWORK", value_parser = parse_net)]
     net: Vec<MaybeNetwork>,
     /// Lead a port of the host into the guest (repeatable; implies --net user):
-    /// [ADDRESS:]HOST-PORT:GUEST-PORT[/udp] [default address: 127.0.0.1, not seen by other machines]
+    /// [ADDRESS:]HOST-PORT:GUEST-PORT[/udp], IPv6 as [::1]:8080:80 [default address: 127.0.0.1, not
+    /// seen by other machines]
     #[arg(long, value_name = "PORTS")]
     publish: Vec<Publish>,
     /// Let the guest find what this JSON file says at http://169.254.169.254/, on each interface

@@ -32,6 +32,7 @@ use self::limits::Limiters;
 pub use self::memory_hotplug::RegionError;
 pub use self::net::NetError;
 pub use self::passt::PasstError;
+pub(super) use self::passt::host_has_ipv6;
 use super::attach;
 use crate::config::{Spec, Transport};
 

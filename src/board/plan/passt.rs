@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddrV4, TcpListener, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -40,10 +40,19 @@ pub enum PasstError {
     #[error("cannot publish port {address} of the host{}", advice(source))]
     Port {
         /// As given.
-        address: SocketAddrV4,
+        address: SocketAddr,
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A published port of IPv6, which passt does not do here.
+    #[error(
+        "cannot publish port {address} of the host: passt does IPv6 only on a host with a default route of \
+         IPv6; see 'ip -6 route', or publish an IPv4 address"
+    )]
+    NoIpv6 {
+        /// As given.
+        address: SocketAddr,
     },
     /// It ended.
     #[error("{PROGRAM} ended before the VM could start: {text}")]
@@ -84,11 +93,12 @@ pub(super) fn start(
     mtu: u16,
     publish: &[Publish],
 ) -> Result<Passt, PasstError> {
-    publish.iter().try_for_each(can_listen)?;
+    let ipv6 = host_has_ipv6();
+    publish.iter().try_for_each(|port| can_listen(port, ipv6))?;
     let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
     let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
     let (complaints, stderr) = pipe2(flags).map_err(|e| PasstError::Start(e.into()))?;
-    let mut command = command(network, mtu, publish, theirs.as_raw_fd());
+    let mut command = command(network, ipv6, (mtu, publish), theirs.as_raw_fd());
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -139,9 +149,43 @@ fn end(child: &mut Child) {
     }
 }
 
-fn command(network: &UserNetwork, mtu: u16, publish: &[Publish], fd: i32) -> Command {
+/// Whether the host has a default route of IPv6 and a link-local address, which passt needs for IPv6.
+pub(in crate::board) fn host_has_ipv6() -> bool {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let addresses = read("/proc/net/if_inet6");
+    has_default_route(&read("/proc/net/ipv6_route"))
+        && addresses.lines().any(|line| line.starts_with("fe80"))
+}
+
+/// Fields of a line: destination, its prefix, source, its prefix, next hop, metric, …, flags, interface.
+fn has_default_route(routes: &str) -> bool {
+    const RTF_UP: u32 = 1;
+    const RTF_REJECT: u32 = 0x200;
+    routes.lines().any(|line| {
+        let fields: Vec<_> = line.split_ascii_whitespace().collect();
+        let [destination, "00", .., flags, interface] = fields[..] else {
+            return false;
+        };
+        let flags = u32::from_str_radix(flags, 16).unwrap_or(0);
+        let leads = flags & (RTF_UP | RTF_REJECT) == RTF_UP && interface != "lo";
+        leads && destination.bytes().all(|digit| digit == b'0')
+    })
+}
+
+fn command(
+    network: &UserNetwork,
+    ipv6: bool,
+    (mtu, publish): (u16, &[Publish]),
+    fd: i32,
+) -> Command {
     let mut command = Command::new(PROGRAM);
-    command.args(["--foreground", "--quiet", "--stderr", "--ipv4-only"]);
+    command.args(["--foreground", "--quiet", "--stderr"]);
+    if ipv6 {
+        let [address, gateway] = network.ipv6.map(|address| address.to_string());
+        command.args(["--address", &address, "--gateway", &gateway]);
+    } else {
+        command.arg("--ipv4-only");
+    }
     let options = [
         ("--fd", fd.to_string()),
         ("--address", network.address.to_string()),
@@ -173,13 +217,40 @@ fn command(network: &UserNetwork, mtu: u16, publish: &[Publish], fd: i32) -> Com
 }
 
 /// Says which port cannot be had, and why, better than passt does.
-fn can_listen(publish: &Publish) -> Result<(), PasstError> {
-    let address = SocketAddrV4::new(publish.host_ip, publish.host_port);
-    let result = match publish.protocol {
-        Protocol::Tcp => TcpListener::bind(address).map(drop),
-        Protocol::Udp => UdpSocket::bind(address).map(drop),
+fn can_listen(publish: &Publish, ipv6: bool) -> Result<(), PasstError> {
+    let address = SocketAddr::new(publish.host_ip, publish.host_port);
+    if address.is_ipv6() && !ipv6 {
+        return Err(PasstError::NoIpv6 { address });
+    }
+    let bound = bind_to(address, publish.protocol);
+    bound.map_err(|errno| PasstError::Port {
+        address,
+        source: errno.into(),
+    })
+}
+
+/// As passt does: an address of IPv6 is not one of IPv4 as well.
+fn bind_to(address: SocketAddr, protocol: Protocol) -> rustix::io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+    let kind = match protocol {
+        Protocol::Tcp => SocketType::STREAM,
+        Protocol::Udp => SocketType::DGRAM,
     };
-    result.map_err(|source| PasstError::Port { address, source })
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    if protocol == Protocol::Udp {
+        return bind(&socket, &address);
+    }
+    // Past connections are not in the way.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &address)?;
+    listen(&socket, 1)
 }
 
 /// Asks for the gateway's Ethernet address, which passt answers when it is up.

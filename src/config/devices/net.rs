@@ -1,6 +1,6 @@
 //! Network interfaces.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -75,7 +75,7 @@ pub enum Protocol {
 pub struct Publish {
     /// Address of the host; absent: 127.0.0.1, so that other machines do not reach the port.
     #[serde(default = "loopback")]
-    pub host_ip: Ipv4Addr,
+    pub host_ip: IpAddr,
     /// The host's port.
     pub host_port: u16,
     /// The guest's port.
@@ -85,13 +85,15 @@ pub struct Publish {
     pub protocol: Protocol,
 }
 
-fn loopback() -> Ipv4Addr {
-    Ipv4Addr::LOCALHOST
+fn loopback() -> IpAddr {
+    Ipv4Addr::LOCALHOST.into()
 }
 
 /// Text that is no published port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("write [ADDRESS:]HOST-PORT:GUEST-PORT[/udp], such as 8080:80, with an IPv4 address")]
+#[error(
+    "write [ADDRESS:]HOST-PORT:GUEST-PORT[/udp], such as 8080:80, an IPv6 address in brackets: [::1]:8080:80"
+)]
 pub struct PublishError;
 
 impl std::str::FromStr for Publish {
@@ -109,8 +111,15 @@ impl std::str::FromStr for Publish {
             port.filter(|port| *port != 0).ok_or(PublishError)
         };
         let (guest_port, host_port) = (port()?, port()?);
+        let in_brackets = |text: &str| -> Option<Ipv6Addr> {
+            text.strip_prefix('[')?.strip_suffix(']')?.parse().ok()
+        };
         let host_ip = match parts.next() {
-            Some(address) => address.parse().map_err(|_| PublishError)?,
+            Some(text) => match (text.parse::<Ipv4Addr>(), in_brackets(text)) {
+                (Ok(address), _) => address.into(),
+                (_, Some(address)) => address.into(),
+                _ => return Err(PublishError),
+            },
             None => loopback(),
         };
         Ok(Self {
@@ -122,7 +131,8 @@ impl std::str::FromStr for Publish {
     }
 }
 
-/// The guest's side of an interface in mode `user`: a network of its own, of three addresses.
+/// The guest's side of an interface in mode `user`: a network of its own, of three addresses, and two of
+/// IPv6 where the host has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UserNetwork {
     /// The guest's Ethernet address.
@@ -133,6 +143,8 @@ pub struct UserNetwork {
     pub prefix: u8,
     /// The gateway, behind which the host is.
     pub gateway: Ipv4Addr,
+    /// The guest's address of IPv6, whose prefix has 64 bits, and its gateway.
+    pub ipv6: [Ipv6Addr; 2],
     /// The resolver.
     pub dns: Ipv4Addr,
 }
@@ -159,6 +171,9 @@ impl NetworkInterface {
             address: host(15),
             prefix: 24,
             gateway: host(2),
+            // Unique local addresses (RFC 4193); guests prefer IPv4 for what is elsewhere (RFC 6724).
+            ipv6: [0x15, 2]
+                .map(|host| Ipv6Addr::new(0xfd62, 0x756c, 0x6c65, net.into(), 0, 0, 0, host)),
             dns: host(3),
         })
     }
@@ -239,6 +254,8 @@ mod tests {
         let plain = port("8080:80").unwrap();
         assert_eq!((plain.host_port, plain.guest_port), (8080, 80));
         assert_eq!(plain.host_ip, Ipv4Addr::LOCALHOST);
+        let six = port("[::1]:8080:80").unwrap();
+        assert_eq!(six.host_ip, Ipv6Addr::LOCALHOST);
         assert_eq!(port("8080:80/tcp"), Ok(plain));
         let open = port("0.0.0.0:53:5353/udp").unwrap();
         assert!(open.host_ip.is_unspecified() && open.protocol == Protocol::Udp);
@@ -250,6 +267,9 @@ mod tests {
             "x:80",
             "80:80/sctp",
             "1.2.3:80:80",
+            "::1:80:80",
+            "[1.2.3.4]:80:80",
+            "[::1:80:80",
             "70000:1",
         ] {
             assert_eq!(port(text), Err(PublishError), "{text}");

@@ -113,6 +113,7 @@ pub(super) fn validate(config: &Config) -> Result<(), NetError> {
         let mut earlier = ports.iter().take(index);
         let same = |other: &&&crate::config::Publish| {
             let any = other.host_ip.is_unspecified() || publish.host_ip.is_unspecified();
+            let any = any && other.host_ip.is_ipv4() == publish.host_ip.is_ipv4();
             other.host_port == publish.host_port
                 && other.protocol == publish.protocol
                 && (any || other.host_ip == publish.host_ip)

@@ -4,6 +4,7 @@
 //!     guest-tool dial PORT COUNT BYTES    COUNT streams at once to the host, see [`dial`]
 //!     guest-tool refused PORT             connects where nobody listens
 //!     guest-tool messages PORT            sends messages and gets them back, see [`messages`]
+//!     guest-tool datagrams PORT COUNT     sends COUNT datagrams back that come to a UDP port
 //!
 //! Each says on stdout how it went, and ends with 1 when something is not as it should be.
 
@@ -39,8 +40,21 @@ fn main() -> Result<()> {
         Some("dial") => dial(number(1)?, number(2)?, number(3)? as usize),
         Some("refused") => refused(number(1)?),
         Some("messages") => messages(number(1)?),
-        _ => Err("give serve, dial, refused or messages".into()),
+        Some("datagrams") => datagrams(number(1)? as u16, number(2)?),
+        _ => Err("give serve, dial, refused, messages or datagrams".into()),
     }
+}
+
+/// Over IPv4 and IPv6.
+fn datagrams(port: u16, count: u32) -> Result<()> {
+    let socket = std::net::UdpSocket::bind(("::", port))?;
+    let mut bytes = [0; 65536];
+    for _ in 0..count {
+        let (len, from) = socket.recv_from(&mut bytes)?;
+        socket.send_to(&bytes[..len], from)?;
+    }
+    println!("{count} datagrams");
+    Ok(())
 }
 
 fn vsock(kind: SockType) -> Result<OwnedFd> {

@@ -1,9 +1,10 @@
 //! Network interfaces that the host describes: address, route and resolver.
 //!
-//! `bulle.net=MAC,ADDRESS/PREFIX,GATEWAY,RESOLVER` on the kernel command line, once for each
-//! interface. What failed is noted.
+//! `bulle.net=MAC,ADDRESS/PREFIX,GATEWAY,RESOLVER[,ADDRESS6,GATEWAY6]` on the kernel command line, once
+//! for each interface. What failed is noted; a kernel without IPv6 does without.
 
 use core::fmt::Write;
+use core::net::Ipv6Addr;
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
@@ -29,6 +30,8 @@ struct Interface<'a> {
     prefix: u8,
     gateway: [u8; 4],
     dns: [u8; 4],
+    /// Address and gateway.
+    ipv6: Option<[Ipv6Addr; 2]>,
 }
 
 /// Configures the interfaces of the kernel command line.
@@ -61,13 +64,18 @@ fn parse(word: &[u8]) -> Option<Interface<'_>> {
     let mut fields = word.split(|&b| b == b',');
     let mac = fields.next()?;
     let mut network = fields.next()?.split(|&b| b == b'/');
-    let interface = Interface {
+    let mut interface = Interface {
         mac,
         address: address(network.next()?)?,
         prefix: number(network.next()?)?,
         gateway: address(fields.next()?)?,
         dns: address(fields.next()?)?,
+        ipv6: None,
     };
+    if let Some(field) = fields.next() {
+        let ipv6 = |text| core::str::from_utf8(text).ok()?.parse().ok();
+        interface.ipv6 = Some([ipv6(field)?, ipv6(fields.next()?)?]);
+    }
     (interface.prefix <= 32 && fields.next().is_none()).then_some(interface)
 }
 
@@ -95,9 +103,47 @@ fn bring_up(interface: &Interface<'_>, default_route: bool) -> Result<(), (&'sta
         .unwrap_or(0);
     sys::interface_address(&socket, name, interface.address).map_err(|e| ("address", e))?;
     sys::interface_mask(&socket, name, mask.to_be_bytes()).map_err(|e| ("mask", e))?;
+    if interface.ipv6.is_some() {
+        trust_addresses(name);
+    }
     sys::interface_up(&socket, name).map_err(|e| ("switch on", e))?;
     if default_route {
         sys::add_default_route(&socket, interface.gateway).map_err(|e| ("route over", e))?;
+    }
+    match interface.ipv6 {
+        Some(ipv6) => bring_up_ipv6(name, ipv6, default_route),
+        None => Ok(()),
+    }
+}
+
+/// Nobody else is there who could have an address of IPv6: it need not be asked for, which takes a second.
+fn trust_addresses(name: &[u8]) {
+    let mut path = Text::<64>::new();
+    path.push(b"/proc/sys/net/ipv6/conf/");
+    path.push(name);
+    path.push(b"/accept_dad");
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::open(path.as_str(), flags, Mode::empty()) {
+        let _ = rustix::io::write(&file, b"0");
+    }
+}
+
+/// Beside what the kernel takes from router advertisements: at once, and an address that is known.
+fn bring_up_ipv6(
+    name: &[u8],
+    [address, gateway]: [Ipv6Addr; 2],
+    default_route: bool,
+) -> Result<(), (&'static str, Errno)> {
+    use rustix::net::{AddressFamily, SocketType, socket};
+    let Ok(socket) = socket(AddressFamily::INET6, SocketType::DGRAM, None) else {
+        return Ok(());
+    };
+    let index = sys::interface_index(&socket, name).map_err(|e| ("number", e))?;
+    let result = sys::interface_address6(&socket, index, address.octets());
+    result.map_err(|e| ("address (IPv6)", e))?;
+    if default_route {
+        let result = sys::add_default_route6(&socket, index, gateway.octets());
+        result.map_err(|e| ("route over (IPv6)", e))?;
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ const SIOCSIFFLAGS: usize = 0x8914;
 const SIOCSIFADDR: usize = 0x8916;
 const SIOCSIFNETMASK: usize = 0x891c;
 const SIOCADDRT: usize = 0x890b;
+const SIOCGIFINDEX: usize = 0x8933;
 const AF_INET: u8 = 2;
 const EV_KEY: u8 = 1;
 
@@ -171,6 +172,53 @@ pub fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> Result<(), Errno
     route[40] = AF_INET;
     route[56] = FLAGS;
     // SAFETY: SIOCADDRT reads one struct rtentry of 120 bytes, whose one pointer is null.
+    unsafe { syscall!(Sysno::ioctl, socket.as_raw_fd(), SIOCADDRT, route.as_ptr()) }
+        .map(drop)
+        .map_err(errno)
+}
+
+/// The number of an interface.
+pub fn interface_index(socket: &OwnedFd, name: &[u8]) -> Result<i32, Errno> {
+    let mut request = [0u8; 40];
+    let len = name.len().min(15);
+    request[..len].copy_from_slice(&name[..len]);
+    // SAFETY: SIOCGIFINDEX reads and writes one struct ifreq of 40 bytes.
+    unsafe {
+        syscall!(
+            Sysno::ioctl,
+            socket.as_raw_fd(),
+            SIOCGIFINDEX,
+            request.as_mut_ptr()
+        )
+    }
+    .map_err(errno)?;
+    let [.., a, b, c, d] = *request.first_chunk::<20>().unwrap_or(&[0; 20]);
+    Ok(i32::from_ne_bytes([a, b, c, d]))
+}
+
+/// Gives interface `index` an address of IPv6 whose prefix has 64 bits; `socket` is one of IPv6.
+pub fn interface_address6(socket: &OwnedFd, index: i32, address: [u8; 16]) -> Result<(), Errno> {
+    // struct in6_ifreq: address, length of the prefix, interface.
+    let mut request = [0u8; 24];
+    request[..16].copy_from_slice(&address);
+    request[16] = 64;
+    request[20..].copy_from_slice(&index.to_ne_bytes());
+    // SAFETY: SIOCSIFADDR of such a socket reads one struct in6_ifreq of 24 bytes.
+    unsafe { syscall!(Sysno::ioctl, socket.as_raw_fd(), SIOCSIFADDR, request.as_ptr()) }
+        .map(drop)
+        .map_err(errno)
+}
+
+/// The same as [`add_default_route`] for IPv6, over interface `index`.
+pub fn add_default_route6(socket: &OwnedFd, index: i32, gateway: [u8; 16]) -> Result<(), Errno> {
+    // struct in6_rtmsg: destination, source and gateway; type, both prefixes, metric; info, flags
+    // (as above) and interface.
+    let mut route = [0u8; 80];
+    route[32..48].copy_from_slice(&gateway);
+    route[56] = 1;
+    route[72] = 3;
+    route[76..].copy_from_slice(&index.to_ne_bytes());
+    // SAFETY: SIOCADDRT of such a socket reads one struct in6_rtmsg of 80 bytes.
     unsafe { syscall!(Sysno::ioctl, socket.as_raw_fd(), SIOCADDRT, route.as_ptr()) }
         .map(drop)
         .map_err(errno)

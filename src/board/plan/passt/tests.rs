@@ -1,3 +1,4 @@
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 
 use super::*;
@@ -27,23 +28,32 @@ fn what_passt_says_is_one_line_without_noise() {
 #[test]
 fn ports_that_are_taken_are_told_from_those_that_are_not() {
     let publish = |port| Publish {
-        host_ip: std::net::Ipv4Addr::LOCALHOST,
+        host_ip: std::net::Ipv4Addr::LOCALHOST.into(),
         host_port: port,
         guest_port: 80,
         protocol: Protocol::Tcp,
     };
     let held = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = held.local_addr().unwrap().port();
-    let error = can_listen(&publish(port)).unwrap_err().to_string();
+    let error = can_listen(&publish(port), false).unwrap_err().to_string();
     assert!(error.contains("choose another port"), "{error}");
     drop(held);
-    can_listen(&publish(port)).unwrap();
+    can_listen(&publish(port), false).unwrap();
     let nowhere = Publish {
         host_ip: [198, 51, 100, 1].into(),
         ..publish(port)
     };
-    let error = can_listen(&nowhere).unwrap_err().to_string();
+    let error = can_listen(&nowhere, false).unwrap_err().to_string();
     assert!(error.contains("no such address"), "{error}");
+    let six = Publish {
+        host_ip: std::net::Ipv6Addr::LOCALHOST.into(),
+        ..publish(port)
+    };
+    let error = can_listen(&six, false).unwrap_err().to_string();
+    assert!(
+        error.contains("default route of IPv6") && error.contains(&format!("[::1]:{port}")),
+        "{error}"
+    );
 }
 
 #[test]
@@ -54,24 +64,52 @@ fn the_command_line_of_passt() {
         prefix: 24,
         gateway: [10, 0, 2, 2].into(),
         dns: [10, 0, 2, 3].into(),
+        ipv6: ["fd00::15", "fd00::2"].map(|address| address.parse().unwrap()),
     };
-    let publish: Vec<Publish> = ["8080:80", "0.0.0.0:53:5353/udp", "81:82/udp"]
-        .map(|text| text.parse().unwrap())
-        .to_vec();
-    let words = |publish: &[Publish]| {
-        let command = command(&network, 1500, publish, 7);
+    let publish: Vec<Publish> = [
+        "8080:80",
+        "[::]:8080:80",
+        "0.0.0.0:53:5353/udp",
+        "81:82/udp",
+    ]
+    .map(|text| text.parse().unwrap())
+    .to_vec();
+    let words = |ipv6: bool, publish: &[Publish]| {
+        let command = command(&network, ipv6, (1500, publish), 7);
         let words = command.get_args().map(|word| word.to_str().unwrap());
         words.collect::<Vec<_>>().join(" ")
     };
-    let all = words(&publish);
+    let all = words(true, &publish);
     for part in [
         "--fd 7 ",
         "--address 10.0.2.15 --netmask 24 --gateway 10.0.2.2 --dns-forward 10.0.2.3 --mtu 1500",
-        "--tcp-ports 127.0.0.1/8080:80",
+        "--address fd00::15 --gateway fd00::2 ",
+        "--tcp-ports 127.0.0.1/8080:80 --tcp-ports ::/8080:80",
         "--udp-ports 0.0.0.0/53:5353 --udp-ports 127.0.0.1/81:82",
     ] {
         assert!(all.contains(part), "{all}");
     }
     // What is not published is not listened on.
-    assert!(words(&[]).ends_with("--tcp-ports none --udp-ports none"));
+    let none = words(false, &[]);
+    assert!(none.ends_with("--tcp-ports none --udp-ports none"));
+    assert!(!all.contains("ipv4-only") && none.contains("--ipv4-only") && !none.contains("fd00"));
+}
+
+#[test]
+fn the_default_route_of_ipv6() {
+    let line = |destination: &str, prefix, flags, interface| {
+        let zero = "0".repeat(32);
+        format!(
+            "{destination} {prefix} {zero} 00 {zero} 00000400 00000001 00000000 {flags} {interface}\n"
+        )
+    };
+    let (zero, other) = ("0".repeat(32), "fe80".to_string() + &"0".repeat(28));
+    let reject = line(&zero, "00", "00200200", "lo");
+    assert!(!has_default_route(""));
+    assert!(!has_default_route(&reject));
+    assert!(!has_default_route(&line(&other, "40", "00000001", "eth0")));
+    assert!(!has_default_route(&line(&zero, "00", "00200200", "eth0")));
+    assert!(has_default_route(
+        &(reject + &line(&zero, "00", "00000003", "eth0"))
+    ));
 }
