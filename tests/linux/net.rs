@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{filter, linux};
-use crate::common::{Input, Running, guest_tool};
+use crate::common::{Input, Outcome, Running, guest_tool};
 
 const BYTES: usize = 2 << 20;
 const SLOW_BYTES: usize = 768 << 10;
@@ -188,6 +188,35 @@ fn open_tap(name: &str) -> i32 {
     }
 }
 
+/// What both interfaces with offloads have, and that these are used.
+fn check_offloads(outcome: &Outcome) {
+    // CSUM, GUEST_CSUM, MTU, GUEST_TSO4, HOST_TSO4, MRG_RXBUF, CTRL_VQ, MQ (section 5.1.3).
+    for (interface, mtu) in [("features", true), ("kernel", false)] {
+        let bits = outcome.value(interface).as_bytes();
+        for bit in [0, 1, 3, 5, 7, 8, 11, 12, 15, 16, 17, 22] {
+            let expected = bit != 3 || mtu;
+            assert_eq!(
+                bits[bit] == b'1',
+                expected,
+                "{interface} {bit}: {outcome:#?}"
+            );
+        }
+    }
+    // Larger than the MTU: those of the host on its side, those of the guest as it counts them.
+    let (bytes, packets) = statistics("fast", "TX");
+    assert!(
+        bytes > 4 * BYTES as u64 && bytes / packets > 1400,
+        "{bytes} in {packets}"
+    );
+    let sent = outcome.value("sent").split(' ').map(|n| n.parse().unwrap());
+    let sent: Vec<u64> = sent.collect();
+    let (bytes, packets) = (sent[2] - sent[0], sent[3] - sent[1]);
+    assert!(
+        bytes > 2 * BYTES as u64 && bytes / packets > 1400,
+        "{sent:?}"
+    );
+}
+
 /// Files both ways, with checksums, over several connections at once; segments larger than the MTU
 /// on the host's side; a second interface with limits.
 fn tap(flavour: &str, more: &[&str]) {
@@ -258,31 +287,7 @@ fn tap(flavour: &str, more: &[&str]) {
     assert_eq!(outcome.value("by-kernel"), slow_sum);
     assert_eq!(outcome.value(", 0%"), "packet loss");
     assert!(kern_taken.recv().unwrap().1);
-    // CSUM, GUEST_CSUM, MTU, GUEST_TSO4, HOST_TSO4, MRG_RXBUF, CTRL_VQ, MQ (section 5.1.3).
-    for (interface, mtu) in [("features", true), ("kernel", false)] {
-        let bits = outcome.value(interface).as_bytes();
-        for bit in [0, 1, 3, 5, 7, 8, 11, 12, 15, 16, 17, 22] {
-            let expected = bit != 3 || mtu;
-            assert_eq!(
-                bits[bit] == b'1',
-                expected,
-                "{interface} {bit}: {outcome:#?}"
-            );
-        }
-    }
-    // Larger than the MTU: those of the host on its side, those of the guest as it counts them.
-    let (bytes, packets) = statistics("fast", "TX");
-    assert!(
-        bytes > 4 * BYTES as u64 && bytes / packets > 1400,
-        "{bytes} in {packets}"
-    );
-    let sent = outcome.value("sent").split(' ').map(|n| n.parse().unwrap());
-    let sent: Vec<u64> = sent.collect();
-    let (bytes, packets) = (sent[2] - sent[0], sent[3] - sent[1]);
-    assert!(
-        bytes > 2 * BYTES as u64 && bytes / packets > 1400,
-        "{sent:?}"
-    );
+    check_offloads(&outcome);
     // A bucket that is full at first, and a third of the file each second.
     let (received, (sent, right)) = (down_times.recv().unwrap(), up_times.recv().unwrap());
     assert!(right, "other bytes came to the host");

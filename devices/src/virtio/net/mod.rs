@@ -10,6 +10,7 @@
 mod backend;
 mod control;
 mod detour;
+mod handle;
 mod header;
 mod rx;
 mod space;
@@ -35,6 +36,7 @@ use vmm_sys_util::timerfd::TimerFd;
 pub use self::backend::NetBackend;
 use self::backend::{Received, Sent};
 pub use self::detour::{Detour, HEAD as DETOUR_HEAD};
+pub use self::handle::NetHandle;
 use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
 use self::rx::{Rx, RxMode};
 use self::space::{Counters, Space};
@@ -169,32 +171,6 @@ pub struct Net {
     timer: TimerFd,
     timer_at: Option<Instant>,
     wake: Arc<EventFd>,
-}
-
-/// The side of a network device that the VMM keeps.
-#[derive(Clone, Debug)]
-pub struct NetHandle {
-    counters: Arc<Counters>,
-    limiters: [Option<Arc<Limiter>>; 2],
-    wake: Arc<EventFd>,
-}
-
-impl NetHandle {
-    /// What the guest received and sent.
-    pub fn traffic(&self) -> [Traffic; 2] {
-        [self.counters.rx.traffic(), self.counters.tx.traffic()]
-    }
-
-    /// The limiters for receiving and sending; after [`Limiter::set`] call
-    /// [`limits_changed`](Self::limits_changed).
-    pub fn limiters(&self) -> &[Option<Arc<Limiter>>; 2] {
-        &self.limiters
-    }
-
-    /// Lets frames go on that wait for old limits.
-    pub fn limits_changed(&self) -> io::Result<()> {
-        self.wake.write(1)
-    }
 }
 
 fn host_error(what: &'static str, source: io::Error) -> DeviceError {
