@@ -31,6 +31,14 @@ pub enum ApiError {
     /// A name with other characters than names have.
     #[error("API Resource IDs can only contain alphanumeric characters and underscores.")]
     Id,
+    /// A query that is not what it should be.
+    #[error("{key} in the query is true or false, not '{value}'.")]
+    Query {
+        /// What it says something of.
+        key: String,
+        /// What it says.
+        value: String,
+    },
     /// Two names for one thing.
     #[error("The id from the path does not match the id from the body!")]
     IdMismatch,
@@ -56,7 +64,7 @@ impl ApiError {
     fn code(&self) -> &'static str {
         match self {
             Self::Unknown { .. } => "unknown-endpoint",
-            Self::GetBody | Self::Empty { .. } | Self::Json(_) => "bad-body",
+            Self::GetBody | Self::Empty { .. } | Self::Json(_) | Self::Query { .. } => "bad-body",
             Self::EmptyId | Self::Id | Self::IdMismatch => "bad-id",
             Self::Action(error) => error.code(),
         }

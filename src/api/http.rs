@@ -66,6 +66,8 @@ pub struct Request {
     pub method: Method,
     /// With what: an absolute path, without query.
     pub path: String,
+    /// What follows the path behind a question mark.
+    pub query: String,
     /// The body, empty where there is none.
     pub body: Vec<u8>,
     /// The client goes on with this connection.
@@ -137,7 +139,7 @@ pub fn parse(bytes: &[u8], limit: usize) -> Result<Parsed, HttpError> {
         Err(error) => return Err(HttpError::Syntax(error)),
     }
     let method = Method::parse(parsed.method.unwrap_or_default()).ok_or(HttpError::Method)?;
-    let path = path_of(parsed.path.unwrap_or_default()).ok_or(HttpError::Target)?;
+    let (path, query) = path_of(parsed.path.unwrap_or_default()).ok_or(HttpError::Target)?;
     let minor = parsed.version.unwrap_or(1);
     let fields = Fields::read(parsed.headers, minor)?;
     if fields.length > limit as u64 {
@@ -153,6 +155,7 @@ pub fn parse(bytes: &[u8], limit: usize) -> Result<Parsed, HttpError> {
             let request = Request {
                 method,
                 path,
+                query,
                 body: body.to_vec(),
                 keep_alive: fields.keep_alive,
             };
@@ -240,8 +243,8 @@ fn forbids_identity(value: &str) -> bool {
     weight("identity").or_else(|| weight("*")) == Some(0.0)
 }
 
-/// The path of a request target: as it is, or behind an authority. A query is dropped.
-fn path_of(target: &str) -> Option<String> {
+/// The path of a request target, as it is or behind an authority, and the query behind it.
+fn path_of(target: &str) -> Option<(String, String)> {
     let path = match target.strip_prefix("http://") {
         Some(rest) => match rest.find('/') {
             Some(at) => rest.get(at..)?,
@@ -249,8 +252,10 @@ fn path_of(target: &str) -> Option<String> {
         },
         None => target,
     };
-    let path = path.split(['?', '#']).next()?;
-    path.starts_with('/').then(|| path.to_owned())
+    let path = path.split('#').next()?;
+    let (path, query) = path.split_once('?').unwrap_or((path, ""));
+    path.starts_with('/')
+        .then(|| (path.to_owned(), query.to_owned()))
 }
 
 /// An answer.

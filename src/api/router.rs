@@ -46,6 +46,7 @@ pub fn read(route: usize, request: &Request) -> Result<Routed, ApiError> {
     }
     let mut input = Input {
         name: segments(&request.path).nth(1).unwrap_or_default(),
+        query: &request.query,
         body: &request.body,
         method,
         deprecated: false,
@@ -82,6 +83,7 @@ fn matches(route: &Route, path: &[&str]) -> bool {
 /// What an endpoint is given.
 pub struct Input<'a> {
     name: &'a str,
+    query: &'a str,
     body: &'a [u8],
     method: Method,
     /// See [`Routed::deprecated`].
@@ -98,6 +100,22 @@ impl Input<'_> {
             return Err(ApiError::Id);
         }
         Ok(self.name)
+    }
+
+    /// Whether the query says that `name` is `true`. Others are ignored, as Firecracker does.
+    pub fn is_set(&self, name: &str) -> Result<bool, ApiError> {
+        let mut pairs = self
+            .query
+            .split('&')
+            .map(|pair| pair.split_once('=').unwrap_or((pair, "true")));
+        match pairs.find(|(key, _)| *key == name) {
+            None | Some((_, "false")) => Ok(false),
+            Some((_, "true")) => Ok(true),
+            Some((key, value)) => Err(ApiError::Query {
+                key: key.to_owned(),
+                value: value.to_owned(),
+            }),
+        }
     }
 
     /// A body that there has to be.
@@ -176,12 +194,13 @@ pub fn respond(reply: &Reply) -> Result<Response, ApiError> {
 mod tests {
     use super::*;
     use crate::config::{Drive, Entropy};
-    use crate::control::HintingStart;
+    use crate::control::{HintingStart, PluggedKind, Unplug};
 
     fn request(method: Method, path: &str, body: &str) -> Result<Action, ApiError> {
         let request = Request {
             method,
-            path: path.to_owned(),
+            path: path.split('?').next().unwrap_or_default().to_owned(),
+            query: path.split_once('?').unwrap_or_default().1.to_owned(),
             body: body.as_bytes().to_vec(),
             keep_alive: true,
         };
@@ -190,6 +209,13 @@ mod tests {
 
     #[test]
     fn every_endpoint_leads_to_its_action() {
+        let unplug = |id: &str, force| {
+            Action::Unplug(Unplug {
+                kind: PluggedKind::Drive,
+                id: id.to_owned(),
+                force,
+            })
+        };
         let start = r#"{"action_type":"InstanceStart"}"#;
         let paused = r#"{"state":"Paused"}"#;
         for (method, path, body, expected) in [
@@ -229,7 +255,20 @@ mod tests {
                 "{}",
                 Action::StopHinting,
             ),
-            (Method::Delete, "/drives/a", "", Action::Unplug),
+            (Method::Delete, "/drives/a", "", unplug("a", false)),
+            (
+                Method::Delete,
+                "/drives/a?force=true",
+                "",
+                unplug("a", true),
+            ),
+            (Method::Delete, "/drives/a?x=1&force", "", unplug("a", true)),
+            (
+                Method::Delete,
+                "/drives/a?force=false",
+                "",
+                unplug("a", false),
+            ),
             (
                 Method::Put,
                 "/entropy",
@@ -267,6 +306,12 @@ mod tests {
                 "Invalid request method and/or path: GET hotplug.",
             ),
             (Method::Delete, "/drives", "", "The ID cannot be empty."),
+            (
+                Method::Delete,
+                "/drives/a?force=1",
+                "",
+                "force in the query is true or false, not '1'.",
+            ),
             (Method::Get, "/", "{}", "GET request cannot have a body."),
             (Method::Put, "/actions", "", "Empty PUT request."),
             (

@@ -6,7 +6,9 @@ use super::error::ApiError;
 use super::http::Method::{self, Delete, Get, Patch, Put};
 use super::router::Input;
 use crate::config::{Drive, MmdsConfig, MmdsVersion, NetworkInterface, Pmem, Vsock};
-use crate::control::{Action, DriveUpdate, HintingStart, NetworkUpdate, PmemUpdate, SnapshotLoad};
+use crate::control::{
+    Action, DriveUpdate, HintingStart, NetworkUpdate, PluggedKind, PmemUpdate, SnapshotLoad, Unplug,
+};
 
 /// An endpoint.
 pub struct Route {
@@ -67,14 +69,18 @@ pub const ROUTES: &[Route] = &[
             input.named(|d: &DriveUpdate| &d.drive_id)?,
         ))
     }),
-    route(Delete, "/drives/{drive_id}", unplug),
+    route(Delete, "/drives/{drive_id}", |input| {
+        unplug(input, PluggedKind::Drive)
+    }),
     route(Put, "/pmem/{id}", |input| {
         Ok(Action::PutPmem(input.named(|p: &Pmem| &p.id)?))
     }),
     route(Patch, "/pmem/{id}", |input| {
         Ok(Action::PatchPmem(input.named(|p: &PmemUpdate| &p.id)?))
     }),
-    route(Delete, "/pmem/{id}", unplug),
+    route(Delete, "/pmem/{id}", |input| {
+        unplug(input, PluggedKind::Pmem)
+    }),
     route(Put, "/network-interfaces/{iface_id}", |input| {
         let net = input.named(|n: &NetworkInterface| &n.iface_id)?;
         Ok(Action::PutNetwork(Box::new(net)))
@@ -84,7 +90,9 @@ pub const ROUTES: &[Route] = &[
             input.named(|n: &NetworkUpdate| &n.iface_id)?,
         ))
     }),
-    route(Delete, "/network-interfaces/{iface_id}", unplug),
+    route(Delete, "/network-interfaces/{iface_id}", |input| {
+        unplug(input, PluggedKind::Net)
+    }),
     route(Put, "/entropy", |input| {
         Ok(Action::PutEntropy(input.parse()?))
     }),
@@ -193,7 +201,8 @@ fn vm(input: &mut Input<'_>) -> Result<Action, ApiError> {
     })
 }
 
-fn unplug(input: &mut Input<'_>) -> Result<Action, ApiError> {
-    input.name()?;
-    Ok(Action::Unplug)
+fn unplug(input: &mut Input<'_>, kind: PluggedKind) -> Result<Action, ApiError> {
+    let id = input.name()?.to_owned();
+    let force = input.is_set("force")?;
+    Ok(Action::Unplug(Unplug { kind, id, force }))
 }

@@ -2,17 +2,19 @@
 //!
 //! [`Devices::attach`] makes device, backend, core and transport and places the transport; the
 //! vmm thread owns the result. [`Devices::stop`] comes after the last vCPU: it brings every device
-//! back from its I/O thread, its host I/O finished, and ends the threads.
+//! back from its I/O thread, its host I/O finished, and ends the threads. In between, devices come and
+//! go over PCI (`board::hotplug`).
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arch::acpi::{MmioDevice, PciHost, Window};
+use arch::acpi::{MmioDevice, PciHost};
 use arch::layout;
 use arch::memory::GuestMemory;
 use devices::bus::{Bus, BusError};
 use devices::irq::Interrupt;
-use devices::pci::{ConfigPorts, Ecam, IntxLine, PciBus, PciError, PciWindow};
+use devices::pci::hotplug::HotplugState;
+use devices::pci::{IntxLine, PciError};
 use devices::virtio::Memory;
 use devices::virtio::console::ConsoleHandle;
 use devices::virtio::core::{self, NewError, Parts, VirtioCore};
@@ -20,17 +22,18 @@ use devices::virtio::device::VirtioDevice;
 use devices::virtio::notifier::VirtioInterrupt;
 use devices::virtio::registry::{self, DeviceConfig, DeviceHandle};
 use devices::virtio::transport::mmio::{LEN, Mmio, MmioInterrupt};
-use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, VirtioPci};
+use devices::virtio::transport::pci::VirtioPci;
 use devices::virtio::worker::{LoopBackend, Worker};
 use event_manager::RemoteEndpoint;
 use kvm_ioctls::VmFd;
 
-use super::VirtioDeviceState;
 use super::doorbell::{Armed, Doorbells};
+use super::pci::Pci;
 use super::plan::Plan;
+use super::{PartsState, VirtioDeviceState};
 use crate::config::Transport;
 use crate::io::{IoError, IoThread};
-use crate::vm::irq::{self, IrqFd, Irqchip};
+use crate::vm::irq::{IrqFd, Irqchip};
 
 /// Interrupt lines that virtio-mmio devices may have: those that no other device has.
 const LINES: [u32; 17] = [
@@ -94,7 +97,7 @@ pub enum AttachError {
         #[source]
         source: BusError,
     },
-    /// No event descriptor for its interrupt.
+    /// No event descriptor.
     #[error("Cannot create an event descriptor for the virtio device '{id}'")]
     Event {
         /// Its name.
@@ -106,6 +109,15 @@ pub enum AttachError {
     /// No I/O thread.
     #[error(transparent)]
     Io(#[from] IoError),
+    /// Only PCI devices come and go while the guest runs.
+    #[error("PCI is not enabled: start the microVM with --pci (--enable-pci of bulle api)")]
+    NoPci,
+    /// A name that is taken.
+    #[error("Device ID in use: there is a device '{id}' already; give another name")]
+    InUse {
+        /// The name.
+        id: String,
+    },
 }
 
 /// A device cannot go back to an earlier state in place.
@@ -126,8 +138,9 @@ pub struct Attached {
     /// What it takes commands by.
     pub handle: DeviceHandle,
     kind: &'static str,
-    /// Its PCI function, with `--pci`.
-    function: Option<Arc<VirtioPci>>,
+    pub(super) doorbells: Arc<Doorbells>,
+    /// Its PCI function and the slot where it is, with `--pci`.
+    pub(super) function: Option<(usize, Arc<VirtioPci>)>,
 }
 
 /// What devices are connected to.
@@ -149,66 +162,97 @@ pub struct Buses<'a> {
 }
 
 /// All virtio devices of a machine, with the I/O threads they run on.
-#[derive(Default)]
 pub struct Devices {
-    list: Vec<Attached>,
+    parts: Mutex<Present>,
     windows: Vec<MmioDevice>,
-    pci: Option<PciHost>,
-    ports: Option<Arc<ConfigPorts>>,
+    pub(super) pci: Option<Pci>,
     irqfds: Vec<IrqFd>,
+    /// One for all, since a memory device changes it.
+    pub(super) memory: Memory,
+}
+
+/// The devices that there are, and their threads.
+#[derive(Default)]
+pub(super) struct Present {
+    pub(super) list: Vec<Arc<Attached>>,
     io: Vec<IoThread>,
+    /// Of the thread that all devices share which do not wait.
+    shared: Option<RemoteEndpoint<Worker>>,
+}
+
+impl Present {
+    /// The way to the I/O thread of a device: the one that all share, or one of its own (see [`waits`]).
+    /// Threads that run already are taken from `spare` first.
+    pub(super) fn endpoint(
+        &mut self,
+        config: &DeviceConfig,
+        spare: &mut Vec<IoThread>,
+    ) -> Result<RemoteEndpoint<Worker>, IoError> {
+        if let (Some(shared), false) = (&self.shared, waits(config)) {
+            return Ok(shared.clone());
+        }
+        let io = match spare.pop() {
+            Some(io) => io,
+            None => IoThread::start(self.io.len() as u16)?,
+        };
+        let endpoint = io.endpoint();
+        self.io.push(io);
+        if !waits(config) {
+            self.shared = Some(endpoint.clone());
+        }
+        Ok(endpoint)
+    }
 }
 
 impl Devices {
     /// Makes the devices of `plans` and puts them on `buses`. All share an I/O thread, but for those
     /// that wait for the host (see [`waits`]), which have one each; without devices there is none.
     /// They are made from their states, of which there is one of the same id for each or none, and so
-    /// is the address register of the PCI bus. I/O threads that run already are taken first.
+    /// is the PCI bus. I/O threads that run already are taken first.
     pub fn attach(
         (plans, mut spare): (Vec<Plan>, Vec<IoThread>),
         transport: Transport,
         machine: &Machine<'_>,
         buses: &mut Buses<'_>,
-        (mut states, pci_address): (Vec<VirtioDeviceState>, u32),
+        saved: &PartsState,
     ) -> Result<Self, AttachError> {
-        let mut devices = Self::default();
-        let mut pci = PciBus::new();
-        let mut shared = None;
-        // One for all, since a memory device changes it.
-        let memory = Memory::new(machine.memory.clone());
+        let mut devices = Self {
+            parts: Mutex::default(),
+            windows: Vec::new(),
+            pci: None,
+            irqfds: Vec::new(),
+            memory: Memory::new(machine.memory.clone()),
+        };
         let mut slots = Vec::with_capacity(plans.len());
         for plan in plans {
-            let endpoint = match &shared {
-                Some(endpoint) if !waits(&plan.config) => RemoteEndpoint::clone(endpoint),
-                _ => {
-                    let io = match spare.pop() {
-                        Some(io) => io,
-                        None => IoThread::start(devices.io.len() as u16)?,
-                    };
-                    let endpoint = io.endpoint();
-                    devices.io.push(io);
-                    if !waits(&plan.config) {
-                        shared = Some(endpoint.clone());
-                    }
-                    endpoint
-                }
-            };
-            let state = states.iter().position(|state| state.id == plan.id);
-            let state = state.map(|at| states.swap_remove(at));
-            slots.push(Slot::new(plan, machine, &memory, (endpoint, state))?);
+            let endpoint = devices.present().endpoint(&plan.config, &mut spare)?;
+            let mut states = saved.virtio.iter();
+            let state = states.find(|state| state.id == plan.id).cloned();
+            slots.push(Slot::new(
+                plan,
+                machine,
+                &devices.memory,
+                (endpoint, state),
+            )?);
+        }
+        if transport == Transport::Pci {
+            let address = saved.pci_address.unwrap_or(0);
+            let registers = (address, saved.hotplug.unwrap_or_default());
+            devices.pci = Some(Pci::place(buses, registers)?);
         }
         // All of their memory is there by now, in which the queues of any may be.
         for slot in slots {
-            match transport {
-                Transport::Mmio => devices.attach_mmio(slot, machine, buses.mmio)?,
-                Transport::Pci => devices.attach_pci(slot, machine, &mut pci)?,
-            }
-        }
-        if transport == Transport::Pci {
-            let (host, ports) = place_pci(pci, buses, pci_address)?;
-            (devices.pci, devices.ports) = (Some(host), Some(ports));
+            let attached = match &devices.pci {
+                None => devices.attach_mmio(slot, machine, buses.mmio)?,
+                Some(pci) => slot.attach_pci(machine, pci.bus())?,
+            };
+            devices.present().list.push(Arc::new(attached));
         }
         Ok(devices)
+    }
+
+    pub(super) fn present(&self) -> MutexGuard<'_, Present> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn attach_mmio(
@@ -216,7 +260,7 @@ impl Devices {
         slot: Slot,
         machine: &Machine<'_>,
         mmio: &mut Bus,
-    ) -> Result<(), AttachError> {
+    ) -> Result<Attached, AttachError> {
         let index = self.windows.len();
         let Some(irq) = LINES.get(index).copied() else {
             return Err(AttachError::NoLine { id: slot.id });
@@ -244,133 +288,89 @@ impl Devices {
             })?;
         self.windows.push(window);
         self.irqfds.extend(irqfd);
-        self.list.push(attached);
-        Ok(())
-    }
-
-    fn attach_pci(
-        &mut self,
-        slot: Slot,
-        machine: &Machine<'_>,
-        bus: &mut PciBus,
-    ) -> Result<(), AttachError> {
-        let state = slot.state.pci.clone().unwrap_or_default();
-        let sink = irq::messages(machine.vm);
-        let traits = slot.device.traits();
-        let pin = Arc::new(Pin(machine.irqchip.line(self.next_pci_line())));
-        let interrupt = Arc::new(PciInterrupt::new(sink, Some(pin), &traits, &state));
-        let (doorbells, mut attached) = slot.finish(interrupt.clone())?;
-        // At most 31 functions fit the bus, and their BARs the window.
-        let bar = layout::PCI_MEMORY_START + self.list.len() as u64 * BAR_LEN;
-        let function = Arc::new(VirtioPci::new(
-            attached.core.clone(),
-            interrupt,
-            bar,
-            &state,
-            {
-                let doorbells = doorbells.clone();
-                Box::new(move |kicks| doorbells.disarm(kicks))
-            },
-        ));
-        doorbells.place(bar, function.kicks());
-        if let Err(source) = bus.add(function.clone()) {
-            let id = attached.id;
-            return Err(AttachError::Pci { id, source });
-        }
-        attached.function = Some(function);
-        self.list.push(attached);
-        Ok(())
-    }
-
-    /// The line of the next function's INTA#, as ACPI's routing table says. The bus gives slots in
-    /// order, the first to its bridge.
-    fn next_pci_line(&self) -> u32 {
-        let slot = self.list.len() + 1;
-        let [first, second, third, fourth] = layout::PCI_LINES;
-        match slot % 4 {
-            0 => first,
-            1 => second,
-            2 => third,
-            _ => fourth,
-        }
+        Ok(attached)
     }
 
     /// Brings every device to rest, its host I/O finished. vCPUs stand still.
     pub fn pause(&self) {
-        for device in &self.list {
+        for device in &self.present().list {
             device.core.pause();
         }
     }
 
     /// Lets every device go on whose driver had started it, before vCPUs run.
     pub fn resume(&self) {
-        for device in &self.list {
+        for device in &self.present().list {
             device.core.resume();
         }
     }
 
     /// The states of all devices. One that is not paused goes on at once.
     pub fn save(&self) -> Vec<VirtioDeviceState> {
-        let states = self.list.iter().map(|device| VirtioDeviceState {
+        let present = self.present();
+        let states = present.list.iter().map(|device| VirtioDeviceState {
             id: device.id.clone(),
             kind: device.kind.to_owned(),
             virtio: device.core.save(),
-            pci: device.function.as_ref().map(|function| function.save()),
+            pci: device.function.as_ref().map(|(_, f)| f.save()),
+            slot: device.function.as_ref().map(|(slot, _)| *slot as u8),
         });
         states.collect()
     }
 
-    /// Has every device go back to its state among `states`, which are those of this machine, and so
-    /// the address register of the PCI configuration ports. vCPUs stand still, and the devices do until
-    /// [`resume`](Self::resume).
+    /// Has every device go back to its state in `parts`, which are those of this machine, and so the
+    /// registers of the PCI bus. vCPUs stand still, and the devices do until [`resume`](Self::resume).
     ///
     /// # Errors
-    /// A device that cannot go back in place; it and those behind it have not.
-    pub fn restore(
-        &self,
-        states: &[VirtioDeviceState],
-        pci_address: Option<u32>,
-    ) -> Result<(), RestoreError> {
-        for (device, state) in self.list.iter().zip(states) {
-            let failed = |source| RestoreError {
-                id: device.id.clone(),
-                source,
+    /// A device that cannot go back in place, or that has come or gone since; it and those behind it have
+    /// not.
+    pub fn restore(&self, parts: &PartsState) -> Result<(), RestoreError> {
+        let present = self.present();
+        let failed = |id: &str, source| RestoreError {
+            id: id.to_owned(),
+            source,
+        };
+        for (index, state) in parts.virtio.iter().enumerate() {
+            let device = present.list.get(index).filter(|d| d.id == state.id);
+            let Some(device) = device else {
+                return Err(failed(&state.id, core::RestoreError::InPlace));
             };
-            device.core.restore(&state.virtio).map_err(failed)?;
-            if let (Some(function), Some(state)) = (&device.function, &state.pci) {
+            let restored = device.core.restore(&state.virtio);
+            restored.map_err(|source| failed(&state.id, source))?;
+            if let (Some((_, function)), Some(state)) = (&device.function, &state.pci) {
                 function.restore(state);
             }
         }
-        if let (Some(ports), Some(address)) = (&self.ports, pci_address) {
-            ports.restore(address);
+        if let Some(later) = present.list.get(parts.virtio.len()) {
+            return Err(failed(&later.id, core::RestoreError::InPlace));
+        }
+        if let (Some(pci), Some(address)) = (&self.pci, parts.pci_address) {
+            pci.restore(address, parts.hotplug.unwrap_or_default());
         }
         Ok(())
     }
 
-    /// The address register of the PCI configuration ports, where there are such.
-    pub fn pci_address(&self) -> Option<u32> {
-        self.ports.as_ref().map(|ports| ports.save())
-    }
-
-    /// The devices, in the order of the configuration.
-    pub fn list(&self) -> &[Attached] {
-        &self.list
+    /// The devices, in the order of the configuration; those that came later are the last.
+    pub fn list(&self) -> Vec<Arc<Attached>> {
+        self.present().list.clone()
     }
 
     /// The virtio console's handle, where there is one.
-    pub fn console(&self) -> Option<&ConsoleHandle> {
-        self.list.iter().find_map(|device| match &device.handle {
-            DeviceHandle::Console(handle) => Some(handle),
+    pub fn console(&self) -> Option<ConsoleHandle> {
+        let present = self.present();
+        present.list.iter().find_map(|device| match &device.handle {
+            DeviceHandle::Console(handle) => Some(handle.clone()),
             _ => None,
         })
     }
 
     /// Has the virtio console take all that the guest has given it, and go on. The guest has ended.
     pub fn settle_console(&self) {
-        let consoles = self.list.iter();
-        for device in consoles.filter(|d| matches!(d.handle, DeviceHandle::Console(_))) {
-            device.core.pause();
-            device.core.resume();
+        for device in &self.present().list {
+            if matches!(device.handle, DeviceHandle::Console(_)) {
+                device.core.pause();
+                device.core.resume();
+            }
         }
     }
 
@@ -381,7 +381,13 @@ impl Devices {
 
     /// What ACPI says of the PCI bus, where there is one.
     pub fn pci_host(&self) -> Option<PciHost> {
-        self.pci
+        self.pci.as_ref().map(|pci| pci.host)
+    }
+
+    /// The registers of the PCI bus, where there is one: address of the configuration ports, and what
+    /// comes and goes.
+    pub fn pci_registers(&self) -> Option<(u32, HotplugState)> {
+        self.pci.as_ref().map(Pci::save)
     }
 
     /// Connects interrupts, once there are vCPUs.
@@ -391,7 +397,7 @@ impl Devices {
 
     /// Says what is added to the host's counter to have the guest's, before vCPUs run.
     pub fn set_counter_offset(&self, offset: u64) {
-        for device in &self.list {
+        for device in &self.present().list {
             if let DeviceHandle::Rtc(clock) = &device.handle {
                 clock.set_counter_offset(offset);
             }
@@ -400,7 +406,7 @@ impl Devices {
 
     /// Logs what balloons and memory devices came to.
     pub fn log_memory(&self) {
-        for device in &self.list {
+        for device in &self.present().list {
             if let DeviceHandle::Mem(mem) = &device.handle {
                 log::debug!("{}: {:?}", device.id, mem.status());
             }
@@ -415,7 +421,7 @@ impl Devices {
 
     /// Looks at the sizes of all disks again; guests are told of those that changed.
     pub fn look_at_disks(&self) {
-        for device in &self.list {
+        for device in &self.present().list {
             let DeviceHandle::Block(disk) = &device.handle else {
                 continue;
             };
@@ -430,13 +436,13 @@ impl Devices {
     /// any more.
     pub fn stop(&mut self) {
         self.pause();
-        self.io.clear();
+        self.present().io.clear();
     }
 }
 
 /// INTA# of a PCI function, as an edge: a guest without MSI-X reads the ISR status for each, and what
 /// came meanwhile is in there.
-struct Pin(Arc<dyn Interrupt>);
+pub(super) struct Pin(pub(super) Arc<dyn Interrupt>);
 
 impl IntxLine for Pin {
     fn set(&self, asserted: bool) {
@@ -453,19 +459,19 @@ fn waits(config: &DeviceConfig) -> bool {
 }
 
 /// A device on its way to a transport.
-struct Slot {
-    id: String,
+pub(super) struct Slot {
+    pub(super) id: String,
     kind: &'static str,
-    device: Box<dyn VirtioDevice>,
+    pub(super) device: Box<dyn VirtioDevice>,
     handle: DeviceHandle,
     doorbells: Arc<Doorbells>,
     endpoint: RemoteEndpoint<Worker>,
     memory: Memory,
-    state: VirtioDeviceState,
+    pub(super) state: VirtioDeviceState,
 }
 
 impl Slot {
-    fn new(
+    pub(super) fn new(
         plan: Plan,
         machine: &Machine<'_>,
         memory: &Memory,
@@ -494,7 +500,7 @@ impl Slot {
     }
 
     /// Makes the core, with the interrupts of its transport.
-    fn finish(
+    pub(super) fn finish(
         self,
         interrupt: Arc<dyn VirtioInterrupt>,
     ) -> Result<(Arc<Doorbells>, Attached), AttachError> {
@@ -525,6 +531,7 @@ impl Slot {
                     core: Arc::new(core),
                     handle,
                     kind,
+                    doorbells: doorbells.clone(),
                     function: None,
                 };
                 Ok((doorbells, attached))
@@ -532,39 +539,4 @@ impl Slot {
             Err(source) => Err(AttachError::Core { id, source }),
         }
     }
-}
-
-/// Puts a filled PCI bus where ACPI says it is, with the address register of its ports as given.
-fn place_pci(
-    bus: PciBus,
-    buses: &mut Buses<'_>,
-    address: u32,
-) -> Result<(PciHost, Arc<ConfigPorts>), AttachError> {
-    let bus = Arc::new(bus);
-    let host = PciHost {
-        ecam: Window {
-            base: layout::PCI_ECAM_START,
-            size: layout::PCI_ECAM_SIZE,
-        },
-        memory: Window {
-            base: layout::PCI_MEMORY_START,
-            size: layout::PCI_MEMORY_END - layout::PCI_MEMORY_START,
-        },
-        lines: layout::PCI_LINES,
-    };
-    let place = |result: Result<(), BusError>| {
-        result.map_err(|source| AttachError::Place {
-            what: "the PCI bus".to_string(),
-            source,
-        })
-    };
-    let Window { base, size } = host.ecam;
-    place(buses.mmio.insert(base, size, Arc::new(Ecam(bus.clone()))))?;
-    let Window { base, size } = host.memory;
-    let window = Arc::new(PciWindow::new(bus.clone(), base));
-    place(buses.mmio.insert(base, size, window))?;
-    let (port, ports) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE);
-    let config = Arc::new(ConfigPorts::new(bus, address));
-    place(buses.pio.insert(port.into(), ports.into(), config.clone()))?;
-    Ok((host, config))
 }

@@ -6,6 +6,8 @@
 pub mod attach;
 mod cmdline;
 mod doorbell;
+pub mod hotplug;
+mod pci;
 pub mod plan;
 mod state;
 mod watchdog;
@@ -21,7 +23,6 @@ use arch::vm::IrqchipMode;
 use arch::vmgenid::VMGENID_SIZE;
 use arch::{layout, vmclock, vmgenid};
 use devices::bus::{Bus, BusDevice, BusError};
-use devices::ioapic::IoApic;
 use devices::legacy::boot_timer::BootTimer;
 use devices::legacy::debug_exit::DebugExit;
 use devices::legacy::i8042::I8042;
@@ -29,6 +30,7 @@ use devices::legacy::power::Power;
 use devices::legacy::pvpanic::PvPanic;
 use devices::legacy::rtc::{Cmos, host_clock};
 use devices::legacy::serial::{Serial, SerialError, SerialState};
+use kvm_ioctls::VmFd;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,7 +39,7 @@ use crate::vm::irq::{self, Irqchip};
 use crate::config::{self, Transport};
 use crate::io::IoThread;
 use crate::snapshot::MachineState;
-use attach::{AttachError, Buses, Devices, Machine};
+use attach::{AttachError, Attached, Buses, Devices, Machine};
 pub use cmdline::kernel_words;
 use plan::Plan;
 pub use state::{BoardState, PartsState, StateError, VirtioDeviceState};
@@ -116,7 +118,7 @@ pub struct Board {
     /// Power registers, for the power button.
     pub power: Arc<Power>,
     clock: Arc<Cmos>,
-    ioapic: Option<Arc<IoApic>>,
+    irqchip: Irqchip,
     /// Watchdog.
     pub watchdog: Option<BoardWatchdog>,
     /// Virtio devices.
@@ -199,9 +201,8 @@ impl Board {
             pio: &mut pio,
             mmio: &mut mmio,
         };
-        let states = (parts.virtio, parts.pci_address.unwrap_or(0));
         let plans = (wiring.devices, wiring.io);
-        let devices = Devices::attach(plans, transport, machine, &mut buses, states)?;
+        let devices = Devices::attach(plans, transport, machine, &mut buses, &parts)?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
@@ -210,15 +211,44 @@ impl Board {
             keyboard,
             power,
             clock,
-            ioapic: irqchip.ioapic().cloned(),
+            irqchip: irqchip.clone(),
             watchdog: watchdog.transpose()?,
             devices,
         })
     }
 
+    /// Makes the device of `plan` while the guest runs, on `vm` with this RAM, and tells the guest.
+    ///
+    /// # Errors
+    /// As [`Devices::plug`].
+    pub fn plug(
+        &self,
+        plan: Plan,
+        (vm, memory): (&Arc<VmFd>, &GuestMemory),
+    ) -> Result<Arc<Attached>, AttachError> {
+        let machine = Machine {
+            vm,
+            irqchip: &self.irqchip,
+            memory,
+        };
+        let attached = self.devices.plug(plan, &machine)?;
+        self.power.announce_pci();
+        Ok(attached)
+    }
+
+    /// Has the guest eject `device`; with `force` it is off the bus at once.
+    pub fn unplug(&self, device: &Attached, force: bool) {
+        match force {
+            true => self.devices.eject(device),
+            false => self.devices.ask_for(device),
+        }
+        self.power.announce_pci();
+    }
+
     /// The state of all devices, of which [`new`](Self::new) makes the same. vCPUs stand still, and
     /// virtio devices are paused, or each goes on at once.
     pub fn save(&self) -> BoardState {
+        let (pci_address, hotplug) = self.devices.pci_registers().unzip();
         BoardState {
             console: self.console.save(),
             agent: self.agent.save(),
@@ -229,8 +259,9 @@ impl Board {
                 watchdog: self.watchdog.as_ref().map(BoardWatchdog::save),
                 virtio: self.devices.save(),
                 // Last, with the interrupts of all others.
-                ioapic: self.ioapic.as_ref().map(|ioapic| ioapic.save()),
-                pci_address: self.devices.pci_address(),
+                ioapic: self.irqchip.ioapic().map(|ioapic| ioapic.save()),
+                pci_address,
+                hotplug,
             }),
         }
     }
@@ -252,9 +283,9 @@ impl Board {
         if let (Some(watchdog), Some(state)) = (&self.watchdog, &parts.watchdog) {
             watchdog.restore(state);
         }
-        self.devices.restore(&parts.virtio, parts.pci_address)?;
+        self.devices.restore(parts)?;
         // Last: the others may have raised lines.
-        if let (Some(ioapic), Some(state)) = (&self.ioapic, &parts.ioapic) {
+        if let (Some(ioapic), Some(state)) = (self.irqchip.ioapic(), &parts.ioapic) {
             ioapic.restore(state.clone());
         }
         Ok(())

@@ -11,6 +11,7 @@ use devices::legacy::power::PowerState;
 use devices::legacy::rtc::CmosState;
 use devices::legacy::serial::SerialState;
 use devices::legacy::watchdog::WatchdogState;
+use devices::pci::hotplug::HotplugState;
 use devices::virtio::core::VirtioState;
 use devices::virtio::transport::pci::PciState;
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct PartsState {
     pub ioapic: Option<IoApicState>,
     /// Address register of the PCI configuration ports, with `--pci`.
     pub pci_address: Option<u32>,
+    /// PCI functions that came or were to go, with `--pci`.
+    #[serde(default)]
+    pub hotplug: Option<HotplugState>,
     /// Virtio devices in the order of their places on the bus.
     pub virtio: Vec<VirtioDeviceState>,
 }
@@ -60,6 +64,9 @@ pub struct VirtioDeviceState {
     pub virtio: VirtioState,
     /// The PCI function, with `--pci`.
     pub pci: Option<PciState>,
+    /// Its slot on the bus; the first that is free where there is none.
+    #[serde(default)]
+    pub slot: Option<u8>,
 }
 
 impl VirtioDeviceState {
@@ -70,6 +77,7 @@ impl VirtioDeviceState {
             kind: kind.to_owned(),
             virtio: VirtioState::default(),
             pci: None,
+            slot: None,
         }
     }
 }

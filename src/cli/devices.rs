@@ -82,7 +82,7 @@ pub struct DeviceArgs {
 }
 
 /// What `--net` gives; `None` is no network. clap would take an `Option` for an optional argument.
-type MaybeNetwork = Option<NetworkInterface>;
+pub type MaybeNetwork = Option<NetworkInterface>;
 
 /// Reads a list of an option that needs none.
 fn parse_maybe_empty<T: DeserializeOwned + Default>(text: &str) -> Result<T, ListError> {

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, each from arguments to an exit code.
 
 mod api;
+mod attach;
 mod bench;
 mod caller;
 mod clone;
@@ -63,6 +64,10 @@ enum Command {
     Pause(pause::PauseArgs),
     /// Let the vCPUs of paused microVMs go on
     Resume(pause::PauseArgs),
+    /// Add disks, network interfaces and persistent memory to a microVM that runs with --pci
+    Attach(Box<attach::AttachArgs>),
+    /// Take devices away from a microVM that runs, when its guest has let go of them
+    Detach(attach::DetachArgs),
     /// Save microVMs to directories, and make microVMs of what was saved
     Snapshot(Box<snapshot::SnapshotArgs>),
     /// Make microVMs of a snapshot, each in a process of its own, and print their names
@@ -128,6 +133,8 @@ impl Command {
             Self::Inspect(args) => inspect::run(&args),
             Self::Pause(args) => pause::pause(&args),
             Self::Resume(args) => pause::resume(&args),
+            Self::Attach(args) => attach::attach(&args),
+            Self::Detach(args) => attach::detach(&args),
             Self::Snapshot(args) => snapshot::run(*args),
             Self::Clone(args) => clone::run(&args),
             Self::Bench(args) => bench::run(&args),

@@ -119,15 +119,19 @@ impl MachineUpdate {
             (Some(smt), Some(threads)) if smt != threads => return Err(MachineError::Threads),
             (smt, threads) => threads.or(smt),
         };
+        let vcpu_count = self.vcpu_count.unwrap_or(machine.vcpu_count);
+        let threads = threads.unwrap_or(machine.threads_per_core);
+        // A single vCPU may be said to have two threads, as in Firecracker, and has one.
+        let alone = vcpu_count == 1 && self.threads_per_core.is_none();
         if let Some(template) = self.cpu_template
             && template != CpuTemplate::None
         {
             return Err(MachineError::Template(template));
         }
         Ok(MachineConfig {
-            vcpu_count: self.vcpu_count.unwrap_or(machine.vcpu_count),
+            vcpu_count,
             mem_size_mib: self.mem_size_mib.unwrap_or(machine.mem_size_mib),
-            threads_per_core: threads.unwrap_or(machine.threads_per_core),
+            threads_per_core: if alone { 1 } else { threads },
             dies: self.dies.unwrap_or(machine.dies),
             memory_backing: self.memory_backing.unwrap_or(machine.memory_backing),
             huge_pages: self.huge_pages.unwrap_or(machine.huge_pages),

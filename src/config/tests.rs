@@ -282,6 +282,7 @@ fn pmem_and_plugged_memory_from_both_worlds() {
         root_device: false,
         read_only: true,
         rate_limiter: None,
+        address: None,
     };
     assert_eq!(parse_list::<Pmem>("path=/f,ro,id=a").unwrap(), expected);
     let json = r#"{"id":"a","path_on_host":"/f","read_only":true}"#;

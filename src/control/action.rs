@@ -89,7 +89,7 @@ pub enum Action {
     /// The metadata.
     GetMmds,
     /// Takes a device away.
-    Unplug,
+    Unplug(Unplug),
     /// Changes the log.
     PutLogger(Logger),
     /// Says where figures go.
@@ -112,6 +112,39 @@ pub enum Action {
     LoadSnapshot(SnapshotLoad),
     /// Hands out what copies of the microVM are made of, which goes on.
     Fork(ForkRequest),
+}
+
+/// A device that is taken away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unplug {
+    /// Which kind of device.
+    pub kind: PluggedKind,
+    /// Its name.
+    pub id: String,
+    /// At once, whatever the guest does with it.
+    pub force: bool,
+}
+
+/// A kind of device that can come and go while the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PluggedKind {
+    /// A disk.
+    Drive,
+    /// A network interface.
+    Net,
+    /// Persistent memory.
+    Pmem,
+}
+
+impl PluggedKind {
+    /// What people call it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Drive => "block",
+            Self::Net => "network",
+            Self::Pmem => "pmem",
+        }
+    }
 }
 
 /// What changes of a disk.

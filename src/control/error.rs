@@ -62,6 +62,57 @@ pub enum ActionError {
         /// Its name, where there may be several.
         id: Option<String>,
     },
+    /// A name that another device has.
+    #[error("Device ID in use: this microVM has a device '{id}'; give another name")]
+    IdInUse {
+        /// The name.
+        id: String,
+    },
+    /// Devices come and go over PCI alone.
+    #[error("PCI is not enabled: start the microVM with --pci, or bulle api with --enable-pci")]
+    NoPci,
+    /// A root that comes when the guest has one.
+    #[error("A root {kind} device already exists!")]
+    SecondRoot {
+        /// Which kind of device.
+        kind: &'static str,
+    },
+    /// The guest's root.
+    #[error("Cannot unplug root device: the guest runs from '{id}'")]
+    UnplugRoot {
+        /// The device.
+        id: String,
+    },
+    /// A user-mode network whose addresses would change.
+    #[error(
+        "'{id}' cannot be unplugged before '{later}', the user-mode network whose addresses follow from its place \
+         behind it: unplug that first"
+    )]
+    UnplugOrder {
+        /// The device.
+        id: String,
+        /// The one behind it.
+        later: String,
+    },
+    /// A guest that cannot let go of a device.
+    #[error(
+        "the guest cannot give '{id}' up while the microVM is paused: resume it, or force the removal (?force=true)"
+    )]
+    UnplugPaused {
+        /// The device.
+        id: String,
+    },
+    /// A guest that does not let go of a device.
+    #[error(
+        "the guest has not given '{id}' up within {seconds} s: it is taken away when the guest does; force the \
+         removal (?force=true) to have it gone at once"
+    )]
+    UnplugTimeout {
+        /// The device.
+        id: String,
+        /// How long was waited.
+        seconds: u64,
+    },
     /// An update without content.
     #[error(
         "Unable to patch the {kind} device '{id}': nothing is to change. Please verify the request arguments."
@@ -196,6 +247,13 @@ impl ActionError {
             Self::Config(_) | Self::Machine(_) | Self::LoadMemory => "bad-config",
             Self::Kernel(_) | Self::Initrd(_) | Self::File { .. } | Self::LogFile(_) => "no-file",
             Self::NoDevice { .. } => "no-device",
+            Self::IdInUse { .. } => "id-in-use",
+            Self::NoPci => "no-pci",
+            Self::SecondRoot { .. } | Self::UnplugRoot { .. } | Self::UnplugOrder { .. } => {
+                "bad-update"
+            }
+            Self::UnplugPaused { .. } => "paused",
+            Self::UnplugTimeout { .. } => "guest-busy",
             Self::MetricsTwice
             | Self::NothingToChange { .. }
             | Self::BalloonSize { .. }

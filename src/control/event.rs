@@ -44,6 +44,16 @@ pub enum Event {
         /// Why.
         error: String,
     },
+    /// A device came while it ran.
+    DeviceAdded {
+        /// Its name.
+        device: String,
+    },
+    /// A device went while it ran.
+    DeviceRemoved {
+        /// Its name.
+        device: String,
+    },
     /// It ended. Nothing follows.
     Exited {
         /// A word for programs.
@@ -69,6 +79,8 @@ impl Event {
             Self::DeviceError { .. } => "device_error",
             Self::SnapshotSaved { .. } => "snapshot_saved",
             Self::SnapshotFailed { .. } => "snapshot_failed",
+            Self::DeviceAdded { .. } => "device_added",
+            Self::DeviceRemoved { .. } => "device_removed",
             Self::Exited { .. } => "exited",
             Self::Lagging => "lagging",
         }

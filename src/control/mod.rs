@@ -18,8 +18,8 @@ use std::time::Duration;
 pub use action::{
     Action, BalloonUpdate, DriveOverride, DriveUpdate, ForkRequest, HintingStart, LoadPages,
     MemoryBackend, MemoryBackendType, MemoryHotplugUpdate, NetworkOverride, NetworkUpdate,
-    PmemOverride, PmemUpdate, ShareOverride, SnapshotCreate, SnapshotLoad, SnapshotType,
-    StatisticsUpdate, VsockOverride,
+    PluggedKind, PmemOverride, PmemUpdate, ShareOverride, SnapshotCreate, SnapshotLoad,
+    SnapshotType, StatisticsUpdate, Unplug, VsockOverride,
 };
 pub use call::{Call, Caller, Requests, channel};
 pub use error::{ActionError, chain};

@@ -161,7 +161,7 @@ impl Preboot {
             | Action::StopHinting
             | Action::GetMemoryHotplug
             | Action::PatchMemoryHotplug(_)
-            | Action::Unplug
+            | Action::Unplug(_)
             | Action::Fork(_)
             | Action::CreateSnapshot(_) => Err(ActionError::BeforeStart),
         }
@@ -371,6 +371,20 @@ mod tests {
         assert_eq!(now.threads_per_core, 2);
         assert_eq!(now.huge_pages, HugePages::Transparent);
         preboot.act(Action::PutMachine(machine(1, 64))).unwrap();
+        assert_eq!(preboot.config.machine_config.threads_per_core, 1);
+    }
+
+    #[test]
+    fn a_single_vcpu_has_one_thread_whatever_is_said() {
+        let mut preboot = preboot();
+        let mut put = machine(1, 256);
+        put.smt = Some(true);
+        preboot.act(Action::PutMachine(put.clone())).unwrap();
+        assert_eq!(preboot.config.machine_config.threads_per_core, 1);
+        put.vcpu_count = Some(4);
+        preboot.act(Action::PutMachine(put)).unwrap();
+        assert_eq!(preboot.config.machine_config.threads_per_core, 2);
+        preboot.act(Action::PatchMachine(machine(1, 256))).unwrap();
         assert_eq!(preboot.config.machine_config.threads_per_core, 1);
     }
 

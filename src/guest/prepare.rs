@@ -156,8 +156,13 @@ fn wanted(config: &Config) -> Result<Vec<Wanted<'static>>, PrepareError> {
     let pmem: Vec<_> = pmem.collect();
     let systems = pmem.iter().chain(&required);
     let companions: Vec<_> = systems.flat_map(|name| companions(name)).copied().collect();
+    // On a PCI bus disks and interfaces may come later.
+    let later = match config.machine_config.virtio_transport {
+        Transport::Mmio => [].iter(),
+        Transport::Pci => ["virtio_blk", "virtio_net"].iter(),
+    };
     let comfort = COMFORT.into_iter().chain(clock).chain(companions);
-    let comfort = comfort.chain(pmem).chain(channel);
+    let comfort = comfort.chain(pmem).chain(channel).chain(later.copied());
     let comfort = comfort.map(wanted(false));
     Ok(comfort
         .chain(required.into_iter().map(wanted(true)))

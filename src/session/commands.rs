@@ -38,7 +38,7 @@ pub fn drive(
         });
     }
     if let Some(path) = &update.path_on_host {
-        let sectors = image(config, id, disk, path)?;
+        let sectors = image(config, id, &disk, path)?;
         log::info!("disk '{id}' has {sectors} sectors");
     }
     let mut drives = config.drives.iter_mut();
@@ -118,7 +118,7 @@ pub fn network(
         .list()
         .iter()
         .find_map(|device| match &device.handle {
-            DeviceHandle::Net(handle) if device.id == *id => Some(handle),
+            DeviceHandle::Net(handle) if device.id == *id => Some(handle.clone()),
             _ => None,
         });
     let mut all = config.network_interfaces.iter_mut();
@@ -160,8 +160,8 @@ pub fn pmem(
     update: &PmemUpdate,
 ) -> Result<Reply, ActionError> {
     let id = &update.id;
-    let mut all = devices.list().iter();
-    let pace = all.find_map(|device| match &device.handle {
+    let list = devices.list();
+    let pace = list.iter().find_map(|device| match &device.handle {
         DeviceHandle::Pmem(handle) if device.id == *id => handle.pace(),
         _ => None,
     });
@@ -286,22 +286,22 @@ pub fn plug(
     Ok(Reply::Done)
 }
 
-fn balloon(devices: &Devices) -> Result<&BalloonHandle, ActionError> {
-    let mut all = devices.list().iter();
-    let handle = all.find_map(|device| match &device.handle {
-        DeviceHandle::Balloon(handle) => Some(handle),
+fn balloon(devices: &Devices) -> Result<BalloonHandle, ActionError> {
+    let list = devices.list();
+    let handle = list.iter().find_map(|device| match &device.handle {
+        DeviceHandle::Balloon(handle) => Some(handle.clone()),
         _ => None,
     });
     handle.ok_or_else(no_balloon)
 }
 
-fn memory<'a>(
-    devices: &'a Devices,
+fn memory(
+    devices: &Devices,
     config: &Config,
-) -> Result<(&'a MemHandle, crate::config::MemoryHotplug), ActionError> {
-    let mut all = devices.list().iter();
-    let handle = all.find_map(|device| match &device.handle {
-        DeviceHandle::Mem(handle) => Some(handle),
+) -> Result<(MemHandle, crate::config::MemoryHotplug), ActionError> {
+    let list = devices.list();
+    let handle = list.iter().find_map(|device| match &device.handle {
+        DeviceHandle::Mem(handle) => Some(handle.clone()),
         _ => None,
     });
     handle
@@ -312,12 +312,12 @@ fn memory<'a>(
         })
 }
 
-fn disk<'a>(devices: &'a Devices, id: &str) -> Option<&'a BlockHandle> {
+fn disk(devices: &Devices, id: &str) -> Option<BlockHandle> {
     devices
         .list()
         .iter()
         .find_map(|device| match &device.handle {
-            DeviceHandle::Block(handle) if device.id == id => Some(handle),
+            DeviceHandle::Block(handle) if device.id == id => Some(handle.clone()),
             _ => None,
         })
 }

@@ -316,7 +316,7 @@ impl<'a> Foreground<'a> {
             self.pump_agent();
         }
         if let Some(console) = self.vm.board().devices.console() {
-            hvc::resize(console, size);
+            hvc::resize(&console, size);
         }
     }
 

@@ -15,6 +15,7 @@ mod escape;
 mod events;
 mod exec;
 mod foreground;
+mod hotplug;
 mod hvc;
 mod input;
 mod launch;

@@ -17,6 +17,7 @@ pub use self::background::Behind;
 use super::agent::AgentLink;
 use super::events::Events;
 use super::exec::Execs;
+use super::hotplug::{self, Unplugs};
 use super::outcome::Outcome;
 use super::readers::{Console, Readers};
 use super::snapshots::Saver;
@@ -59,12 +60,13 @@ pub struct Runtime {
     panicked: bool,
     readers: Readers,
     execs: Execs,
+    unplugs: Unplugs,
 }
 
 /// Who announces devices that fail, and how often each did.
 struct Alarm {
     event: EventFd,
-    failures: Vec<u32>,
+    failures: BTreeMap<String, u32>,
 }
 
 /// Where figures come from and go to, beside the machine.
@@ -142,6 +144,7 @@ impl Runtime {
             mmds: parts.mmds,
             readers: Readers::default(),
             execs: Execs::default(),
+            unplugs: Unplugs::default(),
         })
     }
 
@@ -163,6 +166,7 @@ impl Runtime {
     /// The machine runs.
     pub fn begun(&mut self, vm: &Vm) {
         self.started = Instant::now();
+        Unplugs::watch(vm, &self.ready);
         if !self.events.is_empty() {
             self.watch_devices(vm);
             self.events.emit(&Event::Started);
@@ -192,7 +196,7 @@ impl Runtime {
         let devices = vm.board().devices.list();
         let arm = || -> io::Result<EventFd> {
             let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-            for device in devices {
+            for device in &devices {
                 device.core.notifier().set_alarm(event.try_clone()?);
             }
             // SAFETY: the descriptor is open as long as `event`.
@@ -205,7 +209,7 @@ impl Runtime {
             Ok(event) => {
                 let failures = devices
                     .iter()
-                    .map(|d| d.core.notifier().failures())
+                    .map(|d| (d.id.clone(), d.core.notifier().failures()))
                     .collect();
                 self.alarm = Some(Alarm { event, failures });
             }
@@ -219,9 +223,10 @@ impl Runtime {
         if alarm.event.read().is_err() {
             return;
         }
-        for (device, known) in vm.board().devices.list().iter().zip(&mut alarm.failures) {
+        for device in vm.board().devices.list() {
             let failures = device.core.notifier().failures();
-            if std::mem::replace(known, failures) != failures {
+            let known = alarm.failures.insert(device.id.clone(), failures);
+            if known.unwrap_or(0) != failures {
                 let device = device.id.clone();
                 self.events.emit(&Event::DeviceError { device, failures });
             }
@@ -237,7 +242,16 @@ impl Runtime {
         }
         self.look_at_devices(vm);
         self.look_at_snapshot();
+        self.settle_unplugs(vm);
         while let Some(call) = self.requests.next() {
+            self.settle_unplugs(vm);
+            if let Action::Unplug(unplug) = call.action.clone() {
+                let machine = (vm, self.instance.state);
+                self.unplugs
+                    .begin((call, &unplug), machine, &self.config, &self.ready);
+                self.settle_unplugs(vm);
+                continue;
+            }
             let result = match &call.action {
                 Action::Exec(request) => self.exec(request, agent.as_deref_mut()),
                 Action::CreateSnapshot(create) => self.save(create, vm, agent.as_deref_mut()),
@@ -246,6 +260,35 @@ impl Runtime {
             };
             call.answer(result);
         }
+    }
+
+    /// Takes away the devices that are off the bus.
+    fn settle_unplugs(&mut self, vm: &Vm) {
+        for device in self.unplugs.settle(vm, &mut self.config, &self.ready) {
+            if let Some(alarm) = &mut self.alarm {
+                alarm.failures.remove(&device);
+            }
+            self.events.emit(&Event::DeviceRemoved { device });
+        }
+    }
+
+    /// A device has come, if `reply` says so.
+    fn added(
+        &mut self,
+        reply: Result<Reply, ActionError>,
+        vm: &Vm,
+        id: &str,
+    ) -> Result<Reply, ActionError> {
+        let reply = reply?;
+        if let (Some(alarm), Some(device)) = (&self.alarm, vm.board().devices.find(id)) {
+            match alarm.event.try_clone() {
+                Ok(event) => device.core.notifier().set_alarm(event),
+                Err(error) => log::warn!("nobody is told when '{id}' fails: {error}"),
+            }
+        }
+        let device = id.to_owned();
+        self.events.emit(&Event::DeviceAdded { device });
+        Ok(reply)
     }
 
     /// Whether there are streams beside those of events.
@@ -315,8 +358,20 @@ impl Runtime {
                 let state = self.instance.state;
                 Ok(Reply::Stream(self.events.listen(&Event::State { state })?))
             }
-            // It needs the agent: `serve` has it.
-            Action::Exec(_) => Err(ActionError::NoAgent),
+            // They need the agent and the call: `serve` has them.
+            Action::Exec(_) | Action::Unplug(_) => Err(ActionError::NoAgent),
+            Action::PutDrive(drive) => {
+                let added = hotplug::add_drive(vm, config, drive);
+                self.added(added, vm, &drive.drive_id)
+            }
+            Action::PutPmem(pmem) => {
+                let added = hotplug::add_pmem(vm, config, pmem);
+                self.added(added, vm, &pmem.id)
+            }
+            Action::PutNetwork(net) => {
+                let added = hotplug::add_network(vm, config, net);
+                self.added(added, vm, &net.iface_id)
+            }
             Action::ReadConsole => Ok(Reply::Stream(self.readers.begin(console, &self.ready)?)),
             Action::GetLog => {
                 let (bytes, _) = console.since(0);
@@ -368,10 +423,6 @@ impl Runtime {
                 Ok(Reply::Done)
             }
             Action::GetMmds => Ok(Reply::Metadata(self.metadata()?.document())),
-            Action::Unplug => Err(ActionError::NotYet {
-                what: "hotplug",
-                why: "does not take devices away while the guest runs",
-            }),
             Action::FlushMetrics => {
                 self.flush(vm);
                 Ok(Reply::Done)
@@ -382,9 +433,6 @@ impl Runtime {
             Action::PutMachine(_)
             | Action::PatchMachine(_)
             | Action::PutBootSource(_)
-            | Action::PutDrive(_)
-            | Action::PutPmem(_)
-            | Action::PutNetwork(_)
             | Action::PutCpu(_)
             | Action::PutEntropy(_)
             | Action::PutVsock(_)

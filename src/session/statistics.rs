@@ -23,7 +23,13 @@ pub fn statistics(vm: &Vm, state: State, uptime: Duration) -> VmStatistics {
         state,
         uptime_us: u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX),
         vcpus: vm.vcpus().iter().map(vcpu).collect(),
-        devices: vm.board().devices.list().iter().map(device).collect(),
+        devices: vm
+            .board()
+            .devices
+            .list()
+            .iter()
+            .map(|d| device(d))
+            .collect(),
         process: ProcessStatistics::now(),
         snapshot: None,
     }
@@ -129,7 +135,7 @@ pub fn figures(vm: &Vm) -> Figures {
             figures.total("vcpu", &format!("exit_{name}"), count);
         }
     }
-    for device in vm.board().devices.list() {
+    for device in &vm.board().devices.list() {
         device_figures(device, &mut figures);
     }
     figures

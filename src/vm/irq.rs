@@ -18,6 +18,7 @@ use crate::telemetry::Limited;
 static DELIVERY_FAILURES: Limited = Limited::new(5);
 
 /// The interrupt controller of one VM.
+#[derive(Clone)]
 pub enum Irqchip {
     /// PIC, I/O APIC and PIT in KVM.
     Kernel(Arc<VmFd>),

@@ -10,6 +10,7 @@ mod exit;
 pub mod fork;
 pub mod frame;
 mod host;
+mod hotplug;
 pub mod irq;
 pub mod kernel_cache;
 pub mod limits;
@@ -33,6 +34,7 @@ pub use exit::{ExitLatch, VmExit};
 pub use fork::{Fork, VmForkError};
 pub use frame::Host;
 pub use host::{KVM_PATH, KvmOpenError};
+pub use hotplug::PlugError;
 pub use limits::LimitError;
 pub use shell::{Shape, ShapeError, Shell};
 

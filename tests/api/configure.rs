@@ -173,7 +173,7 @@ fn each_phase_has_its_requests() {
         "/drives/a",
         json!({ "drive_id": "a", "path_on_host": disk }),
     )
-    .refused(&[AFTER]);
+    .refused(&["PCI is not enabled"]);
     vm.put("/entropy", json!({})).refused(&[AFTER]);
     vm.action("InstanceStart").refused(&[AFTER]);
     assert_eq!(vm.get("/machine-config").value()["vcpu_count"], 1);

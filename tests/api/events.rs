@@ -13,10 +13,10 @@ use crate::common;
 use crate::served::Served;
 
 /// A listener.
-struct Listener(BufReader<UnixStream>);
+pub struct Listener(BufReader<UnixStream>);
 
 impl Listener {
-    fn new(socket: &Path) -> Self {
+    pub fn new(socket: &Path) -> Self {
         let mut stream = UnixStream::connect(socket).unwrap();
         stream
             .set_read_timeout(Some(Duration::from_secs(60)))
@@ -47,7 +47,7 @@ impl Listener {
     }
 
     /// The next event.
-    fn next(&mut self) -> Value {
+    pub fn next(&mut self) -> Value {
         let part = self.part();
         let field = |name: &str| {
             let line = part.lines().find_map(|line| line.strip_prefix(name));

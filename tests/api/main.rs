@@ -11,6 +11,7 @@ mod cpu;
 mod description;
 mod devices;
 mod events;
+mod hotplug;
 mod http;
 mod jailer;
 mod lifecycle;

@@ -110,9 +110,9 @@ impl Machine {
     }
 
     /// The handles of its devices, in order.
-    pub fn handles(&self) -> impl Iterator<Item = &DeviceHandle> {
-        let devices = self.vm.board().devices.list();
-        devices.iter().map(|device| &device.handle)
+    pub fn handles(&self) -> impl Iterator<Item = DeviceHandle> {
+        let devices = self.vm.board().devices.list().into_iter();
+        devices.map(|device| device.handle.clone())
     }
 
     /// The last value that the guest printed behind `key` and a space.

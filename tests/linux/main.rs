@@ -13,6 +13,7 @@ mod console;
 mod disks;
 mod disks_fs;
 mod generation;
+mod hotplug;
 mod machine;
 mod manage;
 mod memory;

@@ -10,13 +10,13 @@ use crate::common::{Input, Outcome, Running};
 use crate::{PATIENCE, linux};
 
 /// A guest called `web` whose command says `ready` and waits, and the directory in which it is found.
-struct Guest {
-    running: Running,
+pub struct Guest {
+    pub running: Running,
     place: TempDir,
 }
 
 impl Guest {
-    fn start(options: &[&str]) -> Self {
+    pub fn start(options: &[&str]) -> Self {
         let place = tempfile::tempdir().unwrap();
         let bulle = linux("amd64").args(options).args(["--name", "web"]);
         let bulle = bulle.arg("--runtime-dir").arg(place.path());
@@ -32,7 +32,7 @@ impl Guest {
         bulle(self.place.path(), words, input)
     }
 
-    fn bulle(&self, words: &[&str]) -> Outcome {
+    pub fn bulle(&self, words: &[&str]) -> Outcome {
         self.begin(words, Input::Null).finish()
     }
 }

@@ -312,8 +312,8 @@ fn handles_command_a_running_guest() {
         let (mut balloon, mut mem) = (None, None);
         for handle in machine.handles() {
             match handle {
-                DeviceHandle::Balloon(handle) => balloon = Some(handle.clone()),
-                DeviceHandle::Mem(handle) => mem = Some(handle.clone()),
+                DeviceHandle::Balloon(handle) => balloon = Some(handle),
+                DeviceHandle::Mem(handle) => mem = Some(handle),
                 _ => {}
             }
         }

@@ -141,6 +141,12 @@ pub const POWER_SLEEP_TYPE_S5: u8 = 5;
 pub const POWER_EVENT_BUTTON: u8 = 1 << 0;
 /// Event status: the machine goes on from an old state, with another generation id.
 pub const POWER_EVENT_GENERATION: u8 = 1 << 1;
+/// Event status: PCI functions have come or are to go.
+pub const POWER_EVENT_PCI: u8 = 1 << 2;
+/// Registers of PCI hotplug (see `devices::pci::hotplug`), 32 bits each, a bit for each slot.
+pub const PCI_HOTPLUG_PORT: u16 = 0x620;
+/// Added, leaving, eject.
+pub const PCI_HOTPLUG_PORT_SIZE: u16 = 12;
 /// Watchdog registers (see `devices::legacy::watchdog`), 32 bits each.
 pub const WATCHDOG_PORT: u16 = 0x610;
 /// Control, countdown, feed, status.

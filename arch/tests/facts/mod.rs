@@ -13,6 +13,7 @@ pub const PCI: PciHost = PciHost {
         size: 0x800_0000,
     },
     lines: [16, 17, 18, 19],
+    hotplug: 0x620,
 };
 
 /// A machine with the usual devices and `virtio` windows, whose interrupts are from `irq` on.

@@ -31,6 +31,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 /// The bit that says that the machine goes on from an old state.
 pub const EVENT_GENERATION: u8 = 1 << 1;
+/// The bit that says that PCI functions have come or are to go (see [`crate::pci::hotplug`]).
+pub const EVENT_PCI: u8 = 1 << 2;
 
 const SLP_EN: u8 = 1 << 5;
 const SLP_TYP_SHIFT: u8 = 2;
@@ -78,6 +80,11 @@ impl Power {
     /// Tells the guest that it goes on from an old state, with a new generation id in its memory.
     pub fn announce_generation(&self) {
         self.raise(EVENT_GENERATION);
+    }
+
+    /// Tells the guest that PCI functions have come or are to go.
+    pub fn announce_pci(&self) {
+        self.raise(EVENT_PCI);
     }
 
     fn raise(&self, event: u8) {

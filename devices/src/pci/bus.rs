@@ -1,6 +1,6 @@
 //! The root bus: configuration accesses by ECAM or by ports, and the memory window of all BARs.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::config::{Ids, PciConfig};
 use super::{BarOffset, PciFunction};
@@ -61,9 +61,12 @@ impl PciFunction for HostBridge {
     }
 }
 
-/// A root bus. Fill it with [`PciBus::add`], then share it immutably.
+type Slots = [Option<Arc<dyn PciFunction>>; SLOTS];
+
+/// A root bus. Functions come and go while vCPUs look for them: the lock is held for that look only,
+/// never while a function answers.
 pub struct PciBus {
-    slots: [Option<Arc<dyn PciFunction>>; SLOTS],
+    slots: RwLock<Slots>,
 }
 
 impl Default for PciBus {
@@ -80,34 +83,64 @@ impl PciBus {
         if let Some(slot) = slots.first_mut() {
             *slot = Some(Arc::new(bridge) as _);
         }
+        let slots = RwLock::new(slots);
         Self { slots }
     }
 
+    fn look<T>(&self, at: impl FnOnce(&Slots) -> T) -> T {
+        at(&self.slots.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn change<T>(&self, at: impl FnOnce(&mut Slots) -> T) -> T {
+        at(&mut self.slots.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Puts `function` into `slot`.
-    pub fn insert(&mut self, slot: usize, function: Arc<dyn PciFunction>) -> Result<(), PciError> {
-        match self.slots.get_mut(slot) {
+    ///
+    /// # Errors
+    /// A slot that is taken, or that is none.
+    pub fn insert(&self, slot: usize, function: Arc<dyn PciFunction>) -> Result<(), PciError> {
+        self.change(|slots| match slots.get_mut(slot) {
             Some(free @ None) => {
                 *free = Some(function);
                 Ok(())
             }
             _ => Err(PciError::Slot { slot }),
-        }
+        })
     }
 
-    /// Puts `function` into the first free slot, and says which.
-    pub fn add(&mut self, function: Arc<dyn PciFunction>) -> Result<usize, PciError> {
-        let slot = self.slots.iter().position(Option::is_none);
-        let slot = slot.ok_or(PciError::Full)?;
-        self.insert(slot, function)?;
-        Ok(slot)
+    /// The first free slot.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn free(&self) -> Result<usize, PciError> {
+        let free = self.look(|slots| slots.iter().position(Option::is_none));
+        free.ok_or(PciError::Full)
+    }
+
+    /// Whether `function` is in `slot`.
+    pub fn holds(&self, slot: usize, function: &Arc<dyn PciFunction>) -> bool {
+        let holds = |there: &Arc<_>| Arc::ptr_eq(there, function);
+        self.look(|slots| slots.get(slot)?.as_ref().map(holds)) == Some(true)
+    }
+
+    /// Whether there is a function in `slot`.
+    #[cfg(test)]
+    pub(crate) fn has(&self, slot: usize) -> bool {
+        self.look(|slots| slots.get(slot).is_some_and(Option::is_some))
+    }
+
+    /// Takes the function out of `slot`. A vCPU that is at it goes on with it for one access.
+    pub fn remove(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
+        self.change(|slots| slots.get_mut(slot)?.take())
     }
 
     /// The function at an ECAM address: 8 bits of device and function, 12 of register.
-    fn function(&self, address: u64) -> Option<(&dyn PciFunction, u16)> {
+    fn function(&self, address: u64) -> Option<(Arc<dyn PciFunction>, u16)> {
         let (devfn, register) = (address >> 12, (address & 0xfff) as u16);
         let slot = usize::try_from(devfn >> 3).ok()?;
-        let function = self.slots.get(slot)?.as_ref()?;
-        (devfn & 7 == 0).then_some((function.as_ref(), register))
+        let function = self.look(|slots| slots.get(slot)?.clone())?;
+        (devfn & 7 == 0).then_some((function, register))
     }
 
     fn read_config(&self, address: u64, data: &mut [u8]) {
@@ -124,10 +157,12 @@ impl PciBus {
         }
     }
 
-    fn claim(&self, addr: u64, len: usize) -> Option<(&dyn PciFunction, BarOffset)> {
-        self.slots.iter().flatten().find_map(|function| {
-            let at = function.claim(addr, len)?;
-            Some((function.as_ref(), at))
+    fn claim(&self, addr: u64, len: usize) -> Option<(Arc<dyn PciFunction>, BarOffset)> {
+        self.look(|slots| {
+            slots.iter().flatten().find_map(|function| {
+                let at = function.claim(addr, len)?;
+                Some((function.clone(), at))
+            })
         })
     }
 }

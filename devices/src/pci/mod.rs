@@ -1,12 +1,13 @@
 //! PCI: a root bus with up to 32 functions, their configuration space and MSI-X.
 //!
-//! Called on vCPU threads, but for [`msix::Msix::signal`]. The set of functions is frozen before
-//! boot; where their BARs are is the guest's choice within the bus's memory window, so the window
-//! is one range of the address bus and finds the function by itself.
+//! Called on vCPU threads, but for [`msix::Msix::signal`] and what changes the set of functions, which
+//! is the VMM's ([`hotplug`]). Where their BARs are is the guest's choice within the bus's memory window,
+//! so the window is one range of the address bus and finds the function by itself.
 //! Sections are those of "PCI Local Bus Specification" 3.0.
 
 pub mod bus;
 pub mod config;
+pub mod hotplug;
 pub mod msix;
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ impl PciFunction for Nobody {
 
 #[test]
 fn a_bus_has_31_free_slots() {
-    let mut bus = PciBus::new();
+    let bus = PciBus::new();
     assert_eq!(
         bus.insert(0, Arc::new(Nobody)),
         Err(PciError::Slot { slot: 0 })
@@ -35,10 +35,20 @@ fn a_bus_has_31_free_slots() {
         Err(PciError::Slot { slot: 32 })
     );
     bus.insert(5, Arc::new(Nobody)).unwrap();
-    let slots: Vec<_> = std::iter::from_fn(|| bus.add(Arc::new(Nobody)).ok()).collect();
+    let slots: Vec<_> = std::iter::from_fn(|| {
+        let slot = bus.free().ok()?;
+        bus.insert(slot, Arc::new(Nobody)).ok()?;
+        Some(slot)
+    })
+    .collect();
     assert_eq!(slots.len(), 30);
     assert!(!slots.contains(&5));
-    assert_eq!(bus.add(Arc::new(Nobody)), Err(PciError::Full));
+    assert_eq!(bus.free(), Err(PciError::Full));
+    let taken = bus.remove(7).unwrap();
+    assert_eq!(bus.free(), Ok(7));
+    assert!(!bus.holds(7, &taken));
+    bus.insert(7, taken.clone()).unwrap();
+    assert!(bus.holds(7, &taken) && !bus.holds(6, &taken));
     // Odd accesses see nothing.
     let ecam = Ecam(Arc::new(bus));
     for (offset, len, expected) in [(0x8004, 4, 4), (0x8001, 2, 0xff), (0x8000, 8, 0xff)] {

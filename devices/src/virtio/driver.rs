@@ -122,8 +122,8 @@ const SLOT: u64 = 1 << 15;
 impl PciPort {
     /// Puts `device` on a bus, with MSI-X on and a message for each vector.
     pub fn new(device: Arc<VirtioPci>) -> Self {
-        let mut bus = PciBus::new();
-        assert_eq!(bus.add(Arc::clone(&device) as _), Ok(1));
+        let bus = PciBus::new();
+        assert_eq!(bus.insert(1, Arc::clone(&device) as _), Ok(()));
         let bus = Arc::new(bus);
         let port = Self {
             device,

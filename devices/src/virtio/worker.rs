@@ -95,6 +95,25 @@ pub trait Backend: Send {
     }
 }
 
+/// The backend of a device that is gone.
+pub struct Retired;
+
+impl Backend for Retired {
+    fn start(&mut self, _: Start) -> Result<(), BackendError> {
+        Err(BackendError::NoDevice)
+    }
+
+    fn stop(&mut self) -> Vec<Option<QueueCfg>> {
+        Vec::new()
+    }
+
+    fn reset(&mut self) {}
+
+    fn save(&mut self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
 /// A device with its queues, in the hands of one thread.
 pub struct Worker {
     device: Box<dyn VirtioDevice>,

@@ -2,6 +2,7 @@
 //!
 //! Runs before the machine is built, so that a device that cannot be had is the first thing said.
 
+pub mod added;
 mod addresses;
 mod balloon;
 mod console;
@@ -43,6 +44,17 @@ pub struct Plan {
     pub id: String,
     /// What it is made of.
     pub config: DeviceConfig,
+}
+
+impl Plan {
+    /// Guest-physical address of the memory that the device brings, if it does.
+    pub fn memory(&self) -> Option<u64> {
+        match &self.config {
+            DeviceConfig::Pmem(options) => Some(options.address),
+            DeviceConfig::Mem(options) => Some(options.address),
+            _ => None,
+        }
+    }
 }
 
 /// Something of the host that a device needs cannot be had.
@@ -155,11 +167,25 @@ pub fn plan(spec: &Spec, mmds: &Arc<Mmds>) -> Result<(Vec<Plan>, ConsoleEnds), P
     }
     plans.extend(config.rtc.as_ref().map(rtc::plan));
     let mut addresses = Addresses::behind(spec.ram_size());
+    // Those that are where they were go first.
+    let mut pmems = Vec::with_capacity(config.pmem.len());
+    for pmem in &config.pmem {
+        let options = pmem::open(pmem)?;
+        let fixed = pmem.address.map(|address| {
+            addresses.reserve(&pmem.id, address, options.mapping.len())?;
+            Ok::<_, AddressError>(address)
+        });
+        pmems.push((pmem, options, fixed.transpose()?));
+    }
     if let Some(memory) = &config.memory_hotplug {
         plans.push(memory_hotplug::plan(memory, spec, &mut addresses)?);
     }
-    for pmem in &config.pmem {
-        plans.push(pmem::plan(pmem, &mut addresses, &limiters)?);
+    for (pmem, options, fixed) in pmems {
+        let address = match fixed {
+            Some(address) => address,
+            None => addresses.take(&pmem.id, options.mapping.len())?,
+        };
+        plans.push(pmem::plan(pmem, options, address, &limiters));
     }
     if let Some(balloon) = &config.balloon {
         plans.push(balloon::plan(balloon, spec));

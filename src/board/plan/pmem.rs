@@ -1,23 +1,26 @@
 //! Persistent memory's part of the plan.
 
-use devices::virtio::pmem::PmemOptions;
+use devices::virtio::pmem::{PmemError, PmemOptions};
 use devices::virtio::registry::DeviceConfig;
 
-use super::addresses::Addresses;
+use super::Plan;
 use super::limits::Limiters;
-use super::{Plan, PlanError};
 use crate::config::Pmem;
 
-pub(super) fn plan(
-    pmem: &Pmem,
-    addresses: &mut Addresses,
-    limiters: &Limiters,
-) -> Result<Plan, PlanError> {
-    let mut options = PmemOptions::open(&pmem.path_on_host, pmem.read_only)?;
-    options.address = addresses.take(&pmem.id, options.mapping.len())?;
-    options.limiter = limiters.get(pmem.rate_limiter.as_ref());
-    Ok(Plan {
+/// Opens, locks and maps the file.
+pub(super) fn open(pmem: &Pmem) -> Result<PmemOptions, PmemError> {
+    PmemOptions::open(&pmem.path_on_host, pmem.read_only)
+}
+
+/// What was opened, at `address` of the guest.
+pub(super) fn plan(pmem: &Pmem, options: PmemOptions, address: u64, limiters: &Limiters) -> Plan {
+    let limiter = limiters.get(pmem.rate_limiter.as_ref());
+    Plan {
         id: pmem.id.clone(),
-        config: DeviceConfig::Pmem(options),
-    })
+        config: DeviceConfig::Pmem(PmemOptions {
+            address,
+            limiter,
+            ..options
+        }),
+    }
 }

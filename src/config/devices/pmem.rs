@@ -22,6 +22,10 @@ pub struct Pmem {
     /// The guest cannot write to it.
     #[serde(alias = "ro", default)]
     pub read_only: bool,
+    /// Guest-physical address, a multiple of 1 GiB behind RAM; bulle chooses one where there is none. One
+    /// that the machine has is there when devices have come or gone while it ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<u64>,
     /// Limits of flushes, each of which counts as the whole file.
     #[serde(alias = "rate", default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,

@@ -50,7 +50,7 @@ fn function(
 /// Two functions behind all ways to reach them.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
-    let mut bus = PciBus::new();
+    let bus = PciBus::new();
     let functions = [0, 1].map(|n| function(n, &PciState::default(), VirtioState::default()));
     for (function, _) in &functions {
         bus.add(function.clone()).expect("there is room");

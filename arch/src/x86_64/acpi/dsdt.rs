@@ -2,8 +2,8 @@
 
 use acpi_tables::aml::{
     And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
-    If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package,
-    Path, ResourceTemplate, Scope, Store, ZERO,
+    If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace,
+    Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 
@@ -70,7 +70,8 @@ pub(super) fn dsdt(facts: &AcpiFacts) -> Result<Vec<u8>, AcpiError> {
         devices.extend(generation::devices(generation)?);
         events.extend(generation::TOLD.map(|who| (layout::POWER_EVENT_GENERATION, who)));
     }
-    devices.extend(event_device(facts.power, &events));
+    let hotplug = facts.pci.is_some();
+    devices.extend(event_device(facts.power, &events, hotplug));
 
     let mut body = Scope::raw(Path::new("\\_SB_"), devices);
     let s5 = layout::POWER_SLEEP_TYPE_S5;
@@ -159,8 +160,9 @@ fn virtio(number: u16, window: MmioDevice) -> Result<Vec<u8>, AcpiError> {
 }
 
 /// The generic event device: on its interrupt, `_EVT` reads the event status register once (which
-/// clears it) and notifies the device of each event that is set.
-fn event_device(power: PowerFacts, events: &[Event]) -> Vec<u8> {
+/// clears it) and notifies the device of each event that is set; PCI has a method that does it, with
+/// `hotplug`.
+fn event_device(power: PowerFacts, events: &[Event], hotplug: bool) -> Vec<u8> {
     let port = power.port.saturating_add(layout::POWER_EVENTS);
     let status = Field::new(
         Path::new("EVRG"),
@@ -175,6 +177,12 @@ fn event_device(power: PowerFacts, events: &[Event]) -> Vec<u8> {
         body.extend(bytes(&If::new(
             &And::new(&ZERO, &Local(0), bit),
             vec![&Notify::new(&Path::new(told), &STATUS_CHANGED)],
+        )));
+    }
+    if hotplug {
+        body.extend(bytes(&If::new(
+            &And::new(&ZERO, &Local(0), &layout::POWER_EVENT_PCI),
+            vec![&MethodCall::new(Path::new(pci::NOTIFY), Vec::new())],
         )));
     }
     let resources = io(&[], Some(power.irq));

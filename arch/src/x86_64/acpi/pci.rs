@@ -4,10 +4,13 @@
 //! There is one segment with one bus. Functions interrupt by messages; for guests that do without,
 //! the routing table leads each INTA# to a link device. Links because only they can say that a line is
 //! edge-triggered, as all lines of bulle are: without one PCI's are level-triggered.
+//! Each slot is a device that can be ejected (ACPI 6.5, section 6.3.3); [`NOTIFY`] tells the slots of
+//! functions that came or are to go.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method,
-    Name, Package, Path, ResourceTemplate, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
+    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Store, ZERO,
 };
 use acpi_tables::mcfg::MCFG;
 
@@ -25,7 +28,12 @@ pub struct PciHost {
     pub memory: Window,
     /// Interrupt lines that the functions share: INTA# of slot `n` is number `n % 4`.
     pub lines: [u32; 4],
+    /// First of the `layout::PCI_HOTPLUG_PORT_SIZE` ports by which functions come and go.
+    pub hotplug: u16,
 }
+
+/// The method that the generic event device runs when functions came or are to go.
+pub(super) const NOTIFY: &str = "\\_SB_.PCI0.PCNT";
 
 /// Slots of a bus, one function each.
 const SLOTS: u32 = 32;
@@ -58,6 +66,7 @@ pub(super) fn devices(host: &PciHost) -> Result<Vec<u8>, AcpiError> {
             &Name::new(Path::new("_BBN"), &ZERO),
             &Name::new(Path::new("_CRS"), &Raw(bridge)),
             &Name::new(Path::new("_PRT"), &Raw(routes)),
+            &Raw(slots(host.hotplug)),
         ],
     )));
     let (first, last) = host.ecam.bounds()?;
@@ -71,6 +80,55 @@ pub(super) fn devices(host: &PciHost) -> Result<Vec<u8>, AcpiError> {
         ],
     )));
     Ok(aml)
+}
+
+/// The devices of all slots but the bridge's, which can be ejected, and the method that notifies them.
+fn slots(port: u16) -> Vec<u8> {
+    const DEVICE_CHECK: u8 = 1;
+    const EJECT_REQUEST: u8 = 3;
+    let name = |slot| Path::new(&format!("S{slot:03}"));
+    let size = layout::PCI_HOTPLUG_PORT_SIZE;
+    let mut aml = bytes(&OpRegion::new(
+        Path::new("PHPR"),
+        OpRegionSpace::SystemIO,
+        &port,
+        &size,
+    ));
+    aml.extend(bytes(&Field::new(
+        Path::new("PHPR"),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        [*b"PADD", *b"PLVG", *b"PEJT"]
+            .map(|register| FieldEntry::Named(register, 32))
+            .to_vec(),
+    )));
+    let mut told = Vec::new();
+    for (register, local, value) in [("PADD", 0, DEVICE_CHECK), ("PLVG", 1, EJECT_REQUEST)] {
+        told.extend(bytes(&Store::new(&Local(local), &Path::new(register))));
+        for slot in 1..SLOTS {
+            told.extend(bytes(&If::new(
+                &And::new(&ZERO, &Local(local), &(1_u32 << slot)),
+                vec![&Notify::new(&name(slot), &value)],
+            )));
+        }
+    }
+    for slot in 1..SLOTS {
+        let (register, bit) = (Path::new("PEJT"), 1_u32 << slot);
+        let eject = Store::new(&register, &bit);
+        aml.extend(bytes(&Device::new(
+            name(slot),
+            vec![
+                &Name::new(Path::new("_ADR"), &(slot << 16)),
+                &Name::new(Path::new("_SUN"), &slot),
+                &Method::new(Path::new("_EJ0"), 1, true, vec![&eject]),
+            ],
+        )));
+    }
+    let told = Raw(told);
+    let method = Method::new(Path::new("PCNT"), 0, true, vec![&told]);
+    aml.extend(bytes(&method));
+    aml
 }
 
 /// The routing table (ACPI 6.5, section 6.2.13): INTA# of each slot to its link.

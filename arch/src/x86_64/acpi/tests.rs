@@ -386,6 +386,7 @@ fn facts_that_cannot_be_said_are_refused() {
                 ecam: good,
                 memory: bad,
                 lines: [16, 17, 18, 19],
+                hotplug: 0x620,
             });
         }
     };

@@ -32,7 +32,7 @@ pub use self::state::{
 use super::Memory;
 use super::device::{ConfigSpace, Traits};
 use super::notifier::{ISR_CONFIG, Notifier, VirtioInterrupt};
-use super::worker::{Backend, Start};
+use super::worker::{Backend, Retired, Start};
 use crate::lock;
 
 /// Features that the core implements for every device.
@@ -295,6 +295,15 @@ impl VirtioCore {
         self.notifier.set(state.isr, needs_reset);
         inner.load(state, queues);
         Ok(())
+    }
+
+    /// Takes the device away for good: its I/O is finished and what it had of the host closed when this
+    /// returns. Whoever still has the registers finds a device that does not start.
+    pub fn retire(&self) {
+        let mut inner = lock(&self.inner);
+        inner.stop();
+        // The device goes with its backend.
+        inner.backend = Box::new(Retired);
     }
 
     fn status(&self, inner: &Inner) -> u8 {

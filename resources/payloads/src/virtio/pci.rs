@@ -32,7 +32,12 @@ pub struct Function {
 
 /// All virtio functions of bus 0.
 pub fn functions() -> impl Iterator<Item = Function> {
-    (0..32).filter_map(|slot| Function::at(ECAM + slot * FUNCTION))
+    (0..32).filter_map(in_slot)
+}
+
+/// The virtio function in `slot` of bus 0.
+pub fn in_slot(slot: u64) -> Option<Function> {
+    Function::at(ECAM + slot * FUNCTION)
 }
 
 impl Function {

@@ -321,9 +321,9 @@ fn configuration_access_reaches_the_bar() {
 
 #[test]
 fn ports_reach_the_same_space() {
-    let mut bus = crate::pci::PciBus::new();
+    let bus = crate::pci::PciBus::new();
     let function = device(&Arc::default(), &PciState::default());
-    assert_eq!(bus.add(function), Ok(1));
+    assert_eq!(bus.insert(1, function), Ok(()));
     let bus = Arc::new(bus);
     let ports = crate::pci::ConfigPorts::new(Arc::clone(&bus), 0);
     let read = |address: u32, port: u64, len: usize| {
