@@ -140,8 +140,7 @@ pub fn parse(bytes: &[u8], limit: usize) -> Result<Parsed, HttpError> {
     }
     let method = Method::parse(parsed.method.unwrap_or_default()).ok_or(HttpError::Method)?;
     let (path, query) = path_of(parsed.path.unwrap_or_default()).ok_or(HttpError::Target)?;
-    let minor = parsed.version.unwrap_or(1);
-    let fields = Fields::read(parsed.headers, minor)?;
+    let fields = Fields::read(parsed.headers)?;
     if fields.length > limit as u64 {
         let size = fields.length;
         return Err(HttpError::Body { size, limit });
@@ -193,12 +192,13 @@ struct Fields {
 }
 
 impl Fields {
-    fn read(headers: &[httparse::Header<'_>], minor: u8) -> Result<Self, HttpError> {
+    fn read(headers: &[httparse::Header<'_>]) -> Result<Self, HttpError> {
         let mut length = None;
         let mut fields = Self {
             length: 0,
             waits: false,
-            keep_alive: minor > 0,
+            // Also of HTTP/1.0: clients of Firecracker, which closes none, rely on it.
+            keep_alive: true,
         };
         for header in headers {
             let value = std::str::from_utf8(header.value).unwrap_or_default().trim();
@@ -220,7 +220,7 @@ impl Fields {
                         .split(',')
                         .any(|w| w.trim().eq_ignore_ascii_case(word))
                 };
-                fields.keep_alive = !has("close") && (fields.keep_alive || has("keep-alive"));
+                fields.keep_alive = !has("close");
             } else if is("accept-encoding") && forbids_identity(value) {
                 return Err(HttpError::AcceptEncoding(value.to_owned()));
             }

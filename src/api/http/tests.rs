@@ -37,8 +37,9 @@ fn targets_and_connections() {
     assert_eq!(one("GET vm HTTP/1.1\r\n\r\n"), Err(HttpError::Target));
     let stays = |head: &str| request(&format!("GET / {head}\r\n\r\n")).0.keep_alive;
     assert!(stays("HTTP/1.1"));
-    assert!(!stays("HTTP/1.0"));
+    assert!(stays("HTTP/1.0"));
     assert!(stays("HTTP/1.0\r\nConnection: keep-alive"));
+    assert!(!stays("HTTP/1.0\r\nConnection: close"));
     assert!(!stays("HTTP/1.1\r\nConnection: close"));
 }
 

@@ -29,6 +29,7 @@ pub fn run(data: &[u8]) {
     let request = Request {
         method,
         path: path.collect::<Vec<_>>().join("/"),
+        query: String::from_utf8_lossy(input.0).into_owned(),
         body: input.0.to_vec(),
         keep_alive: true,
     };

@@ -52,8 +52,9 @@ pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let bus = PciBus::new();
     let functions = [0, 1].map(|n| function(n, &PciState::default(), VirtioState::default()));
-    for (function, _) in &functions {
-        bus.add(function.clone()).expect("there is room");
+    for (slot, (function, _)) in (1..).zip(&functions) {
+        let inserted = bus.insert(slot, function.clone());
+        inserted.expect("there is room");
     }
     let bus = Arc::new(bus);
     let ecam = Ecam(bus.clone());
