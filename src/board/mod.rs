@@ -152,7 +152,8 @@ impl Board {
         let keyboard = Arc::new(I8042::new(line(layout::I8042_IRQ), state.keyboard.clone()));
         let power = Arc::new(Power::new(line(layout::GED_IRQ), state.power.clone()));
         let clock = Arc::new(Cmos::new(host_clock(), state.clock.clone()));
-        let parts = state.parts.clone().unwrap_or_default();
+        let none = PartsState::default();
+        let parts = state.parts.as_ref().unwrap_or(&none);
 
         let mut pio = Bus::new();
         let mut place = |device: &'static str, port: u16, len: u16, at: Arc<dyn BusDevice>| {
@@ -190,7 +191,7 @@ impl Board {
 
         let watchdog = wiring.watchdog.as_ref().map(|settings| {
             let messages = irq::messages(machine.vm);
-            let state = parts.watchdog.unwrap_or_default();
+            let state = parts.watchdog.clone().unwrap_or_default();
             BoardWatchdog::place(settings, messages, &mut pio, state)
         });
 
@@ -202,7 +203,7 @@ impl Board {
             mmio: &mut mmio,
         };
         let plans = (wiring.devices, wiring.io);
-        let devices = Devices::attach(plans, transport, machine, &mut buses, &parts)?;
+        let devices = Devices::attach(plans, transport, machine, &mut buses, parts)?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
