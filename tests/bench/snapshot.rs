@@ -129,6 +129,44 @@ fn touch(spec: &Spec, host: &Host, snapshot: Snapshot, set: Option<&WorkingSet>)
     time
 }
 
+/// Prints how long a machine stands still, alone in this process, and says what was touched. `all`: the
+/// guest read all of its memory.
+fn pauses(loaded: &Loaded, dir: &Path, samples: usize, all: bool) -> WorkingSet {
+    write(&loaded.vm);
+    let memory = loaded.vm.memory();
+    let set = WorkingSet::of(memory).unwrap();
+    if all {
+        let every = (0..MIB << 20).step_by(PAGE as usize).map(GuestAddress);
+        every.for_each(|page| drop(memory.read_obj::<u8>(page)));
+    }
+    let what = if all {
+        ", guest read all its memory"
+    } else {
+        ""
+    };
+    let mut pauses: [Vec<Duration>; 2] = Default::default();
+    for _ in 0..samples {
+        // In turns, so that a noisy machine is noisy for both.
+        pauses[0].push(loaded.pause(dir, true));
+        pauses[1].push(loaded.pause(dir, false));
+    }
+    line(
+        &format!("pause, background{what}"),
+        &mut pauses[0],
+        "goal 5",
+    );
+    line(
+        &format!("pause, written meanwhile{what}"),
+        &mut pauses[1],
+        "goal 50",
+    );
+    set
+}
+
+fn write(vm: &Vm) {
+    pages().for_each(|page| vm.memory().write_obj(page.0, page).unwrap());
+}
+
 fn main() {
     let samples = std::env::var("SNAPSHOTS").ok();
     let samples: usize = samples.and_then(|n| n.parse().ok()).unwrap_or(100);
@@ -138,7 +176,6 @@ fn main() {
     let spec = spec.validate().unwrap();
     let host = machine::host(&spec);
     let (vm, _, _) = machine::boot(&spec, host.clone());
-    let write = |vm: &Vm| pages().for_each(|page| vm.memory().write_obj(page.0, page).unwrap());
     write(&vm);
     let open = || {
         let [state, memory] = ["a.state", "a.memory"].map(|name| dir.path().join(name));
@@ -151,32 +188,18 @@ fn main() {
         pages().count() >> 8
     );
     println!("{:<52}{:>9}{:>9}{:>9}", "", "fastest", "p50", "p99");
-    let few = Loaded::new(&spec, &host, open());
-    write(&few.vm);
-    let all = Loaded::new(&spec, &host, open());
-    write(&all.vm);
-    let every = (0..MIB << 20).step_by(PAGE as usize).map(GuestAddress);
-    every.for_each(|page| drop(all.vm.memory().read_obj::<u8>(page)));
-    let mut pauses: [Vec<Duration>; 3] = Default::default();
-    for _ in 0..samples {
-        // In turns, so that a noisy machine is noisy for all.
-        pauses[0].push(few.pause(dir.path(), true));
-        pauses[1].push(all.pause(dir.path(), true));
-        pauses[2].push(few.pause(dir.path(), false));
-    }
-    line("pause, background", &mut pauses[0], "goal 5");
-    line(
-        "pause, background, guest read all of its memory",
-        &mut pauses[1],
-        "goal 5",
+    let set = pauses(
+        &Loaded::new(&spec, &host, open()),
+        dir.path(),
+        samples,
+        false,
     );
-    line(
-        "pause, changes written meanwhile",
-        &mut pauses[2],
-        "goal 50",
+    pauses(
+        &Loaded::new(&spec, &host, open()),
+        dir.path(),
+        samples,
+        true,
     );
-    let set = WorkingSet::of(few.vm.memory()).unwrap();
-    drop((few, all));
     let mut times: [Vec<Duration>; 2] = Default::default();
     for _ in 0..samples.div_ceil(10) {
         times[0].push(touch(&spec, &host, open(), None));
