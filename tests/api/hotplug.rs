@@ -58,9 +58,8 @@ fn a_disk_comes_and_goes_and_another_takes_its_place() {
     let mut vm = vm.start().wait_for("ready");
     let a = disk(&vm, "a", 8, 0xa1);
     vm.put("/drives/a", a.clone()).done();
-    let mut vm = vm
-        .wait_for("slot 2: device 2\n")
-        .wait_for("sectors 8 read Some(0) first 0xa1\nwritten Some(0)");
+    let mut vm =
+        vm.wait_for("slot 2: device 2\nsectors 8 read Some(0) first 0xa1\nwritten Some(0)");
     vm.put("/drives/a", a).refused(&["Device ID in use"]);
     assert_eq!(ids(&mut vm, "drives", "drive_id"), ["root", "a"]);
     let written = std::fs::read(vm.dir.path().join("a")).unwrap();
@@ -242,10 +241,9 @@ fn networks_and_persistent_memory_come_and_go() {
     )
     .done();
     vm.types("l");
-    let mut vm = vm
-        .wait_for("slot 1 has device 27")
-        .wait_for("slot 3 has device 27")
-        .wait_for("listed");
+    let mut vm = vm.wait_for(
+        "slot 1 has device 27 in status 11\nslot 3 has device 27 in status 11\nlisted 2\n",
+    );
     delete(&mut vm, "/pmem/p1").done();
     let mut vm = vm.wait_for("slot 3 is to go\nslot 3 is there: false");
     vm.types("q");
