@@ -204,9 +204,16 @@ pub fn interface_address6(socket: &OwnedFd, index: i32, address: [u8; 16]) -> Re
     request[16] = 64;
     request[20..].copy_from_slice(&index.to_ne_bytes());
     // SAFETY: SIOCSIFADDR of such a socket reads one struct in6_ifreq of 24 bytes.
-    unsafe { syscall!(Sysno::ioctl, socket.as_raw_fd(), SIOCSIFADDR, request.as_ptr()) }
-        .map(drop)
-        .map_err(errno)
+    unsafe {
+        syscall!(
+            Sysno::ioctl,
+            socket.as_raw_fd(),
+            SIOCSIFADDR,
+            request.as_ptr()
+        )
+    }
+    .map(drop)
+    .map_err(errno)
 }
 
 /// The same as [`add_default_route`] for IPv6, over interface `index`.
