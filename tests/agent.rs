@@ -10,13 +10,14 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bulle::guest::client::{AgentFailure, Exit, Power, Stage, WinSize};
 use bulle::guest::{AGENT, AgentClient, AgentEvent, StartRequest};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tempfile::TempDir;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -25,7 +26,6 @@ struct Talk {
     agent: Child,
     channel: File,
     _user_side: OwnedFd,
-    _directory: TempDir,
     client: AgentClient,
     input: Vec<u8>,
     events: Vec<AgentEvent>,
@@ -34,12 +34,20 @@ struct Talk {
     begun: Instant,
 }
 
-impl Talk {
-    fn start(request: &StartRequest) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("agent");
+/// The agent as a file. Written once, before any process is started: a child that is not yet executed
+/// would have the file open for writing, and it could not be executed.
+fn agent() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("agent");
         std::fs::write(&path, AGENT).unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        path
+    })
+}
+
+impl Talk {
+    fn start(request: &StartRequest) -> Self {
         let pty = nix::pty::openpty(None, None).unwrap();
         let tty = nix::unistd::ttyname(&pty.slave).unwrap();
         nix::fcntl::fcntl(
@@ -47,7 +55,7 @@ impl Talk {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
         )
         .unwrap();
-        let agent = Command::new(&path)
+        let agent = Command::new(agent())
             .arg("--channel")
             .arg(tty)
             .stdin(Stdio::null())
@@ -57,7 +65,6 @@ impl Talk {
             agent,
             channel: File::from(pty.master),
             _user_side: pty.slave,
-            _directory: directory,
             client: AgentClient::new(request).unwrap(),
             input: Vec::new(),
             events: Vec::new(),
@@ -371,7 +378,7 @@ fn without_a_channel_it_says_how_it_is_used() {
     let path = directory.path().join("agent");
     std::fs::write(&path, AGENT).unwrap();
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-    let run = |args: &[&str]| Command::new(&path).args(args).output().unwrap();
+    let run = |args: &[&str]| Command::new(agent()).args(args).output().unwrap();
     assert_eq!(run(&[]).status.code(), Some(125));
     let output = run(&["--channel", "/no/such/tty"]);
     assert_eq!(output.status.code(), Some(125));

@@ -98,7 +98,7 @@ fn requests_are_answered_in_their_order() {
     assert!(client.answer().1.contains(r#""vcpu_count":1"#));
     assert_eq!(client.answer(), (204, String::new()));
     assert!(client.answer().1.contains(r#""vcpu_count":2"#));
-    for byte in "GET / HTTP/1.0\r\n\r\n".bytes() {
+    for byte in "GET / HTTP/1.0\r\nConnection: close\r\n\r\n".bytes() {
         client.send(&char::from(byte).to_string());
     }
     let (status, text) = client.answer();
