@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::format::{HEADER_LEN, ID_AT, MAGIC};
 use super::image::{belongs, previous};
-use super::{Snapshot, SnapshotError, publish};
+use super::{Snapshot, SnapshotError, publish, working_set};
 
 /// Name of the state file in a snapshot's directory.
 pub const STATE: &str = "state";
@@ -82,7 +82,9 @@ pub fn garbage(directory: &Path, keep: Option<&[PathBuf]>) -> Result<Vec<Garbage
             (Some(needed), Some(id)) if !needed.contains(&id) => {
                 let [state, memory] = [place.join(STATE), place.join(MEMORY)];
                 // The state goes first, so that a half is never taken for a whole.
-                all.extend(files([state, previous(&memory), memory], Why::Unneeded));
+                let beside = [previous(&memory), working_set::path(&memory)];
+                let all_of_it = [state].into_iter().chain(beside).chain([memory]);
+                all.extend(files(all_of_it, Why::Unneeded));
             }
             (_, Some(_)) => all.extend(replaced(place)),
             (_, None) => {}

@@ -66,6 +66,9 @@ fn what_nothing_kept_builds_on_goes_with_what_was_left() {
     fs::create_dir(dir.join("mine")).unwrap();
     fs::write(dir.join("mine/state"), "mine").unwrap();
     leftover(&dir.join("one/.bulle-abc.tmp"));
+    // Of a snapshot that goes, and of one that stays.
+    fs::write(dir.join("other/memory.working-set"), "").unwrap();
+    fs::write(dir.join("two/memory.working-set"), "").unwrap();
     // One that is being written, and one that may be about to be.
     let busy = dir.join("one/.bulle-busy.tmp");
     leftover(&busy);
@@ -93,6 +96,10 @@ fn what_nothing_kept_builds_on_goes_with_what_was_left() {
     assert_eq!(names(dir), before);
     gc(dir, &["--keep", "two"]).exits(0).prints("is free");
     assert_eq!(names(dir), ["base", "mine", "notes", "one", "two"]);
+    assert_eq!(
+        names(&dir.join("two")),
+        ["memory", "memory.working-set", "state"]
+    );
     let (vm, answer) = try_load(&files(dir, "two"), json!({}));
     answer.done();
     vm.wait_for("tick");
