@@ -91,10 +91,8 @@ fn name(
         let config = config(remote)?;
         let taken = of(&config);
         let free = (0..).map(|n| format!("{kind}{n}"));
-        *id = free
-            .into_iter()
-            .find(|id| !taken.contains(id))
-            .unwrap_or_default();
+        let free = free.filter(|id| !taken.contains(id));
+        *id = free.take(1).collect();
     }
     Ok(())
 }
@@ -113,8 +111,8 @@ fn put(remote: &mut Remote, kind: &str, id: &str, device: &impl Serialize) -> Re
 /// `bulle detach`.
 pub fn detach(args: &DetachArgs) -> Result<u8> {
     let mut remote = Remote::connect(&args.target.find()?)?;
+    let config = config(&mut remote)?;
     for id in &args.devices {
-        let config = config(&mut remote)?;
         let kind = if config.drives.iter().any(|drive| drive.drive_id == *id) {
             "drives"
         } else if config.pmem.iter().any(|pmem| pmem.id == *id) {

@@ -1,6 +1,8 @@
 //! `bulle bench`: how long things take on this machine.
 
-use anyhow::Result;
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
 use super::snapshot::DirectoryArgs;
@@ -17,8 +19,8 @@ pub struct BenchArgs {
 enum BenchCommand {
     /// Make clones of a snapshot in this process, new, pooled and reset in place, and print their times
     #[command(after_help = "\
-Times are in microseconds: bulle's own part until the vCPUs run, and all of it to the first exit of the
-guest to bulle, where one comes soon.")]
+        Times are in microseconds: bulle's own part until the vCPUs are told to run, and all of it to the first \
+        exit of the guest to bulle, where one comes soon.")]
     Clone(CloneArgs),
 }
 
@@ -39,9 +41,15 @@ pub fn run(args: &BenchArgs) -> Result<u8> {
     let BenchCommand::Clone(args) = &args.command;
     let (count, alive) = (args.count as usize, usize::from(args.alive));
     let mut cloner = Cloner::new(args.snapshot.open()?, alive)?;
-    println!("{}", heading(count));
-    let mut print = |line| println!("{line}");
+    let mut printed = Ok(());
+    let mut print = |line: String| {
+        if printed.is_ok() {
+            printed = writeln!(io::stdout(), "{line}");
+        }
+    };
+    print(heading(count));
     cloner.times(&mut AnyGuest, count, &mut print)?;
     cloner.cost(&mut AnyGuest, alive, &mut print)?;
+    printed.context("Cannot print to stdout")?;
     Ok(0)
 }

@@ -1,5 +1,6 @@
 //! `bulle clone`: many microVMs of one snapshot; and what `bulle fork` has in common with it.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -14,10 +15,13 @@ use crate::config::Config;
 use crate::control::SnapshotLoad;
 use crate::pool::{Order, PoolError, Stdio, Waiting};
 use crate::registry;
-use crate::session::{CODE_FAILURE, overrides};
+use crate::session::{CODE_FAILURE, overrides, own_output};
 use crate::snapshot::{Template, exclusive};
 use crate::telemetry::tell;
 
+/// What the help of `bulle clone` and `bulle fork` ends with.
+pub const AFTER_HELP: &str = "%n in --drive, --pmem, --share, --tap and --vsock stands for the number of the clone, \
+    from 1 on.";
 /// Processes that are started at once.
 const BATCH: usize = 32;
 
@@ -37,6 +41,7 @@ pub struct CloneOptions {
 
 /// Arguments of `bulle clone`.
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct CloneArgs {
     #[command(flatten)]
     snapshot: DirectoryArgs,
@@ -77,6 +82,7 @@ pub fn make(
         let mut load = SnapshotLoad::new(PathBuf::new(), PathBuf::new());
         options.rebind.of_clone(number).apply(&mut load)?;
         let mut config = template.config.clone();
+        own_output(&mut config);
         overrides(&load).apply(&mut config)?;
         configs.push(config);
         let name = match &options.name {
@@ -106,7 +112,7 @@ pub fn make(
         for (process, order) in started.into_iter().zip(orders) {
             let name = order.name.as_deref().unwrap_or_default();
             match process.and_then(Waiting::begun) {
-                Ok(_) => println!("{name}"),
+                Ok(_) => writeln!(io::stdout(), "{name}").context("Cannot print to stdout")?,
                 Err(error) => {
                     tell(format_args!("clone '{name}': {}", chain(&error.into())));
                     code = CODE_FAILURE;

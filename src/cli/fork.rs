@@ -6,13 +6,14 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::json;
 
-use super::clone::{CloneOptions, make};
+use super::clone::{AFTER_HELP, CloneOptions, make};
 use super::target::Target;
 use crate::remote::Remote;
 use crate::snapshot::template::{self, Template};
 
 /// Arguments of `bulle fork`.
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct ForkArgs {
     #[command(flatten)]
     target: Target,
@@ -31,10 +32,9 @@ pub fn run(args: &ForkArgs) -> Result<u8> {
     // It has connected and sent all before it answered.
     let (socket, _) = listener.accept().context("Cannot accept a connection")?;
     let template = Template::new(template::receive(&socket)?)?;
-    let parent = template.config.clone();
     make(
         &template,
-        Some(&parent),
+        Some(&template.config),
         args.target.base()?,
         (&args.options, &[]),
     )

@@ -182,13 +182,13 @@ fn create(args: &CreateArgs) -> Result<u8> {
     make(&args.directory)?;
     let directory = std::path::absolute(&args.directory)?;
     let mut vm = Remote::connect(&entry)?.patience(PATIENCE);
-    let mut body = json!({
+    let body = json!({
         "snapshot_path": state(&directory),
         "mem_file_path": memory(&directory),
         "snapshot_type": if args.diff { "Diff" } else { "Full" },
+        "background": args.background,
     });
     if args.background {
-        body["background"] = true.into();
         vm.ask("PUT", "/snapshot/create", &body.to_string())?;
         return written(&mut vm, &state(&directory));
     }

@@ -38,7 +38,8 @@ pub fn become_clone(socket: OwnedFd, mmds: &Arc<Mmds>) -> Result<u8, LaunchError
 
 fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
     let talk = |error| session("the pool's socket", error);
-    let snapshot = template::receive(&socket)?;
+    let mut snapshot = template::receive(&socket)?;
+    own_output(&mut snapshot.config);
     // Before the vCPUs' threads are made.
     let _signals = block_signals()?;
     allow_most_open_files();
@@ -51,7 +52,6 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
         return Ok(0);
     };
     let (saved, mut config) = Saved::of(snapshot, &order.load, &Config::new("".into()))?;
-    own_output(&mut config);
     give_command(&mut config, &saved, order.command)?;
     let spec = startable(&config)?;
     let name = order.name;
@@ -71,7 +71,7 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
 }
 
 /// Files and ports of the host that the template's machine has are not for its clones, and need not be named.
-fn own_output(config: &mut Config) {
+pub fn own_output(config: &mut Config) {
     config.serial = None;
     config.console = match config.console.take() {
         Some(Console::File(_)) => Some(Console::Off),

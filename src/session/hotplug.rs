@@ -194,11 +194,12 @@ impl Unplugs {
         if !gone.is_empty() {
             note_addresses(&vm.board().devices, config);
         }
-        if self.waiting.is_empty() {
-            return gone;
-        }
+        // Also when nothing waits any more, or the loop would be told for ever.
         if let Some(timer) = &self.timer {
             let _ = nix::unistd::read(timer, &mut [0; 8]);
+        }
+        if self.waiting.is_empty() {
+            return gone;
         }
         let now = Instant::now();
         for waiting in std::mem::take(&mut self.waiting) {

@@ -471,7 +471,7 @@ fn write_rest(mut rest: Rest, outcome: &Outcome) -> bool {
     let mut interrupts = vec![rest.signals.as_fd()];
     interrupts.extend(timeout.filter(|_| patience.is_none()));
     let lost = finish(&mut rest.outputs, &interrupts, patience);
-    rest.behind.finish(&rest.signals);
+    rest.behind.finish(&mut rest.signals);
     // Signals have their usual effect again before anything that may block is written.
     drop(rest.signals);
     if lost > 0 {

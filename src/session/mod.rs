@@ -35,7 +35,7 @@ mod timer;
 mod token;
 mod touched;
 
-pub use clone::become_clone;
+pub use clone::{become_clone, own_output};
 pub use launch::{LaunchError, launch, launch_saved, save_ready};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,

@@ -245,7 +245,8 @@ impl Runtime {
         self.settle_unplugs(vm);
         while let Some(call) = self.requests.next() {
             self.settle_unplugs(vm);
-            if let Action::Unplug(unplug) = call.action.clone() {
+            if let Action::Unplug(unplug) = &call.action {
+                let unplug = unplug.clone();
                 let machine = (vm, self.instance.state);
                 self.unplugs
                     .begin((call, &unplug), machine, &self.config, &self.ready);

@@ -10,14 +10,13 @@ use std::sync::Arc;
 use devices::mmds::Mmds;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 
 use super::events::Events;
 use super::launch::{LaunchError, Prepared, Session, block_signals};
 use super::managed::Door;
 use super::outcome::Outcome;
 use super::runtime::{FigureParts, Runtime, Startup};
-use super::signals::Signals;
+use super::signals::{ENDING, Signals};
 use super::snapshots::Saved;
 use crate::api::{ApiThread, Counts, ServerError};
 use crate::config::{Config, Logger, Metrics};
@@ -26,14 +25,6 @@ use crate::control::{
     startable,
 };
 use crate::registry::{About, Claim, Place, RegistryError};
-
-/// Signals that end a microVM which was not started.
-const ENDING: [Signal; 4] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-];
 
 /// How a microVM is served.
 #[derive(Debug)]

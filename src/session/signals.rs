@@ -17,6 +17,14 @@ const SIGNALS: [Signal; 8] = [
     Signal::SIGIO,
 ];
 
+/// Those that end what has no guest to be told.
+pub const ENDING: [Signal; 4] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
+
 /// The signals that a session handles, blocked for the calling thread and all that it starts.
 pub struct Signals(SignalFd);
 
@@ -29,6 +37,11 @@ impl Signals {
         let file_size = SigSet::from_iter([Signal::SIGXFSZ]);
         pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&file_size), None)?;
         SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map(Self)
+    }
+
+    /// Whether one of [`ENDING`] waits. All are taken until then.
+    pub fn ending(&mut self) -> bool {
+        std::iter::from_fn(|| self.next()).any(|signal| ENDING.contains(&signal))
     }
 
     /// The next signal that waits.

@@ -35,6 +35,10 @@ impl Touched {
         let Some(top) = snapshot.layers.first() else {
             return Self::Ignored;
         };
+        // What is only in memory has nothing beside it.
+        if snapshot.path.as_os_str().is_empty() {
+            return Self::Ignored;
+        }
         // All of a copy is there.
         let pages = snapshot.config.machine_config.huge_pages;
         if pages.reserved_mib().is_some() {

@@ -53,7 +53,10 @@ pub fn check(parent: Option<&Config>, clones: &[Config]) -> Result<(), Exclusive
     let mut owners = BTreeMap::new();
     for (machine, config) in parent.into_iter().chain(clones) {
         for thing in things(config) {
-            if let Some(owner) = owners.insert(thing.what.clone(), machine) {
+            // What one machine has twice is not for this to say.
+            if let Some(owner) = owners.insert(thing.what.clone(), machine)
+                && owner != machine
+            {
                 return Err(ExclusiveError {
                     kind: thing.kind,
                     id: thing.id.to_owned(),
@@ -157,6 +160,23 @@ mod tests {
         assert!(error.contains("--drive ID=FILE"), "{error}");
         let error = check(None, &[a, b.clone(), b]).unwrap_err();
         assert!(error.to_string().contains("clone 2 and clone 3"), "{error}");
+    }
+
+    #[test]
+    fn what_one_machine_has_twice_is_no_other_machines() {
+        let ports: Config = serde_json::from_str(
+            r#"{"boot-source":{"kernel_image_path":"k"},"network-interfaces":[{"iface_id":"n",
+                "mode":"user","publish":[
+                    {"host_port":80,"guest_port":80},
+                    {"host_port":80,"guest_port":80,"protocol":"udp"}]}]}"#,
+        )
+        .unwrap();
+        check(None, std::slice::from_ref(&ports)).unwrap();
+        let error = check(Some(&ports), std::slice::from_ref(&ports)).unwrap_err();
+        assert!(
+            error.to_string().contains("the parent and clone 1"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use arch::memory::GuestMemory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::image::{ImageWriter, MemoryMap};
+use super::image::{ImageWriter, MAX_CHAIN, MemoryMap};
 use super::ram::{self, Origin, Part, Retired};
 use super::{Layer, Plugged};
 
@@ -134,7 +134,10 @@ impl Frozen {
     /// Of RAM of which some is in no file.
     fn copied(memory: &GuestMemory, plugged: &[Plugged<'_>], ram: &Ram) -> Result<Self, ForkError> {
         let (part, below) = match (&ram.origin, ram.layers.as_slice()) {
-            (Origin::Files(_), layers @ [_, ..]) => (Part::Changes, layers),
+            // With one more it could not be loaded or sent.
+            (Origin::Files(_), layers @ [_, ..]) if layers.len() < MAX_CHAIN => {
+                (Part::Changes, layers)
+            }
             _ => (Part::All, [].as_slice()),
         };
         let top = write(memory, plugged, |writer| {

@@ -93,8 +93,10 @@ impl Shell {
             ..snapshot.config.machine_config.clone()
         };
         check(&host, snapshot)?;
-        // Of a chain, small changes are copied, which a machine that waits has no use for.
-        let simple = snapshot.layers.len() == 1 && snapshot.handler.is_none();
+        // Of a chain, small changes are copied, which a machine that waits has no use for, unless all of it is,
+        // into reserved pages.
+        let reserved = machine.huge_pages.reserved_mib().is_some();
+        let simple = (reserved || snapshot.layers.len() == 1) && snapshot.handler.is_none();
         let memory = match simple {
             true => ram::map(snapshot, &machine)?.0,
             false => memory::map(&machine)?,

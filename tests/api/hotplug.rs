@@ -286,3 +286,28 @@ fn listeners_and_commands_see_devices_come_and_go() {
     }
     drop(vm);
 }
+
+/// Processor time of the thread that answers requests, in hundredths of a second.
+fn vmm_ticks(vm: &Served) -> u64 {
+    let pid = vm.running.pid();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat")).unwrap();
+    let (_, behind) = stat.rsplit_once(')').unwrap();
+    let ticks = behind.split_ascii_whitespace().skip(11).take(2);
+    ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn a_removal_that_was_answered_leaves_nothing_to_do() {
+    let vm = configured();
+    let mut vm = vm.start().wait_for("ready");
+    let a = disk(&vm, "a", 8, 0xa1);
+    vm.put("/drives/a", a).done();
+    let mut vm = vm.wait_for("written Some(0)");
+    delete(&mut vm, "/drives/a").done();
+    // Until it would have been given up, and a while.
+    std::thread::sleep(Duration::from_millis(5500));
+    let before = vmm_ticks(&vm);
+    std::thread::sleep(Duration::from_secs(1));
+    let ticks = vmm_ticks(&vm) - before;
+    assert!(ticks < 20, "{ticks} hundredths of a second");
+}

@@ -22,7 +22,7 @@ use crate::telemetry::tell;
 use crate::vm::Vm;
 
 /// What the epoll set says of the snapshot that is being written.
-const ENDED: u64 = 4;
+const ENDED: u64 = 5;
 
 /// The snapshot that is being written, and how the last one went.
 #[derive(Debug, Default)]
@@ -67,8 +67,9 @@ impl Behind {
         })
     }
 
-    /// Waits for the end of what is being written, of a machine that has ended itself; a signal cuts it short.
-    pub fn finish(mut self, signals: &Signals) {
+    /// Waits for the end of what is being written, of a machine that has ended itself; a signal that ends
+    /// machines cuts it short.
+    pub fn finish(mut self, signals: &mut Signals) {
         while let Some(now) = &self.now {
             let mut fds = [
                 PollFd::new(now.as_fd(), PollFlags::POLLIN),
@@ -76,7 +77,7 @@ impl Behind {
             ];
             let waited = poll(&mut fds, PollTimeout::NONE);
             let [_, interrupted] = fds.map(|fd| fd.any().unwrap_or(false));
-            if interrupted || waited.is_err_and(|errno| errno != Errno::EINTR) {
+            if interrupted && signals.ending() || waited.is_err_and(|errno| errno != Errno::EINTR) {
                 let path = now.path().display();
                 return tell(format_args!(
                     "the snapshot {path} was not saved: interrupted"
