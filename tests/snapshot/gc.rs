@@ -11,7 +11,7 @@ use crate::common::{Input, Outcome, Running};
 use crate::saved::{Files, machine, try_load};
 use crate::served::Served;
 
-fn gc(dir: &Path, more: &[&str]) -> Outcome {
+pub fn gc(dir: &Path, more: &[&str]) -> Outcome {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
     command.args(["snapshot", "gc"]).arg(dir).args(more);
     Running::start(command, Input::Null, Duration::from_secs(60)).finish()
@@ -35,15 +35,18 @@ fn save(vm: &mut Served, dir: &Path, name: &str, kind: &str) {
     vm.patch("/vm", json!({ "state": "Resumed" })).done();
 }
 
-/// A file that somebody wrote a while ago.
 fn leftover(path: &Path) {
     let file = fs::File::create(path).unwrap();
     file.set_len(1 << 20).unwrap();
+    written_a_while_ago(&file);
+}
+
+pub fn written_a_while_ago(file: &fs::File) {
     let before = SystemTime::now() - Duration::from_secs(60);
     file.set_modified(before).unwrap();
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
     let mut names: Vec<_> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -1,11 +1,13 @@
 //! A process that is killed while it saves leaves the old snapshot or the new one, never a half.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
 use crate::client::request;
+use crate::gc::{gc, names, written_a_while_ago};
 use crate::saved::{Files, Story, machine, save, try_load, value};
 use crate::served::Served;
 
@@ -78,9 +80,14 @@ fn there_is_always_a_whole_snapshot() {
     vm.put("/snapshot/create", files.create()).done();
     drop(vm);
     assert_eq!(loaded_nonce(&files, [nonce, story.nonce()]), story.nonce());
-    let names = std::fs::read_dir(dir.path()).unwrap();
-    let names: Vec<_> = names.map(|e| e.unwrap().file_name()).collect();
-    assert!(names.len() <= 2 + old + new, "{names:?}");
+    // A memory file and a state file of each at most, and all go when asked.
+    let left = names(dir.path());
+    assert!(left.len() <= 2 + 2 * (old + new), "{left:?}");
+    for name in left.iter().filter(|name| name.ends_with(".tmp")) {
+        written_a_while_ago(&fs::File::open(dir.path().join(name)).unwrap());
+    }
+    gc(dir.path(), &[]).exits(0);
+    assert_eq!(names(dir.path()), ["kept.memory", "kept.state"]);
 }
 
 #[test]
