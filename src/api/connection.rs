@@ -1,12 +1,15 @@
 //! One client: bytes in, bytes out, bounded both ways.
 //!
 //! Nothing is read while answers wait to be taken, so a client that does not read is not served, and
-//! costs no more than one request and one answer.
+//! costs no more than one request and one answer. Where the server ends a connection, it goes on to read
+//! for a while and throws that away, since closing a socket with unread input has the client find an
+//! error where the answer's end should be.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -15,6 +18,10 @@ use crate::control::Stream;
 
 /// Bytes read at once.
 const CHUNK: usize = 16 << 10;
+/// How long a client has to end its side, once the server has ended its own.
+const LINGER: Duration = Duration::from_secs(1);
+/// Bytes of it that are thrown away meanwhile.
+const LINGER_BYTES: usize = 4 << 20;
 
 /// A client.
 pub struct Connection {
@@ -29,6 +36,16 @@ pub struct Connection {
     limit: usize,
     /// What the client is connected to instead of being answered.
     relay: Option<Relay>,
+    /// The client sends nothing more.
+    ended: bool,
+    /// All is said, and what the client still sends is thrown away.
+    linger: Option<Linger>,
+}
+
+/// How much longer a connection is kept that has ended.
+struct Linger {
+    until: Instant,
+    bytes: usize,
 }
 
 /// The other end of a stream.
@@ -50,6 +67,8 @@ impl Connection {
             closing: false,
             limit,
             relay: None,
+            ended: false,
+            linger: None,
         })
     }
 
@@ -198,12 +217,47 @@ impl Connection {
 
     /// The client sends nothing more; what waits for it still goes out.
     pub fn close(&mut self) {
+        self.ended = true;
         self.closing = true;
     }
 
-    /// Whether nothing more is to be done for it.
-    pub fn is_over(&self) -> bool {
-        self.closing && self.output.is_empty()
+    /// Sends these bytes and ends.
+    pub fn refuse(&mut self, bytes: &[u8]) {
+        self.output.extend_from_slice(bytes);
+        self.closing = true;
+        self.write();
+    }
+
+    /// When what the client still sends is no longer waited for, where all is said.
+    pub fn lingers_until(&self) -> Option<Instant> {
+        self.linger.as_ref().map(|linger| linger.until)
+    }
+
+    /// Whether nothing more is to be done for it. One that is to end ends the server's side here.
+    pub fn is_over(&mut self) -> bool {
+        if !self.closing || !self.output.is_empty() {
+            return false;
+        }
+        if self.ended {
+            return true;
+        }
+        let linger = self.linger.get_or_insert_with(|| {
+            self.relay = None;
+            // A client that is gone is found out by reading.
+            let _ = self.stream.shutdown(Shutdown::Write);
+            Linger {
+                until: Instant::now() + LINGER,
+                bytes: LINGER_BYTES,
+            }
+        });
+        // One piece at a time: others wait.
+        match self.stream.read(&mut [0; CHUNK]) {
+            Ok(0) => return true,
+            Ok(len) => linger.bytes = linger.bytes.saturating_sub(len),
+            Err(error) if is_passing(&error) => {}
+            Err(_) => return true,
+        }
+        linger.bytes == 0 || Instant::now() >= linger.until
     }
 }
 

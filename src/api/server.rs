@@ -155,10 +155,12 @@ impl Server {
                     .fold(PollFlags::empty(), |all, ready| all | *ready);
                 self.serve(index, all);
             }
-            self.connections.retain(|connection| !connection.is_over());
+            self.connections
+                .retain_mut(|connection| !connection.is_over());
             if end.is_none() && !new.is_empty() {
                 self.accept();
             }
+            self.bound_lingering();
             if end.is_none() && !stop.is_empty() {
                 end = Some(Instant::now() + LAST_WORDS);
             }
@@ -187,7 +189,12 @@ impl Server {
             PollFd::new(self.listener.as_fd(), wanted),
         ];
         fds.extend(self.connections.iter().flat_map(Connection::poll_fds));
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let lingers = self.connections.iter();
+        let lingers = lingers.filter_map(Connection::lingers_until);
+        let next = lingers.chain(end).min();
+        let left = next.map(|next| next.saturating_duration_since(Instant::now()));
+        // Not a moment too early, which would be once more.
+        let left = left.map(|left| left + Duration::from_millis(1));
         let left = left.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
         match poll(&mut fds, left.unwrap_or(PollTimeout::ZERO)) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -203,31 +210,45 @@ impl Server {
     }
 
     fn accept(&mut self) {
-        let Ok((mut stream, _)) = self.listener.accept() else {
+        let Ok((stream, _)) = self.listener.accept() else {
             // Gone again, or no descriptor left: the next poll says.
             return;
+        };
+        let mut connection = match Connection::new(stream, self.limit) {
+            Ok(connection) => connection,
+            Err(error) => return log::warn!("an API client is turned away: {error}"),
         };
         // Streams have a limit of their own, where they begin.
         let waiting = self
             .connections
             .iter()
-            .filter(|connection| !connection.is_relaying());
+            .filter(|connection| !connection.is_relaying() && connection.lingers_until().is_none());
         if waiting.count() >= MAX_CONNECTIONS {
-            // Into an empty socket buffer, which has room.
-            let _ = io::Write::write_all(&mut stream, FULL);
-            return;
+            connection.refuse(FULL);
+            if connection.is_over() {
+                return;
+            }
         }
-        match Connection::new(stream, self.limit) {
-            Ok(connection) => self.connections.push(connection),
-            Err(error) => log::warn!("an API client is turned away: {error}"),
-        }
+        self.connections.push(connection);
+    }
+
+    /// Ends the connections that only linger, beyond as many as are served: the oldest.
+    fn bound_lingering(&mut self) {
+        let lingers = |connection: &Connection| connection.lingers_until().is_some();
+        let all = self.connections.iter().filter(|c| lingers(c)).count();
+        let mut surplus = all.saturating_sub(MAX_CONNECTIONS);
+        self.connections.retain(|connection| {
+            let goes = surplus > 0 && lingers(connection);
+            surplus -= usize::from(goes);
+            !goes
+        });
     }
 
     fn serve(&mut self, index: usize, ready: PollFlags) {
         let Some(connection) = self.connections.get_mut(index) else {
             return;
         };
-        if ready.is_empty() {
+        if ready.is_empty() || connection.lingers_until().is_some() {
             return;
         }
         if connection.is_relaying() {

@@ -136,6 +136,68 @@ fn nonsense_is_answered_and_closed() {
 }
 
 #[test]
+fn an_answer_to_what_is_not_read_comes_to_its_end() {
+    let fixture = Fixture::new();
+    let body = "x".repeat(2 << 20);
+    let mut client = fixture.connect();
+    // All of it can be written, though nobody wants it, and others are answered meanwhile.
+    client.send(&format!(
+        "PUT /mmds HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    ));
+    let (first, second) = body.split_at(body.len() / 2);
+    client.send(first);
+    let mut other = fixture.connect();
+    other.send("GET /version HTTP/1.1\r\n\r\n");
+    assert_eq!(other.answer().0, 200);
+    client.send(second);
+    assert_eq!(client.answer().0, 400);
+    assert!(client.is_closed());
+    // One that is turned away had sent something, too.
+    let _all: Vec<_> = (0..MAX_CONNECTIONS).map(|_| fixture.connect()).collect();
+    let mut late = fixture.connect();
+    late.send("GET /version HTTP/1.1\r\n\r\n");
+    assert_eq!(late.answer().0, 503);
+    assert!(late.is_closed());
+}
+
+#[test]
+fn a_client_that_never_ends_is_ended() {
+    let fixture = Fixture::new();
+    let begin = Instant::now();
+    // By time.
+    let mut quiet = fixture.connect();
+    quiet.send("POST / HTTP/1.1\r\n\r\n");
+    assert_eq!(quiet.answer().0, 400);
+    assert!(quiet.is_closed());
+    quiet.send("more");
+    // By bytes.
+    let mut loud = fixture.connect();
+    let sent = std::iter::repeat_with(|| loud.0.write(&[b'x'; 4096])).take_while(Result::is_ok);
+    let sent = sent.map(Result::unwrap).sum::<usize>();
+    assert!(sent > 4 << 20 && sent < 8 << 20, "{sent}");
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
+    while quiet.0.write_all(b"more").is_ok() {
+        assert!(begin.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(10));
+    }
+    // By the number of others, and they take nobody's place.
+    let turned = || {
+        let mut client = fixture.connect();
+        client.send("POST / HTTP/1.1\r\n\r\n");
+        assert_eq!(client.answer().0, 400);
+        client
+    };
+    let mut many: Vec<_> = (0..2 * MAX_CONNECTIONS).map(|_| turned()).collect();
+    assert!(many[0].0.write_all(b"more").is_err());
+    many.last_mut().unwrap().send("more");
+}
+
+#[test]
 fn the_eleventh_client_is_turned_away_until_one_goes() {
     let fixture = Fixture::new();
     let mut clients: Vec<_> = (0..MAX_CONNECTIONS).map(|_| fixture.connect()).collect();
