@@ -1,10 +1,11 @@
 //! `bulle api`: a microVM that is configured and commanded over a REST API; `firecracker`, the same under
 //! that name.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
@@ -17,6 +18,7 @@ use crate::api::MAX_BODY;
 use crate::config::{Config, Level, Logger, Metrics};
 use crate::control::{DEFAULT_MEMORY_MIB, Instance};
 use crate::session::{self, Serve, Startup};
+use crate::snapshot;
 use crate::telemetry;
 
 /// Longest name of a microVM.
@@ -76,9 +78,18 @@ pub struct ApiArgs {
     /// Processor time of this process's parent, in microseconds, for the figures
     #[arg(long, value_name = "MICROSECONDS")]
     parent_cpu_time_us: Option<u64>,
-    /// Of no effect: bulle installs no filter of system calls yet
+    /// Of no effect: bulle installs no filter of system calls
     #[arg(long)]
     no_seccomp: bool,
+    /// Refused: such a file is for the system calls of the program that it was made for
+    #[arg(long, value_name = "FILE", conflicts_with = "no_seccomp")]
+    seccomp_filter: Option<PathBuf>,
+    /// Print the version of the state files of snapshots that are written, and end
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Print the version of this state file, and end
+    #[arg(long, value_name = "FILE")]
+    describe_snapshot: Option<PathBuf>,
     /// Give the guest what this JSON file says, by the metadata service (docs/mmds.md)
     #[arg(long, value_name = "FILE")]
     metadata: Option<PathBuf>,
@@ -87,42 +98,6 @@ pub struct ApiArgs {
     mmds_size_limit: Option<usize>,
     #[command(flatten)]
     runtime: RuntimeArgs,
-    #[command(flatten)]
-    absent: Absent,
-}
-
-/// What Firecracker has and bulle has not yet: said, rather than left to be guessed.
-#[derive(Debug, Args)]
-struct Absent {
-    #[arg(long, value_name = "FILE", hide = true)]
-    seccomp_filter: Option<PathBuf>,
-    #[arg(long, hide = true)]
-    snapshot_version: bool,
-    #[arg(long, value_name = "FILE", hide = true)]
-    describe_snapshot: Option<PathBuf>,
-}
-
-impl Absent {
-    fn check(&self) -> Result<()> {
-        let snapshots = self.snapshot_version || self.describe_snapshot.is_some();
-        for (asked, option, what) in [
-            (
-                self.seccomp_filter.is_some(),
-                "--seccomp-filter",
-                "filters of system calls",
-            ),
-            (
-                snapshots,
-                "--snapshot-version and --describe-snapshot",
-                "snapshots",
-            ),
-        ] {
-            if asked {
-                bail!("{option} cannot be used: bulle has not got {what} yet");
-            }
-        }
-        Ok(())
-    }
 }
 
 /// A microVM's name.
@@ -155,6 +130,28 @@ impl ApiArgs {
         self.config_file.is_some()
     }
 
+    /// The version of state files, where that is asked for: one number, written as Firecracker writes its three.
+    fn described(&self) -> Result<Option<String>> {
+        let version = match &self.describe_snapshot {
+            _ if self.snapshot_version => snapshot::format::VERSION,
+            Some(path) => snapshot::format_version(path)?,
+            None => return Ok(None),
+        };
+        Ok(Some(format!("v{version}.0.0\n")))
+    }
+
+    /// Refuses what would otherwise be taken for protection, or for what bulle does.
+    fn refuse_filter(&self) -> Result<()> {
+        if let Some(path) = &self.seccomp_filter {
+            bail!(
+                "--seccomp-filter {}: a filter allows the system calls of the program that it was made for, and \
+                 Firecracker's would end bulle at the first other one; bulle installs none: leave the option out",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     fn startup(&self) -> Result<Startup> {
         let now = |clock| clock_gettime(clock).map(Duration::from);
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -180,9 +177,14 @@ pub fn run(args: ApiArgs) -> Result<u8> {
 
 /// Runs it with another version to say.
 pub fn run_as(args: ApiArgs, version: &'static str) -> Result<u8> {
+    if let Some(text) = args.described()? {
+        let printed = io::stdout().write_all(text.as_bytes());
+        printed.context("Cannot print to stdout")?;
+        return Ok(0);
+    }
     telemetry::init(log::LevelFilter::Warn);
     telemetry::name(&args.id);
-    args.absent.check()?;
+    args.refuse_filter()?;
     let startup = args.startup()?;
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let name = Some(args.id.clone()).filter(|id| id != DEFAULT_ID);

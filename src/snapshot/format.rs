@@ -241,15 +241,7 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// [`FormatError`] says what is wrong.
     pub fn new(bytes: &'a [u8]) -> Result<Self, FormatError> {
-        let head: &[u8; HEADER_LEN] = match bytes.first_chunk() {
-            Some(head) if head.starts_with(&MAGIC) => head,
-            _ => return Err(FormatError::Magic),
-        };
-        // What any version keeps: magic, version, and the checksum over them.
-        if !sealed(head) {
-            return Err(FormatError::Header);
-        }
-        let version = u16_at(head, 8);
+        let (head, version) = header(bytes)?;
         if version != VERSION {
             return Err(FormatError::Version { found: version });
         }
@@ -344,6 +336,21 @@ impl<'a> Reader<'a> {
             0 => Ok(value),
             left => Err(content(format!("{left} bytes are left over"))),
         }
+    }
+}
+
+/// The header that `bytes` begin with, and the version of the rest: what any version keeps.
+///
+/// # Errors
+/// [`FormatError::Magic`] and [`FormatError::Header`].
+pub fn header(bytes: &[u8]) -> Result<(&[u8; HEADER_LEN], u16), FormatError> {
+    let head: &[u8; HEADER_LEN] = match bytes.first_chunk() {
+        Some(head) if head.starts_with(&MAGIC) => head,
+        _ => return Err(FormatError::Magic),
+    };
+    match sealed(head) {
+        true => Ok((head, u16_at(head, 8))),
+        false => Err(FormatError::Header),
     }
 }
 

@@ -295,17 +295,22 @@ impl Snapshot {
     }
 }
 
+/// The version of the state file at `path`, also of one that another bulle wrote.
+///
+/// # Errors
+/// [`SnapshotError::Read`], and [`SnapshotError::Format`] for something else than a state file.
+pub fn format_version(path: &Path) -> Result<u16, SnapshotError> {
+    let bytes = read_begin(path, format::HEADER_LEN as u64)?;
+    let path = path.to_owned();
+    match format::header(&bytes) {
+        Ok((_, version)) => Ok(version),
+        Err(source) => Err(SnapshotError::Format { path, source }),
+    }
+}
+
 /// Reads a state file's bytes, no more than one can have.
 fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
-    let failed = |source| SnapshotError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    let file = publish::open(path).map_err(failed)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    let bytes = read_begin(path, MAX_FILE + 1)?;
     match bytes.len() as u64 {
         len if len > MAX_FILE => {
             let path = path.to_owned();
@@ -313,6 +318,18 @@ fn read_file(path: &Path) -> Result<Vec<u8>, SnapshotError> {
         }
         _ => Ok(bytes),
     }
+}
+
+/// Reads the first bytes of a file, at most so many.
+fn read_begin(path: &Path, most: u64) -> Result<Vec<u8>, SnapshotError> {
+    let failed = |source| SnapshotError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = publish::open(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    let read = file.take(most).read_to_end(&mut bytes);
+    read.map(|_| bytes).map_err(failed)
 }
 
 /// Reads the bytes of a state file as far as that goes without its memory.

@@ -23,6 +23,71 @@ fn lines(path: &Path) -> Vec<Value> {
         .collect()
 }
 
+/// The options of Firecracker 1.17 and of its jailer.
+const FIRECRACKER: &[&str] = &[
+    "api-sock",
+    "boot-timer",
+    "config-file",
+    "describe-snapshot",
+    "enable-pci",
+    "help",
+    "http-api-max-payload-size",
+    "id",
+    "level",
+    "log-path",
+    "metadata",
+    "metrics-path",
+    "mmds-size-limit",
+    "module",
+    "no-api",
+    "no-seccomp",
+    "parent-cpu-time-us",
+    "seccomp-filter",
+    "show-level",
+    "show-log-origin",
+    "snapshot-version",
+    "start-time-cpu-us",
+    "start-time-us",
+    "version",
+];
+const JAILER: &[&str] = &[
+    "cgroup",
+    "cgroup-version",
+    "chroot-base-dir",
+    "daemonize",
+    "exec-file",
+    "gid",
+    "help",
+    "id",
+    "netns",
+    "new-pid-ns",
+    "parent-cgroup",
+    "resource-limit",
+    "uid",
+    "version",
+];
+
+fn sorted(lists: &[&[&str]]) -> Vec<String> {
+    let mut all: Vec<_> = lists.concat().iter().map(|name| name.to_string()).collect();
+    all.sort();
+    all
+}
+
+/// The options that `--help` under this name lists.
+fn options(name: &str) -> Vec<String> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    let help = command.arg0(name).arg("--help").output().unwrap();
+    assert!(help.status.success());
+    let text = String::from_utf8(help.stdout).unwrap();
+    let begins = text.lines().map(|line| line.trim_start());
+    let begins = begins.map(|line| line.strip_prefix("-h, ").unwrap_or(line));
+    let names = begins.filter_map(|line| line.strip_prefix("--"));
+    let words = names.map(|name| name.split(' ').next().unwrap().to_owned());
+    let mut all: Vec<_> = words.collect();
+    all.sort();
+    all
+}
+
 /// bulle under another name.
 fn firecracker(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
@@ -175,23 +240,35 @@ fn under_firecrackers_name_it_has_its_arguments_and_codes() {
     assert!(version.status.success());
     let text = String::from_utf8(version.stdout).unwrap();
     assert!(text.starts_with("Firecracker v1.17.0\n"), "{text}");
-    let help = firecracker(&["--help"]);
-    assert!(help.status.success());
-    let text = String::from_utf8(help.stdout).unwrap();
-    for option in [
-        "--api-sock",
-        "--id",
-        "--config-file",
-        "--no-api",
-        "--metrics-path",
-    ] {
-        assert!(text.contains(option), "{text}");
-    }
+    let own = ["runtime-dir"];
+    assert_eq!(options("firecracker"), sorted(&[FIRECRACKER, &own]));
+    assert_eq!(options("jailer"), sorted(&[JAILER]));
     for (arguments, code, words) in [
         (&["--nonsense"][..], 153, "--nonsense"),
         (&["--no-api"], 153, "--config-file"),
         (&["--id", "a_b"], 153, "letters"),
         (&["--metadata", "/x"], 1, "Cannot read the metadata /x"),
+        (
+            &["--no-seccomp", "--seccomp-filter", "/x"],
+            153,
+            "--seccomp-filter",
+        ),
+        (&["--seccomp-filter", "/x"], 1, "bulle installs none"),
+        (
+            &["--describe-snapshot", "/x"],
+            1,
+            "Cannot read the state file /x",
+        ),
+        (
+            &["--describe-snapshot", "/dev/zero"],
+            1,
+            "not a regular file",
+        ),
+        (
+            &["--describe-snapshot", "/proc/self/exe"],
+            1,
+            "no snapshot of bulle",
+        ),
         (&["--config-file", "/nowhere", "--no-api"], 152, "/nowhere"),
     ] {
         let output = firecracker(arguments);
@@ -200,6 +277,31 @@ fn under_firecrackers_name_it_has_its_arguments_and_codes() {
         assert!(text.contains(words), "{arguments:?}: {text}");
         assert_eq!(output.stdout, b"");
     }
+}
+
+#[test]
+fn the_versions_of_snapshots_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, memory) = (dir.path().join("state"), dir.path().join("memory"));
+    let mut vm = Served::payload("hlt_forever").start();
+    vm.patch("/vm", json!({ "state": "Paused" })).done();
+    let files = json!({ "snapshot_path": state, "mem_file_path": memory });
+    vm.put("/snapshot/create", files).done();
+    let said = |arguments: &[&str]| {
+        let output = firecracker(arguments);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let describe = ["--describe-snapshot", state.to_str().unwrap()];
+    assert_eq!(said(&["--snapshot-version"]), "v1.0.0\n");
+    assert_eq!(said(&describe), "v1.0.0\n");
+    // A later format keeps the header.
+    let mut bytes = fs::read(&state).unwrap();
+    bytes[8] = 7;
+    let sum = crc32fast::hash(&bytes[..60]);
+    bytes[60..64].copy_from_slice(&sum.to_le_bytes());
+    fs::write(&state, bytes).unwrap();
+    assert_eq!(said(&describe), "v7.0.0\n");
 }
 
 #[test]
