@@ -66,7 +66,7 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
         begun: Some(begun),
     };
     launch_with(spec, mmds, place, after, |spec| {
-        Prepared::adopt(spec, saved, (host, shell), mmds)
+        Prepared::adopt(spec, saved, (Some(host), shell), mmds)
     })
 }
 

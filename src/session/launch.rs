@@ -174,10 +174,8 @@ fn times() -> Times {
 enum Source {
     /// A kernel that is booted.
     Kernel(Box<KernelImage>, Initrd),
-    /// A snapshot.
-    Saved(Box<Saved>),
-    /// A snapshot, for a machine that waits.
-    Template(Box<Saved>, Box<Shell>),
+    /// A snapshot, and a machine that waits for it.
+    Saved(Box<Saved>, Option<Box<Shell>>),
 }
 
 impl Prepared {
@@ -209,33 +207,24 @@ impl Prepared {
 
     /// Opens all that `spec`, the machine of `saved`, names.
     pub fn load(spec: Spec, saved: Saved, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
-        let (started, begin) = (Instant::now(), times());
-        let (mut devices, ends) = plan(&spec, mmds)?;
-        let host = Host::open(&spec, open_files(&devices))?;
-        fit(&mut devices, window_size(), &saved.snapshot.guest.release);
-        Ok(Self {
-            spec,
-            started,
-            begin,
-            progress: Progress::new(),
-            devices,
-            ends,
-            host,
-            source: Source::Saved(Box::new(saved)),
-        })
+        Self::adopt(spec, saved, (None, None), mmds)
     }
 
-    /// Opens all that `spec`, the machine of `saved`, names; the rest is open, and a machine may wait.
+    /// Opens all that `spec`, the machine of `saved`, names, but for what is open:
+    /// /dev/kvm, and a machine that waits.
     pub fn adopt(
         spec: Spec,
         saved: Saved,
-        (host, shell): (Host, Option<Shell>),
+        (host, shell): (Option<Host>, Option<Shell>),
         mmds: &Arc<Mmds>,
     ) -> Result<Self, LaunchError> {
         let (started, begin) = (Instant::now(), times());
         let (mut devices, ends) = plan(&spec, mmds)?;
+        let host = match host {
+            Some(host) => host,
+            None => Host::open(&spec, open_files(&devices))?,
+        };
         fit(&mut devices, window_size(), &saved.snapshot.guest.release);
-        let saved = Box::new(saved);
         Ok(Self {
             spec,
             started,
@@ -244,10 +233,7 @@ impl Prepared {
             devices,
             ends,
             host,
-            source: match shell {
-                None => Source::Saved(saved),
-                Some(shell) => Source::Template(saved, Box::new(shell)),
-            },
+            source: Source::Saved(Box::new(saved), shell.map(Box::new)),
         })
     }
 }
@@ -310,7 +296,7 @@ impl Session {
         };
         let guest = match &source {
             Source::Kernel(..) => GuestFacts::default(),
-            Source::Saved(saved) | Source::Template(saved, _) => saved.snapshot.guest.clone(),
+            Source::Saved(saved, _) => saved.snapshot.guest.clone(),
         };
         let mut touched = Touched::Ignored;
         let (vm, saver, runs) = match source {
@@ -318,13 +304,13 @@ impl Session {
                 let vm = Vm::build(&spec, host, &kernel, initrd, wiring)?;
                 (vm, Saver::booted(&spec, &kernel), true)
             }
-            Source::Saved(saved) => {
+            Source::Saved(saved, None) => {
                 let snapshot = &saved.snapshot;
                 let (vm, origin) = Vm::restore(host, snapshot, saved.policy, wiring)?;
                 touched = Touched::of(snapshot, &vm, saved.record);
                 (vm, Saver::loaded(snapshot, origin), saved.resume)
             }
-            Source::Template(saved, shell) => {
+            Source::Saved(saved, Some(shell)) => {
                 let snapshot = &saved.snapshot;
                 let vm = shell.adopt(snapshot, saved.policy, wiring)?;
                 let origin = ram::origin(&snapshot.layers);

@@ -21,7 +21,7 @@ use super::hotplug::{self, Unplugs};
 use super::outcome::Outcome;
 use super::readers::{Console, Readers};
 use super::snapshots::Saver;
-use super::{commands, snapshots, statistics};
+use super::{commands, statistics};
 use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
@@ -253,12 +253,7 @@ impl Runtime {
                 self.settle_unplugs(vm);
                 continue;
             }
-            let result = match &call.action {
-                Action::Exec(request) => self.exec(request, agent.as_deref_mut()),
-                Action::CreateSnapshot(create) => self.save(create, vm, agent.as_deref_mut()),
-                Action::Fork(request) => self.fork(request, vm, agent.as_deref_mut()),
-                action => self.act(action, console),
-            };
+            let result = self.act(&call.action, console, agent.as_deref_mut());
             call.answer(result);
         }
     }
@@ -340,7 +335,12 @@ impl Runtime {
     }
 
     /// Table: an arm for each action.
-    fn act(&mut self, action: &Action, console: Console<'_>) -> Result<Reply, ActionError> {
+    fn act(
+        &mut self,
+        action: &Action,
+        console: Console<'_>,
+        agent: Option<&mut AgentLink>,
+    ) -> Result<Reply, ActionError> {
         let vm = console.vm;
         let devices = &vm.board().devices;
         let config = &mut self.config;
@@ -359,8 +359,8 @@ impl Runtime {
                 let state = self.instance.state;
                 Ok(Reply::Stream(self.events.listen(&Event::State { state })?))
             }
-            // They need the agent and the call: `serve` has them.
-            Action::Exec(_) | Action::Unplug(_) => Err(ActionError::NoAgent),
+            // Answered later: `serve` keeps the call.
+            Action::Unplug(_) => Err(ActionError::AfterStart),
             Action::PutDrive(drive) => {
                 let added = hotplug::add_drive(vm, config, drive);
                 self.added(added, vm, &drive.drive_id)
@@ -428,9 +428,9 @@ impl Runtime {
                 self.flush(vm);
                 Ok(Reply::Done)
             }
-            // As the conversation with the agent is saved too, `serve` has these.
-            Action::CreateSnapshot(create) => self.save(create, vm, None),
-            Action::Fork(request) => self.fork(request, vm, None),
+            Action::Exec(request) => self.exec(request, agent),
+            Action::CreateSnapshot(create) => self.save(create, vm, agent),
+            Action::Fork(request) => self.fork(request, vm, agent),
             Action::PutMachine(_)
             | Action::PatchMachine(_)
             | Action::PutBootSource(_)
@@ -508,7 +508,7 @@ impl Runtime {
             return Err(ActionError::SnapshotRunning);
         }
         let begin = Instant::now();
-        self.keep_talk(vm, agent)?;
+        self.saver.keep_talk(vm, agent)?;
         self.saver.create(vm, &self.config, create)?;
         let name = match create.snapshot_type {
             SnapshotType::Full => "full_create_snapshot",
@@ -516,17 +516,6 @@ impl Runtime {
         };
         self.latencies.insert(name, begin.elapsed());
         Ok(Reply::Done)
-    }
-
-    /// Keeps the conversation with `agent` for what is saved next. vCPUs stand still.
-    fn keep_talk(&mut self, vm: &Vm, agent: Option<&mut AgentLink>) -> Result<(), ActionError> {
-        let Some(agent) = agent else { return Ok(()) };
-        vm.board().devices.pause();
-        let talk = agent.save().ok_or_else(|| ActionError::Save {
-            text: "the guest's command has just ended".to_owned(),
-        })?;
-        self.saver.guest.talk = Some(Box::new(talk));
-        Ok(())
     }
 }
 
@@ -539,8 +528,8 @@ impl Runtime {
         agent: Option<&mut AgentLink>,
     ) -> Result<Reply, ActionError> {
         let runs = self.instance.state == State::Running;
-        let socket = snapshots::connect(&request.uds_path)?;
-        let pause = self.saver.fork((vm, runs), &self.config, agent, &socket)?;
+        let to = &request.uds_path;
+        let pause = self.saver.fork((vm, runs), &self.config, agent, to)?;
         self.latencies.insert("fork", pause);
         Ok(Reply::Done)
     }

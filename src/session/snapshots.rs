@@ -1,14 +1,11 @@
 //! Snapshots of the session's machine, on the vmm thread.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arch::kernel::KernelImage;
 use arch::state::ClockPolicy;
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, socket};
 
 use super::agent::AgentLink;
 use crate::config::{Config, HugePages, MemoryBacking, Spec};
@@ -23,7 +20,7 @@ use crate::snapshot::image::Base;
 use crate::snapshot::ram::{Origin, Part};
 use crate::snapshot::{
     self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Plugged, Request, Snapshot,
-    SnapshotError, Template,
+    SnapshotError, Template, socket,
 };
 use crate::vm::Vm;
 
@@ -334,6 +331,21 @@ impl Saver {
         Ok(())
     }
 
+    /// Keeps the conversation with `agent` for what is saved next. vCPUs of `vm` stand still.
+    ///
+    /// # Errors
+    /// [`ActionError::Save`] where it is just over, or not begun.
+    pub fn keep_talk(&mut self, vm: &Vm, agent: Option<&mut AgentLink>) -> Result<(), ActionError> {
+        if agent.is_none() {
+            return Ok(());
+        }
+        vm.board().devices.pause();
+        self.guest = facts(&self.guest, agent).ok_or_else(|| ActionError::Save {
+            text: "the guest's command has just ended, or waits to be given".to_owned(),
+        })?;
+        Ok(())
+    }
+
     /// Sends what copies of the machine `vm`, made of `config`, are made of; says how long it stood
     /// still, if it runs.
     ///
@@ -344,16 +356,16 @@ impl Saver {
         (vm, runs): (&Vm, bool),
         config: &Config,
         agent: Option<&mut AgentLink>,
-        to: &UnixStream,
+        to: &Path,
     ) -> Result<Duration, ActionError> {
         let failed = |error: &dyn std::error::Error| ActionError::Fork { text: chain(error) };
-        let mut guest = self.guest.clone();
-        let facts = || {
-            if let Some(agent) = agent {
-                guest.talk = Some(Box::new(agent.save()?));
-            }
-            Some(guest)
-        };
+        let socket = socket::connect(to).map_err(|error| ActionError::Fork {
+            text: format!(
+                "cannot connect to {}, where what clones are made of was to go: {error}",
+                to.display()
+            ),
+        })?;
+        let facts = || facts(&self.guest, agent);
         let fork = vm.fork((runs, PAUSE_PATIENCE), config, facts, &mut self.ram);
         let fork = fork.map_err(|e| failed(&e))?;
         // What changes is told from here on by other files than those of the last snapshot.
@@ -365,29 +377,16 @@ impl Saver {
         };
         reaper.reap(fork.retired);
         let template = Template::new(fork.snapshot).map_err(|e| failed(&e))?;
-        template.send(to).map_err(|e| failed(&e))?;
+        template.send(&socket).map_err(|e| failed(&e))?;
         Ok(fork.pause)
     }
 }
 
-/// Connects to a socket that somebody listens at, without waiting.
-///
-/// # Errors
-/// [`ActionError::Fork`].
-pub fn connect(path: &Path) -> Result<UnixStream, ActionError> {
-    let connected = || -> nix::Result<OwnedFd> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        let address = UnixAddr::new(path)?;
-        socket::connect(socket.as_raw_fd(), &address)?;
-        Ok(socket)
-    };
-    let path = path.display();
-    connected()
-        .map(UnixStream::from)
-        .map_err(|errno| ActionError::Fork {
-            text: format!(
-                "cannot connect to {path}, where what clones are made of was to go: {errno}"
-            ),
-        })
+/// `guest` with the conversation with `agent` as it is now; `None` where it is just over, or not begun.
+fn facts(guest: &GuestFacts, agent: Option<&mut AgentLink>) -> Option<GuestFacts> {
+    let mut guest = guest.clone();
+    if let Some(agent) = agent {
+        guest.talk = Some(Box::new(agent.save()?));
+    }
+    Some(guest)
 }

@@ -18,6 +18,7 @@ mod publish;
 pub mod ram;
 mod rebind;
 mod retired;
+pub mod socket;
 pub mod template;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@
 //! maps, in place of `memory`. What is received is checked as a file is.
 
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSliceMut};
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
@@ -15,13 +15,13 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use super::create::{Parts, describe};
 use super::fork::{memory_file, seal};
 use super::format::{FormatError, Kind, MAX_FILE, Reader, Writer};
 use super::image::{ImageError, ImageWriter, MAX_CHAIN, MemoryMap};
-use super::{CONFIG, GUEST, Layer, MACHINE, Snapshot, merge, parse_config, wrong_vcpus};
+use super::{CONFIG, GUEST, Layer, MACHINE, Snapshot, merge, parse_config, socket, wrong_vcpus};
 
 /// First bytes of the message.
 const MAGIC: [u8; 8] = *b"BULLETPL";
@@ -125,18 +125,7 @@ impl Template {
         let mut head = MAGIC.to_vec();
         head.extend(VERSION.to_le_bytes());
         head.extend((fds.len() as u32).to_le_bytes());
-        let sent = sendmsg::<()>(
-            to.as_raw_fd(),
-            &[IoSlice::new(&head)],
-            &[ControlMessage::ScmRights(&fds)],
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
-        match sent {
-            Ok(HEAD) => Ok(()),
-            Ok(_) => Err(failed("send")(io::ErrorKind::WriteZero.into())),
-            Err(errno) => Err(failed("send")(errno.into())),
-        }
+        socket::send(to, &head, &fds).map_err(failed("send"))
     }
 }
 

@@ -31,7 +31,7 @@ pub enum VmForkError {
     )]
     HugePages,
     /// A guest that is ending.
-    #[error("the guest's command has just ended")]
+    #[error("the guest's command has just ended, or waits to be given")]
     Ending,
     /// Random numbers.
     #[error("cannot get random numbers for the fork's id")]

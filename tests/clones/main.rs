@@ -71,6 +71,12 @@ impl Parent {
     }
 }
 
+/// Machine configurations whose interrupt controllers and transports differ.
+const MACHINES: [&str; 2] = [
+    r#""vcpu_count":1,"mem_size_mib":64"#,
+    r#""vcpu_count":2,"mem_size_mib":64,"irqchip":"kernel","virtio_transport":"pci""#,
+];
+
 fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -82,10 +88,7 @@ fn entries(path: &str) -> usize {
 #[test]
 fn many_clones_are_right_and_leave_nothing() {
     let _alone = alone();
-    for machine in [
-        r#""vcpu_count":1,"mem_size_mib":64"#,
-        r#""vcpu_count":2,"mem_size_mib":64,"irqchip":"kernel","virtio_transport":"pci""#,
-    ] {
+    for machine in MACHINES {
         let dir = tempfile::tempdir().unwrap();
         let parent = parent(
             dir.path(),

@@ -15,7 +15,7 @@ use bulle::vm::{Shell, Vm};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::machine::{self, Output};
-use super::{MANY, alone, common, entries, parent};
+use super::{MACHINES, MANY, alone, common, entries, parent};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -26,10 +26,7 @@ fn reset(vm: &Vm, origin: &Origin) -> u64 {
 #[test]
 fn thousands_of_resets_leave_nothing() {
     let _alone = alone();
-    for machine in [
-        r#""vcpu_count":1,"mem_size_mib":64"#,
-        r#""vcpu_count":2,"mem_size_mib":64,"irqchip":"kernel","virtio_transport":"pci""#,
-    ] {
+    for machine in MACHINES {
         let dir = tempfile::tempdir().unwrap();
         let sections = format!(r#"{{"machine-config":{{{machine}}}}}"#);
         let parent = parent(dir.path(), &sections);
@@ -123,10 +120,7 @@ fn differences(vm: &Vm, snapshot: &Snapshot) -> Vec<u64> {
 #[test]
 fn a_machine_in_the_middle_of_work_goes_back_whole() {
     let _alone = alone();
-    for sections in [
-        r#""vcpu_count":1,"mem_size_mib":64"#,
-        r#""vcpu_count":2,"mem_size_mib":64,"irqchip":"kernel","virtio_transport":"pci""#,
-    ] {
+    for sections in MACHINES {
         let dir = tempfile::tempdir().unwrap();
         let spec = busy(dir.path(), sections);
         let kernel =

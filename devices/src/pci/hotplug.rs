@@ -148,7 +148,6 @@ impl BusDevice for Hotplug {
 
 #[cfg(test)]
 mod tests {
-    use super::super::BarOffset;
     use super::super::PciFunction;
     use super::*;
 
@@ -160,16 +159,6 @@ mod tests {
         }
 
         fn write_config(&self, _: u16, _: &[u8]) {}
-
-        fn claim(&self, _: u64, _: usize) -> Option<BarOffset> {
-            None
-        }
-
-        fn read_bar(&self, _: BarOffset, _: &mut [u8]) {}
-
-        fn write_bar(&self, _: BarOffset, _: &[u8]) -> Effect {
-            Effect::None
-        }
     }
 
     fn hotplug(slots: &[usize]) -> Hotplug {

@@ -33,11 +33,16 @@ pub trait PciFunction: Send + Sync {
     /// Writes configuration space at `offset` (below 4096).
     fn write_config(&self, offset: u16, data: &[u8]);
     /// Which of its BARs answers all of `len` bytes at the guest physical address `addr`, now.
-    fn claim(&self, addr: u64, len: usize) -> Option<BarOffset>;
+    /// None has any, if not overridden.
+    fn claim(&self, _addr: u64, _len: usize) -> Option<BarOffset> {
+        None
+    }
     /// Reads from a BAR; `data` comes filled with 0xff.
-    fn read_bar(&self, at: BarOffset, data: &mut [u8]);
+    fn read_bar(&self, _at: BarOffset, _data: &mut [u8]) {}
     /// Writes to a BAR.
-    fn write_bar(&self, at: BarOffset, data: &[u8]) -> Effect;
+    fn write_bar(&self, _at: BarOffset, _data: &[u8]) -> Effect {
+        Effect::None
+    }
 }
 
 /// A level-triggered interrupt pin (INTx). The root crate implements it.

@@ -11,16 +11,6 @@ impl PciFunction for Nobody {
     }
 
     fn write_config(&self, _: u16, _: &[u8]) {}
-
-    fn claim(&self, _: u64, _: usize) -> Option<BarOffset> {
-        None
-    }
-
-    fn read_bar(&self, _: BarOffset, _: &mut [u8]) {}
-
-    fn write_bar(&self, _: BarOffset, _: &[u8]) -> Effect {
-        Effect::None
-    }
 }
 
 #[test]

@@ -120,6 +120,7 @@ impl Runtime {
         };
         let begun = match &stands {
             Ok(()) => self
+                .saver
                 .keep_talk(vm, agent)
                 .and_then(|()| self.saver.begin(vm, &self.config, create, prepared)),
             Err(error) => Err(ActionError::Failed { text: chain(error) }),

@@ -6,7 +6,7 @@
 //! that, since any other may stand in a fault; what still stands when the VM should have ended goes
 //! with the process.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,10 +18,7 @@ use std::time::{Duration, Instant};
 use arch::memory::GuestMemory;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, sendmsg,
-    socket,
-};
+use nix::sys::socket::{MsgFlags, recv};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -30,6 +27,7 @@ use super::{Mode, Uffd, UffdError, feature};
 use crate::config::MachineConfig;
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 use crate::snapshot::ram::{self, MapError};
+use crate::snapshot::socket;
 use crate::telemetry::tell;
 use crate::vm::{ExitLatch, VmExit};
 
@@ -132,7 +130,7 @@ pub struct Connected {
 /// [`HandlerError`].
 pub fn map(config: &MachineConfig, path: &Path) -> Result<(GuestMemory, Connected), HandlerError> {
     let uffd = Uffd::new(feature::EVENT_REMOVE)?;
-    let stream = open(path).map_err(|source| HandlerError::Connect {
+    let stream = socket::connect(path).map_err(|source| HandlerError::Connect {
         path: path.to_owned(),
         source,
     })?;
@@ -170,28 +168,9 @@ fn mappings(memory: &GuestMemory, config: &MachineConfig) -> Vec<Mapping> {
     mapping.collect()
 }
 
-/// Connects without waiting for a listener that takes nobody.
-fn open(path: &Path) -> io::Result<UnixStream> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(socket.into())
-}
-
 fn send(stream: &UnixStream, mappings: &[Mapping], uffd: &Uffd) -> io::Result<()> {
     let text = serde_json::to_vec(mappings)?;
-    let fds = [uffd.as_fd().as_raw_fd()];
-    let sent = sendmsg::<()>(
-        stream.as_raw_fd(),
-        &[IoSlice::new(&text)],
-        &[ControlMessage::ScmRights(&fds)],
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
-    match sent == text.len() {
-        true => Ok(()),
-        false => Err(io::ErrorKind::WriteZero.into()),
-    }
+    socket::send(stream, &text, &[uffd.as_fd().as_raw_fd()])
 }
 
 /// What a machine is at, for whoever watches its handler.
