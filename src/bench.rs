@@ -112,8 +112,8 @@ pub struct Samples {
     all: Vec<Duration>,
 }
 
-/// One line of the report.
-fn line(what: &str, ours: &mut [Duration], all: &mut [Duration]) -> String {
+/// One line of the report: bulle's part of the times, and all of them.
+pub fn line(what: &str, ours: &mut [Duration], all: &mut [Duration]) -> String {
     let micros = |time: Option<Duration>| match time {
         Some(time) => format!("{:>10.1}", time.as_secs_f64() * 1e6),
         None => format!("{:>10}", "-"),

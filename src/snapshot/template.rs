@@ -223,3 +223,6 @@ fn decode(bytes: &[u8], files: Vec<File>) -> Result<Snapshot, TemplateError> {
         origin: None,
     })
 }
+
+#[cfg(test)]
+mod tests;

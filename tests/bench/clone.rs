@@ -1,4 +1,4 @@
-//! Clones of one snapshot in this process: `make bench`, or `cargo bench --bench clone`.
+//! Clones of one snapshot in this process, and clones in others (`clone_processes.rs`): `make bench`, or `cargo bench --bench clone`.
 //!
 //! The guest has a random number in its memory and nowhere else. A clone's time goes from before its
 //! devices are opened to the first byte of that number on its serial port. CLONES is the number of
@@ -9,6 +9,8 @@
 mod common;
 #[path = "../common/machine.rs"]
 mod machine;
+#[path = "clone_processes.rs"]
+mod processes;
 
 use std::io::Write;
 use std::time::Instant;
@@ -112,4 +114,6 @@ fn main() {
     bench(128, false, count, 0);
     bench(64, true, count, 0);
     bench(8192, true, count, 0);
+    processes::processes(count);
+    processes::forks(count);
 }

@@ -1,0 +1,159 @@
+//! Clones in processes of their own, and forks of a guest that runs.
+
+use std::collections::VecDeque;
+use std::io::{PipeReader, Read, pipe};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bulle::bench::line;
+use bulle::config::Spec;
+use bulle::control::SnapshotLoad;
+use bulle::pool::{Order, Stdio, Waiting};
+use bulle::snapshot::fork::Ram;
+use bulle::snapshot::ram::Origin;
+use bulle::snapshot::{GuestFacts, Snapshot, Template};
+use bulle::vm::Vm;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{common, machine};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Processes that wait at any time.
+const POOL: usize = 4;
+
+/// The program whose processes become clones.
+fn program() -> PathBuf {
+    let built = std::env::var_os("BULLE").map(PathBuf::from);
+    built.unwrap_or_else(|| env!("CARGO_BIN_EXE_bulle").into())
+}
+
+struct Parent {
+    spec: Spec,
+    vm: Vm,
+    nonce: u64,
+}
+
+/// A guest that waits for a byte, with two devices.
+fn parent(mib: u64, backing: &str, disk: &std::path::Path) -> Parent {
+    std::fs::write(disk, vec![0; 1 << 20]).unwrap();
+    let sections = format!(
+        r#"{{"machine-config":{{"mem_size_mib":{mib},"memory_backing":"{backing}"}},"entropy":{{}},
+            "drives":[{{"drive_id":"d","path_on_host":{disk:?},"is_read_only":true}}]}}"#
+    );
+    let spec = machine::config(&common::payload("nonce"), &sections);
+    let spec = spec.validate().unwrap();
+    let (vm, _, nonce) = machine::boot(&spec, machine::host(&spec));
+    Parent { spec, vm, nonce }
+}
+
+fn print(what: &str, times: &mut [Duration]) {
+    println!("  {}", line(what, &mut [], times));
+}
+
+/// From the order to the guest's number on the process's standard output, which takes the guest three exits
+/// and the pipe's reader a wake-up.
+pub fn processes(count: usize) {
+    println!("Clones in processes of their own; goal of pooled ones: 250 at p50");
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let parent = parent(128, "anonymous", &dir.path().join("disk"));
+    // The byte that it waits for is there as soon as it goes on.
+    parent.vm.pause(PATIENCE).unwrap();
+    machine::types(&parent.vm, b"n");
+    let snapshot = machine::save(&parent.vm, &parent.spec, dir.path(), "a");
+    let nonce = parent.nonce.to_be_bytes();
+    drop(parent);
+    let template = Template::new(snapshot).unwrap();
+    let order = Order {
+        load: SnapshotLoad::new(PathBuf::new(), PathBuf::new()),
+        base: None,
+        name: None,
+        command: Vec::new(),
+    };
+    let start = || -> (Waiting, PipeReader) {
+        let (reader, writer) = pipe().unwrap();
+        let stdio = Stdio {
+            stdout: Some(writer.into()),
+            stderr: None,
+        };
+        (
+            Waiting::start(&program(), &template, stdio).unwrap(),
+            reader,
+        )
+    };
+    let (mut new, mut pooled, mut filling) = (Vec::new(), Vec::new(), Vec::new());
+    let mut pool = VecDeque::new();
+    let first = |(mut process, mut output): (Waiting, PipeReader), begin: Instant| {
+        let mut bytes = [0; 8];
+        process.order(&order).unwrap();
+        output.read_exact(&mut bytes).unwrap();
+        let time = begin.elapsed();
+        assert_eq!(bytes, nonce);
+        let mut running = process.begun().unwrap();
+        running.process.kill().unwrap();
+        running.process.wait().unwrap();
+        time
+    };
+    for round in 0..count + 3 {
+        while pool.len() < POOL {
+            let begin = Instant::now();
+            let mut one = start();
+            one.0.ready().unwrap();
+            filling.push(begin.elapsed());
+            pool.push_back(one);
+        }
+        let begin = Instant::now();
+        let time = first(start(), begin);
+        let begin = Instant::now();
+        let pool_time = first(pool.pop_front().unwrap(), begin);
+        if round >= 3 {
+            new.push(time);
+            pooled.push(pool_time);
+        }
+    }
+    print("new process, 128 MiB, 2 devices", &mut new);
+    print("pooled process, 128 MiB, 2 devices", &mut pooled);
+    print("  making one for the pool", &mut filling);
+}
+
+fn fork(parent: &Parent, ram: &mut Ram) -> (Snapshot, Duration) {
+    let facts = || Some(GuestFacts::default());
+    let config = parent.spec.config();
+    let fork = parent.vm.fork((true, PATIENCE), config, facts, ram);
+    let fork = fork.unwrap();
+    (fork.snapshot, fork.pause)
+}
+
+/// How long a guest of 1 GiB, all of it written, stands still.
+pub fn forks(count: usize) {
+    const MIB: u64 = 1 << 20;
+    println!("Forks of a guest that runs, all of it written; goal: 5000");
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    for (backing, origin) in [("memfd", Origin::Memfd), ("anonymous", Origin::Nothing)] {
+        let (mut first, mut later, mut changed) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..count.div_ceil(20) {
+            let parent = parent(1024, backing, &dir.path().join("disk"));
+            let fill = |from: u64, to: u64, with: u8| {
+                for mib in from..to {
+                    let piece = vec![with; MIB as usize];
+                    parent
+                        .vm
+                        .memory()
+                        .write_slice(&piece, GuestAddress(mib * MIB))
+                        .unwrap();
+                }
+            };
+            fill(64, 1024, 1);
+            let mut ram = Ram {
+                origin: origin.clone(),
+                layers: Vec::new(),
+            };
+            first.push(fork(&parent, &mut ram).1);
+            later.push(fork(&parent, &mut ram).1);
+            fill(64, 64 + 51, 2);
+            changed.push(fork(&parent, &mut ram).1);
+        }
+        print(&format!("fork, 1 GiB {backing}: pause"), &mut first);
+        print("  again, nothing changed", &mut later);
+        print("  again, 5 % changed", &mut changed);
+    }
+}
