@@ -359,3 +359,43 @@ fn a_tap_survives() {
         outcome.prints("device 1 works true\n");
     }
 }
+
+/// With hvc0 nobody reads COM1, so the payload's exit code says how it went.
+#[test]
+fn hvc0_and_ports_survive() {
+    for (seed, transport) in [(7, &[][..]), (8, &["--pci"])] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name| dir.path().join(name).display().to_string();
+        let mut running = Bulle::payload("hostile")
+            .args([
+                "--memory",
+                "128M",
+                "--append",
+                &format!("seed={seed} steps=500"),
+            ])
+            .args(transport)
+            .args(["--console", &format!("hvc0={}", path("hvc0"))])
+            .args(["--port", &format!("clients=socket:{}", path("clients"))])
+            .args(["--port", &format!("file=file:{}", path("log"))])
+            .timeout("490s")
+            .patience(DEADLINE)
+            .start();
+        let size = |name| fs::metadata(path(name)).map_or(0, |file| file.len());
+        let (mut before, mut most) = (None, None);
+        while running.is_running() {
+            std::thread::sleep(Duration::from_millis(20));
+            // The console's first output: bulle is as large as it gets.
+            if size("hvc0") > 0 {
+                most = Footprint::of(&running).or(most);
+                before = before.or(most.as_ref().map(|now| (now.rss, now.threads)));
+            }
+        }
+        let outcome = running.finish().exits(0).within(DEADLINE);
+        assert!(!outcome.stderr.contains("panicked"), "{outcome:#?}");
+        assert!(outcome.stderr.lines().count() <= 50, "{outcome:#?}");
+        let (before, most) = (before.unwrap(), most.unwrap());
+        assert!(most.rss <= before.0 + GROWTH, "{before:?} to {most:?}");
+        assert!(most.threads <= before.1, "{before:?} to {most:?}");
+        assert!(size("hvc0") >= 2 * 4096 && size("log") > 0);
+    }
+}

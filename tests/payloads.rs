@@ -12,6 +12,8 @@ mod disks;
 mod many;
 #[path = "payloads/memory.rs"]
 mod memory;
+#[path = "payloads/messages.rs"]
+mod messages;
 #[path = "payloads/watchdog.rs"]
 mod watchdog;
 

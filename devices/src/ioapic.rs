@@ -9,6 +9,7 @@
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{BusDevice, Effect};
 use crate::irq::Interrupt;
@@ -62,6 +63,13 @@ pub trait MsiSink: Send + Sync {
     /// Of two vCPUs that write one entry at once, either may be reported last.
     fn route_changed(&self, pin: usize, message: MsiMessage) {
         let _ = (pin, message);
+    }
+
+    /// Has the host's kernel send the message at each event of `event`, for as long as what is returned
+    /// lives. `None` where it does not.
+    fn direct(&self, address: u64, data: u32, event: &EventFd) -> Option<Box<dyn Send>> {
+        let _ = (address, data, event);
+        None
     }
 }
 

@@ -34,7 +34,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::vm::irq::{self, Irqchip};
+use crate::vm::irq::Irqchip;
 
 use crate::config::{self, Transport};
 use crate::io::IoThread;
@@ -190,7 +190,7 @@ impl Board {
         )?;
 
         let watchdog = wiring.watchdog.as_ref().map(|settings| {
-            let messages = irq::messages(machine.vm);
+            let messages = machine.irqchip.messages();
             let state = parts.watchdog.clone().unwrap_or_default();
             BoardWatchdog::place(settings, messages, &mut pio, state)
         });

@@ -13,7 +13,6 @@ use devices::pci::{ConfigPorts, Ecam, PciBus, PciWindow};
 use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, VirtioPci};
 
 use super::attach::{AttachError, Attached, Buses, Machine, Pin, Slot};
-use crate::vm::irq;
 
 /// A bus, with what the guest reaches it by.
 pub(super) struct Pci {
@@ -118,7 +117,7 @@ impl Slot {
         let state = self.state.pci.clone().unwrap_or_default();
         let traits = self.device.traits();
         let pin = Arc::new(Pin(machine.irqchip.line(line(place))));
-        let sink = irq::messages(machine.vm);
+        let sink = machine.irqchip.messages();
         let interrupt = Arc::new(PciInterrupt::new(sink, Some(pin), &traits, &state));
         let (doorbells, mut attached) = self.finish(interrupt.clone())?;
         // The first slot is the bridge's. No slot is beyond the window, or it is refused below.

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use devices::ioapic::{IoApic, IoApicState, MsiSink};
 use devices::irq::Interrupt;
-use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::messages::Messages;
 use crate::config;
 use crate::telemetry::Limited;
 
@@ -19,7 +19,13 @@ static DELIVERY_FAILURES: Limited = Limited::new(5);
 
 /// The interrupt controller of one VM.
 #[derive(Clone)]
-pub enum Irqchip {
+pub struct Irqchip {
+    lines: Lines,
+    messages: Arc<Messages>,
+}
+
+#[derive(Clone)]
+enum Lines {
     /// PIC, I/O APIC and PIT in KVM.
     Kernel(Arc<VmFd>),
     /// I/O APIC here.
@@ -29,52 +35,51 @@ pub enum Irqchip {
 impl Irqchip {
     /// The controller for `mode` on `vm`. A state of KVM's own is not set here.
     pub fn new(mode: config::Irqchip, vm: &Arc<VmFd>, state: IoApicState) -> Self {
-        match mode {
-            config::Irqchip::Kernel => Self::Kernel(vm.clone()),
-            config::Irqchip::Split => {
-                let sink = Arc::new(KvmMsi(vm.clone()));
-                Self::Split(Arc::new(IoApic::new(sink, state)))
-            }
-        }
+        let messages = Arc::new(Messages::new(vm.clone(), mode));
+        let lines = match mode {
+            config::Irqchip::Kernel => Lines::Kernel(vm.clone()),
+            config::Irqchip::Split => Lines::Split(Arc::new(IoApic::new(messages.clone(), state))),
+        };
+        Self { lines, messages }
+    }
+
+    /// Where messages (MSI) of devices go, with either controller.
+    pub fn messages(&self) -> Arc<dyn MsiSink> {
+        self.messages.clone()
     }
 
     /// The edge-triggered line at `pin`.
     pub fn line(&self, pin: u32) -> Arc<dyn Interrupt> {
-        match self {
-            Self::Kernel(vm) => Arc::new(KernelLine {
+        match &self.lines {
+            Lines::Kernel(vm) => Arc::new(KernelLine {
                 vm: vm.clone(),
                 pin,
             }),
-            Self::Split(ioapic) => ioapic.line(pin as usize),
+            Lines::Split(ioapic) => ioapic.line(pin as usize),
         }
     }
 
     /// The edge-triggered line at `pin` for I/O threads, and the irqfd behind it where there is
     /// one, to be registered once there are vCPUs.
     pub fn fast_line(&self, pin: u32) -> io::Result<(Arc<dyn Interrupt>, Option<IrqFd>)> {
-        match self {
-            Self::Kernel(_) => {
+        match &self.lines {
+            Lines::Kernel(_) => {
                 let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
                 let line = Arc::new(EventLine(event.try_clone()?));
                 Ok((line, Some(IrqFd { event, pin })))
             }
             // A message is a single system call already.
-            Self::Split(_) => Ok((self.line(pin), None)),
+            Lines::Split(_) => Ok((self.line(pin), None)),
         }
     }
 
     /// bulle's own I/O APIC, where it has one.
     pub fn ioapic(&self) -> Option<&Arc<IoApic>> {
-        match self {
-            Self::Kernel(_) => None,
-            Self::Split(ioapic) => Some(ioapic),
+        match &self.lines {
+            Lines::Kernel(_) => None,
+            Lines::Split(ioapic) => Some(ioapic),
         }
     }
-}
-
-/// Where messages (MSI) of the devices of `vm` go, with either controller.
-pub fn messages(vm: &Arc<VmFd>) -> Arc<dyn MsiSink> {
-    Arc::new(KvmMsi(vm.clone()))
 }
 
 struct KernelLine {
@@ -115,24 +120,6 @@ impl Interrupt for EventLine {
             && DELIVERY_FAILURES.allow()
         {
             log::warn!("an interrupt was not delivered: {error}");
-        }
-    }
-}
-
-struct KvmMsi(Arc<VmFd>);
-
-impl MsiSink for KvmMsi {
-    fn send(&self, address: u64, data: u32) {
-        let msi = kvm_msi {
-            address_lo: address as u32,
-            address_hi: (address >> 32) as u32,
-            data,
-            ..kvm_msi::default()
-        };
-        if let Err(error) = self.0.signal_msi(msi)
-            && DELIVERY_FAILURES.allow()
-        {
-            log::warn!("message {data:#x} to {address:#x} not delivered: {error}");
         }
     }
 }

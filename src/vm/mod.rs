@@ -15,6 +15,7 @@ pub mod irq;
 pub mod kernel_cache;
 pub mod limits;
 pub mod memory;
+mod messages;
 pub mod reset;
 pub mod shell;
 pub mod slots;

@@ -121,6 +121,19 @@ impl Msix {
         self.sink.send(address, data);
     }
 
+    /// What `vector` sends now: nothing while it is masked.
+    pub(crate) fn message(&self, vector: u16) -> Option<(u64, u32)> {
+        let state = lock(&self.state);
+        let on = state.control & (ENABLE | FUNCTION_MASK) == ENABLE;
+        let entry = state.entries.get(usize::from(vector)).filter(|_| on)?;
+        (entry.control & MASKED == 0).then_some((entry.address, entry.data))
+    }
+
+    /// Where messages go.
+    pub(crate) fn sink(&self) -> &dyn MsiSink {
+        &*self.sink
+    }
+
     /// Reads the table: 4 or 8 aligned bytes; anything else is zero.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -1,28 +1,25 @@
 //! A running device's view of its queues and of guest RAM.
 //!
-//! All rules of the split queue (section 2.7) are kept here once for all devices: indirect
-//! descriptors, EVENT_IDX, notification suppression, and that nothing the driver wrote is trusted.
-//! A chain is checked as a whole when it is popped: it ends, it has a bounded number of
-//! descriptors, and no more chains are in flight than the queue has room for. Addresses are
-//! checked at each access.
+//! The rules of the split queue are kept in [`ActiveQueue`] once for all devices. A chain is checked as a
+//! whole when it is popped: it ends, it has a bounded number of descriptors, and no more chains are in
+//! flight than the queue has room for. Addresses are checked at each access.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::bitmap::BS;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestRam;
+use super::active::ActiveQueue;
 use super::device::{ChainFault, DeviceError, Source};
+use super::notifier::Notifier;
 
 /// Most descriptors of a chain, where the queue itself is smaller; indirect tables may be longer
 /// than the queue in practice. The same as the host's limit on vectored I/O.
 pub const MAX_SEGMENTS: usize = 1024;
-/// Room for descriptors, up to which a used chain's memory is kept for the next.
-const SPARE_SEGMENTS: usize = 64;
 
 /// One buffer of a chain: an address chosen by the guest and a length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,10 +34,10 @@ pub struct Segment {
 #[derive(Debug)]
 #[must_use = "a chain that is dropped is lost to the driver"]
 pub struct Chain {
-    queue: usize,
-    head: u16,
-    segments: Vec<Segment>,
-    readable: usize,
+    pub(super) queue: usize,
+    pub(super) head: u16,
+    pub(super) segments: Vec<Segment>,
+    pub(super) readable: usize,
 }
 
 impl Chain {
@@ -153,232 +150,6 @@ pub fn write_at(
     Ok(done as usize)
 }
 
-/// A queue in the hands of a running device.
-#[derive(Debug)]
-pub(super) struct ActiveQueue {
-    queue: Queue,
-    /// Chains popped and not completed.
-    in_flight: u16,
-    /// Chains that may still be popped in this turn.
-    budget: u16,
-    /// The device saw the end of the available ring.
-    drained: bool,
-    /// The device was stopped by the budget.
-    starved: bool,
-    /// Used buffers were added since the driver was last told.
-    added: bool,
-    /// Next used index when it was last decided whether to interrupt.
-    told: u16,
-    /// Empty vectors for the next chains.
-    spare: Vec<Vec<Segment>>,
-    /// The host's kernel has it: its rings are left alone.
-    lent: bool,
-    /// Interrupt, whatever the driver wants.
-    interrupt: bool,
-}
-
-/// What comes after a device's turn on one queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Wait for a notification, or for the device itself where it holds chains back.
-    Wait,
-    /// More came in the meantime.
-    Again,
-    /// The turn was used up: let others run, then go on.
-    Later,
-}
-
-impl ActiveQueue {
-    pub(super) fn new(queue: Queue) -> Self {
-        Self {
-            told: queue.next_used(),
-            queue,
-            in_flight: 0,
-            budget: 0,
-            drained: false,
-            starved: false,
-            added: false,
-            spare: Vec::new(),
-            lent: false,
-            interrupt: false,
-        }
-    }
-
-    /// Where the driver and the device are: next available and next used index.
-    pub(super) fn position(&self) -> (u16, u16) {
-        (self.queue.next_avail(), self.queue.next_used())
-    }
-
-    /// Starts a turn of the device on this queue.
-    pub(super) fn begin(&mut self) {
-        self.budget = self.queue.size();
-        self.drained = false;
-        self.starved = false;
-    }
-
-    /// Tells the driver not to notify while the device works anyway.
-    pub(super) fn suppress(&mut self, ram: &GuestRam) -> Result<(), virtio_queue::Error> {
-        if self.lent {
-            return Ok(());
-        }
-        self.queue.disable_notification(ram)
-    }
-
-    /// Ends the turn: whether to interrupt, and what comes next.
-    pub(super) fn end(&mut self, ram: &GuestRam) -> Result<(bool, Next), virtio_queue::Error> {
-        let wanted = std::mem::take(&mut self.added) && self.wants_interrupt(ram)?;
-        let interrupt = std::mem::take(&mut self.interrupt) || wanted;
-        let next = if self.lent {
-            Next::Wait
-        } else if self.starved {
-            Next::Later
-        } else if self.drained && self.queue.enable_notification(ram)? {
-            Next::Again
-        } else {
-            Next::Wait
-        };
-        Ok((interrupt, next))
-    }
-
-    fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, virtio_queue::Error> {
-        let now = self.queue.next_used();
-        let before = std::mem::replace(&mut self.told, now);
-        // What the driver wants is read after what was used is written.
-        fence(Ordering::SeqCst);
-        let avail = self.queue.avail_ring();
-        let word = |offset: u64| -> Result<u16, virtio_queue::Error> {
-            let at = GuestAddress(avail.wrapping_add(offset));
-            let word = ram.load(at, Ordering::Relaxed);
-            word.map(u16::from_le)
-                .map_err(virtio_queue::Error::GuestMemory)
-        };
-        if self.queue.event_idx_enabled() {
-            // Section 2.7.7.2: `used_event` is among those that were used since.
-            let event = word(4 + 2 * u64::from(self.queue.size()))?;
-            let since = now.wrapping_sub(before);
-            return Ok(now.wrapping_sub(event).wrapping_sub(1) < since);
-        }
-        // Section 2.7.7: without EVENT_IDX the flag decides.
-        Ok(u32::from(word(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
-    }
-
-    /// Adds used chains so that the driver sees all of them or none.
-    fn add_together(
-        &mut self,
-        ram: &GuestRam,
-        chains: impl IntoIterator<Item = (Chain, u32)>,
-    ) -> Result<(), virtio_queue::Error> {
-        let mut last = None;
-        let mut next = self.queue.next_used();
-        for (chain, len) in chains {
-            let Some((head, len)) = last.replace((self.recycle(chain), len)) else {
-                continue;
-            };
-            // Ahead of the index that the driver sees.
-            let slot = u64::from(next % self.queue.size());
-            let at = GuestAddress(self.queue.used_ring().wrapping_add(4 + 8 * slot));
-            let element = [u32::from(head).to_le(), u32::to_le(len)];
-            ram.write_obj(element, at)
-                .map_err(virtio_queue::Error::GuestMemory)?;
-            next = next.wrapping_add(1);
-        }
-        let Some((head, len)) = last else {
-            return Ok(());
-        };
-        self.added = true;
-        self.queue.set_next_used(next);
-        self.queue.add_used(ram, head, len)
-    }
-
-    fn pop(&mut self, index: usize, ram: &GuestRam) -> Result<Option<Chain>, DeviceError> {
-        if self.lent {
-            return Ok(None);
-        }
-        if self.budget == 0 {
-            self.starved = true;
-            return Ok(None);
-        }
-        let next = self
-            .queue
-            .iter(ram)
-            .map_err(|source| DeviceError::Queue {
-                queue: index,
-                source,
-            })?
-            .next();
-        let Some(chain) = next else {
-            self.drained = true;
-            return Ok(None);
-        };
-        let head = chain.head_index();
-        let fault = |fault| DeviceError::Chain {
-            queue: index,
-            head,
-            fault,
-        };
-        if self.in_flight >= self.queue.size() {
-            return Err(fault(ChainFault::TooMany));
-        }
-        let limit = usize::from(self.queue.size()).max(MAX_SEGMENTS);
-        let mut segments = self.spare.pop().unwrap_or_default();
-        let readable = collect(chain, limit, &mut segments).map_err(fault)?;
-        self.in_flight += 1;
-        self.budget -= 1;
-        Ok(Some(Chain {
-            queue: index,
-            head,
-            segments,
-            readable,
-        }))
-    }
-
-    fn recycle(&mut self, chain: Chain) -> u16 {
-        let mut segments = chain.segments;
-        segments.clear();
-        // Long chains are rare: what they took is given back.
-        if segments.capacity() <= SPARE_SEGMENTS {
-            self.spare.push(segments);
-        }
-        self.in_flight = self.in_flight.saturating_sub(1);
-        chain.head
-    }
-}
-
-/// Reads a whole chain; says how many of its segments are readable.
-fn collect(
-    chain: DescriptorChain<&GuestRam>,
-    limit: usize,
-    segments: &mut Vec<Segment>,
-) -> Result<usize, ChainFault> {
-    let mut readable = 0;
-    let mut writing = false;
-    let mut ends = Err(ChainFault::Empty);
-    for (count, descriptor) in chain.enumerate() {
-        if count >= limit {
-            return Err(ChainFault::TooLong);
-        }
-        if writing && !descriptor.is_write_only() {
-            return Err(ChainFault::Order);
-        }
-        writing = descriptor.is_write_only();
-        // The iterator stops without a word where a chain is broken: then the last descriptor it
-        // gave says that there is a next one.
-        ends = if descriptor.has_next() {
-            Err(ChainFault::Endless)
-        } else {
-            Ok(())
-        };
-        if descriptor.len() > 0 {
-            readable += usize::from(!writing);
-            segments.push(Segment {
-                addr: descriptor.addr(),
-                len: descriptor.len(),
-            });
-        }
-    }
-    ends.map(|()| readable)
-}
-
 /// What a device wants to wait for otherwise than before.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Change {
@@ -404,7 +175,6 @@ pub(super) struct Lent<'a> {
 }
 
 /// What a running device may do: take chains, give them back used, and look at guest RAM.
-#[derive(Debug)]
 pub struct Io<'a> {
     pub(super) ram: &'a Arc<GuestRam>,
     pub(super) features: u64,
@@ -412,6 +182,7 @@ pub struct Io<'a> {
     pub(super) config_changed: &'a mut bool,
     pub(super) changes: &'a mut Vec<Change>,
     pub(super) kicks: &'a [EventFd],
+    pub(super) notifier: &'a Notifier,
 }
 
 impl<'a> Io<'a> {
@@ -481,6 +252,26 @@ impl<'a> Io<'a> {
         }
     }
 
+    /// The device is going to look at queue `index` until there is no more: the driver need not notify
+    /// meanwhile.
+    pub(super) fn looking(&mut self, index: usize) -> Result<(), DeviceError> {
+        let ram = self.ram();
+        let suppressed = self.queue(index).map(|queue| queue.hush(ram));
+        let suppressed = suppressed.unwrap_or(Ok(()));
+        suppressed.map_err(|source| DeviceError::Queue {
+            queue: index,
+            source,
+        })
+    }
+
+    /// The device looks at queue `index` again soon, whatever comes: the driver need not notify until
+    /// then.
+    pub(super) fn looks_again(&mut self, index: usize) {
+        if let Some(queue) = self.queue(index) {
+            queue.quiet = true;
+        }
+    }
+
     /// Gives chains of queue `index` back with the bytes written to each. The driver sees all of
     /// them or none.
     pub fn complete_together(
@@ -539,6 +330,12 @@ impl<'a> Io<'a> {
         active.told = used.0;
         active.lent = false;
         Ok(())
+    }
+
+    /// Has the host's kernel interrupt for queue `index` at events of `event`:
+    /// [`VirtioInterrupt::direct`](super::notifier::VirtioInterrupt::direct).
+    pub(super) fn direct(&self, index: usize, event: Option<&EventFd>) {
+        self.notifier.direct(index as u16, event);
     }
 
     /// Interrupts the driver for queue `index` after this turn.

@@ -6,6 +6,7 @@
 //! back when it stops. Device code sees [`device::VirtioDevice`] and [`io::Io`], nothing else.
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.2".
 
+mod active;
 pub mod balloon;
 pub mod block;
 pub mod console;

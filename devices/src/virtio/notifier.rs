@@ -22,6 +22,13 @@ pub enum Vector {
 pub trait VirtioInterrupt: Send + Sync {
     /// Interrupts the driver. Never blocks and never fails towards the device.
     fn signal(&self, vector: Vector);
+
+    /// From now on, has the host's kernel interrupt for `queue` at each event of `event` where the
+    /// transport allows that; `None` ends it. Events that stay in `event`, as those of masked vectors
+    /// do, are the device's to read and to signal.
+    fn direct(&self, queue: u16, event: Option<&EventFd>) {
+        let _ = (queue, event);
+    }
 }
 
 /// ISR status: buffers were used (section 4.1.4.5, 4.2.2).
@@ -65,6 +72,11 @@ impl Notifier {
         self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
         self.interrupts.fetch_add(1, Ordering::Relaxed);
         self.interrupt.signal(Vector::Queue(queue));
+    }
+
+    /// [`VirtioInterrupt::direct`].
+    pub(super) fn direct(&self, queue: u16, event: Option<&EventFd>) {
+        self.interrupt.direct(queue, event);
     }
 
     /// The configuration space changed.

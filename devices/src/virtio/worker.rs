@@ -19,9 +19,10 @@ use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::active::{ActiveQueue, Next};
 use super::core::QueueCfg;
 use super::device::{DeviceError, DeviceState, Source, VirtioDevice};
-use super::io::{ActiveQueue, Change, Io, Next};
+use super::io::{Change, Io};
 use super::notifier::Notifier;
 use super::{GuestRam, Memory};
 use crate::lock;
@@ -224,6 +225,7 @@ impl Worker {
             config_changed,
             changes: &mut self.changes,
             kicks: &self.start.kicks,
+            notifier: &self.start.notifier,
         };
         match turn {
             Turn::Queue(index) if io.ready(index) => self.device.on_queue(index, &mut io)?,
@@ -261,6 +263,7 @@ impl Worker {
                     config_changed,
                     changes: &mut self.changes,
                     kicks: &self.start.kicks,
+                    notifier: &self.start.notifier,
                 };
                 self.device.on_queue(index, &mut io)?;
             }

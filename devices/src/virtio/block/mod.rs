@@ -55,6 +55,8 @@ const TIMER: u32 = 1 << 16;
 const WAKE: u32 = TIMER + 1;
 /// Errors of the host's disk that are logged; a guest can repeat them at will.
 const MAX_LOGGED: u32 = 16;
+/// Transfers under way on a queue from which on the end of one comes soon enough to look for more.
+const MANY_UNDER_WAY: usize = 8;
 /// Bytes under way on a queue from which on no more requests are taken.
 const MAX_UNDER_WAY: u64 = 64 << 20;
 
@@ -240,7 +242,12 @@ impl Block {
             let taken = self.take(queue, &mut begun, io);
             self.collect(queue, io, Ring::turn)?;
             match taken? {
-                Taken::All => return Ok(()),
+                Taken::All => {
+                    if self.ring(queue).map_or(0, Ring::transfers) >= MANY_UNDER_WAY {
+                        io.looks_again(queue);
+                    }
+                    return Ok(());
+                }
                 Taken::Batch => {}
                 Taken::Enough => {
                     // Where something is under way, its end leads back here.
@@ -523,7 +530,10 @@ impl VirtioDevice for Block {
                 Ok(())
             }
             // Completions, and what came meanwhile: that saves kicks.
-            queue => self.process(queue as usize, io),
+            queue => {
+                io.looking(queue as usize)?;
+                self.process(queue as usize, io)
+            }
         }
     }
 

@@ -39,6 +39,8 @@ pub(super) struct Ring {
     finished: Vec<Finished>,
     /// Bytes of the tasks that the kernel has.
     bytes: u64,
+    /// Of those, reads and writes that need not reach the disk.
+    transfers: usize,
     /// Nothing was left under way by the last turn.
     at_once: bool,
 }
@@ -142,6 +144,7 @@ impl Ring {
             free: Vec::new(),
             finished: Vec::new(),
             bytes: 0,
+            transfers: 0,
             at_once: false,
         })
     }
@@ -169,6 +172,11 @@ impl Ring {
         self.bytes
     }
 
+    /// Tasks that the kernel has and that take no longer than a transfer.
+    pub fn transfers(&self) -> usize {
+        self.transfers
+    }
+
     /// How many tasks to [`push`](Self::push) before a [`turn`](Self::turn).
     pub fn batch(&self) -> usize {
         if self.at_once { BATCH } else { usize::MAX }
@@ -189,6 +197,7 @@ impl Ring {
             self.tasks.len() - 1
         });
         self.bytes += task.weight;
+        self.transfers += usize::from(is_transfer(&task));
         self.queue(index, task)
     }
 
@@ -213,6 +222,7 @@ impl Ring {
     fn end(&mut self, index: usize, task: Box<Task>, status: Status, code: Option<i32>) {
         self.free.push(index);
         self.bytes -= task.weight;
+        self.transfers -= usize::from(is_transfer(&task));
         self.finished.push((task, status, failure(status, code)));
     }
 
@@ -291,6 +301,10 @@ impl Drop for Ring {
             std::mem::forget(std::mem::take(&mut self.tasks));
         }
     }
+}
+
+fn is_transfer(task: &Task) -> bool {
+    matches!(task.op, Op::Read | Op::Write { sync: false })
 }
 
 /// What the host's filesystem cannot do is done otherwise.

@@ -2,8 +2,9 @@
 //!
 //! There is an instance for each pair of queues, made when the driver starts the device and closed when
 //! the queues leave, so nothing of one driver is left to the next. The kernel reads rings and headers
-//! itself and hears the driver's kicks; its interrupts come by way of the I/O thread, since a transport
-//! has an ISR status, masks and vectors to keep. Rings that the kernel cannot use fail the device.
+//! itself and hears the driver's kicks. Its interrupts are messages that KVM sends where vectors are not
+//! masked; otherwise they come by way of the I/O thread, which sets ISR status and pending bits. Rings
+//! that the kernel cannot use fail the device.
 
 use std::fs::File;
 use std::io;
@@ -193,6 +194,7 @@ impl Pair {
                 pair.take(half, &lent, tap).map_err(&set_up)?;
                 let call = pair.calls.get(half).map_or(-1, AsRawFd::as_raw_fd);
                 io.watch(Source::readable(CALLS + queue as u32, call));
+                io.direct(queue, pair.calls.get(half));
                 // Of what was kicked before it listened.
                 let _ = lent.kick.write(1);
             }
@@ -246,6 +248,7 @@ impl Pair {
             self.kernel.set_backend(half, None).map_err(&stop)?;
             let next = self.kernel.get_vring_base(half).map_err(&stop)?;
             let queue = 2 * index + half;
+            io.direct(queue, None);
             io.take_back(queue, next as u16)?;
             if call.read().is_ok() {
                 io.interrupt(queue);

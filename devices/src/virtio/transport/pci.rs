@@ -23,6 +23,9 @@ use crate::virtio::core::{DRIVER_OK, Half, Reg, Ring, VirtioCore};
 use crate::virtio::device::Traits;
 use crate::virtio::notifier::{Vector, VirtioInterrupt};
 
+use self::direct::DirectQueues;
+
+mod direct;
 #[cfg(test)]
 mod tests;
 
@@ -110,6 +113,7 @@ pub struct PciInterrupt {
     asserted: Mutex<bool>,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
+    direct: DirectQueues,
 }
 
 impl PciInterrupt {
@@ -131,6 +135,7 @@ impl PciInterrupt {
             config_vector: vector(state.config_vector),
             queue_vectors: queues.map(|v| vector(v.flatten())).collect(),
             msix,
+            direct: DirectQueues::default(),
         }
     }
 
@@ -146,6 +151,7 @@ impl PciInterrupt {
         }
         let config = state.config_vector.unwrap_or(NO_VECTOR);
         self.config_vector.store(config, Ordering::SeqCst);
+        self.follow_direct();
         *lock(&self.asserted) = false;
     }
 
@@ -169,10 +175,17 @@ impl PciInterrupt {
         }
     }
 
+    /// What queues whose interrupts the host's kernel sends are to send has changed.
+    fn follow_direct(&self) {
+        let vector = |queue| self.get(Vector::Queue(queue));
+        self.direct.follow(&self.msix, vector);
+    }
+
     fn reset(&self) {
         for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
+        self.follow_direct();
         self.set_line(&mut lock(&self.asserted), false);
     }
 
@@ -208,6 +221,11 @@ impl VirtioInterrupt for PciInterrupt {
         } else if !self.line_disabled.load(Ordering::SeqCst) {
             self.set_line(&mut lock(&self.asserted), true);
         }
+    }
+
+    fn direct(&self, queue: u16, event: Option<&EventFd>) {
+        self.direct.set(queue, event);
+        self.follow_direct();
     }
 }
 
@@ -323,6 +341,7 @@ impl VirtioPci {
         let mut control = [0; 2];
         config.space.read(config.msix + 2, &mut control);
         self.interrupt.msix.set_control(u16::from_le_bytes(control));
+        self.interrupt.follow_direct();
     }
 
     /// The access that the configuration access capability is set up for.
@@ -522,7 +541,10 @@ impl PciFunction for VirtioPci {
                         .write(Reg::QueueNotify, (offset / NOTIFY_STEP) as u32);
                 }
             }
-            TABLE.. => self.interrupt.msix.write_table(at.offset - TABLE, data),
+            TABLE.. => {
+                self.interrupt.msix.write_table(at.offset - TABLE, data);
+                self.interrupt.follow_direct();
+            }
             offset if data.len() == 8 => {
                 let (low, high) = data.split_at(4);
                 self.write_common(offset, low);

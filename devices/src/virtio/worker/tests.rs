@@ -373,3 +373,64 @@ fn a_device_moves_to_an_io_thread_and_back() {
     assert!(backend.stop().is_empty());
     assert_eq!(backend.save(), DeviceState::Reset);
 }
+
+/// Takes and completes all chains; says it looks again, or not.
+struct Attentive(Arc<AtomicBool>);
+
+impl VirtioDevice for Attentive {
+    fn traits(&self) -> Traits {
+        Hoarder(Vec::new()).traits()
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::new(NoConfig)
+    }
+
+    fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        io.looking(queue)?;
+        while let Some(chain) = io.pop(queue)? {
+            io.complete(chain, 0)?;
+        }
+        if self.0.load(Ordering::SeqCst) {
+            io.looks_again(queue);
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Reset
+    }
+}
+
+#[test]
+fn a_device_that_looks_again_is_not_kicked() {
+    let ram = ram();
+    let mut vq = Vq::new(ram.clone(), 0, 16);
+    let irq = Arc::new(MmioInterrupt::new(Arc::new(Counter::default())));
+    let mut start = start(&ram, &vq, irq);
+    start.features = 1 << VIRTIO_RING_F_EVENT_IDX;
+    let kick = start.kicks[0].try_clone().unwrap();
+    let again = Arc::new(AtomicBool::new(false));
+    let host = Arc::new(Mutex::new(IoLoop::new().unwrap()));
+    let device = Box::new(Attentive(Arc::clone(&again)));
+    let mut backend = LoopBackend::inline(device, Arc::clone(&host));
+    backend.start(start).unwrap();
+    let mut added = 0_u16;
+    for quiet in [false, true, true, false, true] {
+        again.store(quiet, Ordering::SeqCst);
+        vq.add(&[(BUF, 1, true)]);
+        vq.add(&[(BUF, 1, true)]);
+        added += 2;
+        kick.write(1).unwrap();
+        assert_eq!(host.lock().unwrap().run_with_timeout(0), Ok(1));
+        assert_eq!(vq.used_index(), added);
+        // Section 2.7.10: whether a driver kicks for one more, and for as many as there is room for.
+        for more in [1, 16] {
+            let kicks = (added + more)
+                .wrapping_sub(vq.avail_event())
+                .wrapping_sub(1)
+                < more;
+            assert_eq!(kicks, !quiet, "{added} and {more}");
+        }
+    }
+}

@@ -101,11 +101,27 @@ fn offsets_are_those_of_the_specification() {
 struct Host {
     messages: Mutex<Vec<(u64, u32)>>,
     line: AtomicU32,
+    /// What the kernel would send at events.
+    direct: Arc<Mutex<Vec<(u64, u32)>>>,
+}
+
+/// A message that the kernel sends for as long as it lives.
+struct Way(Arc<Mutex<Vec<(u64, u32)>>>, (u64, u32));
+
+impl Drop for Way {
+    fn drop(&mut self) {
+        self.0.lock().unwrap().retain(|message| *message != self.1);
+    }
 }
 
 impl MsiSink for Host {
     fn send(&self, address: u64, data: u32) {
         self.messages.lock().unwrap().push((address, data));
+    }
+
+    fn direct(&self, address: u64, data: u32, _: &EventFd) -> Option<Box<dyn Send>> {
+        self.direct.lock().unwrap().push((address, data));
+        Some(Box::new(Way(self.direct.clone(), (address, data))))
     }
 }
 
@@ -256,6 +272,44 @@ fn masked_messages_wait() {
     port.set(Reg::Status, 0);
     assert_eq!(port.device.save().queue_vectors, [None]);
     assert_eq!(port.device.save().msix.entries[0].data, 0x77);
+}
+
+#[test]
+fn the_kernel_sends_what_is_not_masked() {
+    let host = Arc::new(Host::default());
+    let port = PciPort::new(device(&host, &PciState::default()));
+    let direct = || host.direct.lock().unwrap().clone();
+    let (bus, _) = port.bus();
+    let notifier = port.device.core().notifier();
+    let event = EventFd::new(0).unwrap();
+    port.bind(Vector::Queue(0));
+    assert_eq!(direct(), []);
+    notifier.direct(0, Some(&event));
+    let message = (0xfee0_0000, 1);
+    assert_eq!(direct(), [message]);
+    // Masked by its own bit, by the function's, switched off: the device is to do it.
+    let _ = bus.write(0x8000 + 16 + 12, &1_u32.to_le_bytes());
+    assert_eq!(direct(), []);
+    let _ = bus.write(0x8000 + 16 + 8, &0x55_u32.to_le_bytes());
+    assert_eq!(direct(), [], "changes while it is masked");
+    let _ = bus.write(0x8000 + 16 + 12, &0_u32.to_le_bytes());
+    let message = (message.0, 0x55);
+    assert_eq!(direct(), [message]);
+    let msix = port.capability(0x11, None).unwrap();
+    for control in [0xc000_u16, 0x4000, 0] {
+        port.write_space(msix + 2, &control.to_le_bytes());
+        assert_eq!(direct(), []);
+        port.write_space(msix + 2, &0x8000_u16.to_le_bytes());
+        assert_eq!(direct(), [message]);
+    }
+    // A queue without a vector has no message, nor has one that the device has back.
+    let saved = port.device.save();
+    port.set(Reg::Status, 0);
+    assert_eq!(direct(), []);
+    port.device.restore(&saved);
+    assert_eq!(direct(), [message]);
+    notifier.direct(0, None);
+    assert_eq!(direct(), []);
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Attack<'_> {
 type Assault = fn(&mut Attack<'_>) -> bool;
 
 /// Each says whether what can be seen of the device at once is as it should be.
-const ASSAULTS: [(&str, Assault); 24] = [
+const ASSAULTS: [(&str, Assault); 25] = [
     ("registers", registers::every_value),
     ("frozen registers", registers::after_driver_ok),
     ("queues in odd places", registers::odd_places),
@@ -101,6 +101,7 @@ const ASSAULTS: [(&str, Assault); 24] = [
     ("transfers taken back", fuse::taken_back),
     ("control messages", ports::messages),
     ("ports", ports::streams),
+    ("console alone", ports::plain),
     ("packets", sockets::packets),
     ("connections", sockets::connections),
     ("frames", frames::storm),

@@ -1,4 +1,5 @@
-//! Console ports (section 5.3): control messages of any port, and queues that are never filled.
+//! Console ports (section 5.3): control messages of any port, queues that are never filled, and the
+//! console alone, as drivers have it that know of no ports.
 
 use payloads::io;
 use payloads::tsc;
@@ -19,6 +20,9 @@ const CONTROL_TX: u16 = 3;
 const LEN: u32 = 8;
 const READY: u16 = 0;
 const PORT_ADD: u16 = 1;
+const PORT_OPEN: u16 = 6;
+/// What port 0 sends.
+const OUTPUT: u16 = 1;
 const STORM: u32 = 3000;
 /// Longest message: one with a name.
 const ROOM: u32 = 256;
@@ -132,6 +136,53 @@ pub fn streams(attack: &mut Attack<'_>) -> bool {
             if !attack.device.reset() {
                 return false;
             }
+        }
+    }
+    true
+}
+
+/// A console without `F_MULTIPORT`, whose only port is hvc0: everything that the driver has for the
+/// ports' queues all the same, output in any direction, input that nobody takes, and words in the
+/// configuration space. What is sent as it should be is taken.
+pub fn plain(attack: &mut Attack<'_>) -> bool {
+    if attack.device.id != ID {
+        return true;
+    }
+    for features in [0, 1] {
+        for queue in attack.queues() {
+            let Some(mut line) = Line::start(attack.device, features, PROTOCOL) else {
+                return false;
+            };
+            let (out, answers) = (line.out, line.answers);
+            // Without ports nobody may hear of these.
+            io::write(out, attack.random.below(4) as u32);
+            io::write(out + 4, PORT_OPEN);
+            io::write(out + 6, 1u16);
+            for round in 0..64 {
+                let len = attack.random.pick(&[0, 1, LEN, 4096, 0x8000]);
+                let head = round % 8 * 2;
+                match attack.random.below(4) {
+                    0 => line.post(queue, head, &[], &[(answers, len)]),
+                    1 => line.post(queue, head, &[(out, len)], &[(answers, len)]),
+                    _ => line.post(queue, head, &[(out, len)], &[]),
+                }
+                let space = attack.device.config() + attack.random.below(64);
+                io::write(space & !3, attack.random.u64() as u32);
+                let _ = io::read::<u8>(space);
+                if line.wait(queue, SHORT).is_none() && round % 8 == 7 {
+                    break;
+                }
+            }
+            if !attack.device.reset() {
+                return false;
+            }
+        }
+        let Some(mut line) = Line::start(attack.device, features, PROTOCOL) else {
+            return false;
+        };
+        // To a file or a terminal, whatever is in it.
+        if line.send(OUTPUT, &[(line.out, 4096)], &[]) != Some(0) || !line.device.runs() {
+            return false;
         }
     }
     true
