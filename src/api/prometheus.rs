@@ -79,6 +79,8 @@ impl Collector for Machine {
             &[(vec![], ConstGauge::new(seconds(vm.uptime_us)))],
         )?;
         self.vcpus(out)?;
+        let help = "Pages of 4 KiB of RAM that the guest used or, since its snapshot, changed";
+        gauge(out, ("memory_dirtied_pages", help, None), vm.dirtied_pages)?;
         self.devices(out)?;
         let process = &vm.process;
         let cpu = ConstCounter::new(seconds(process.cpu_time_us));
@@ -182,6 +184,7 @@ mod tests {
             devices: vec![device("d\"1", "block", 0), device("b", "balloon", 7)],
             process: ProcessStatistics::default(),
             snapshot: None,
+            dirtied_pages: Some(5),
         };
         let text = response(statistics, &Counts::default()).body.unwrap();
         for line in [
@@ -193,6 +196,7 @@ mod tests {
             "bulle_device_actual_bytes{device=\"b\",kind=\"balloon\"} 4096",
             "bulle_uptime_seconds 2.0",
             "bulle_running 1",
+            "bulle_memory_dirtied_pages 5",
             "# EOF",
         ] {
             assert!(

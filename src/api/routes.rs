@@ -45,7 +45,7 @@ pub const ROUTES: &[Route] = &[
     route(Get, "/console", |_| Ok(Action::ReadConsole)),
     route(Get, "/console/log", |_| Ok(Action::GetLog)),
     route(Get, "/events", |_| Ok(Action::Listen)),
-    route(Get, METRICS, |_| Ok(Action::GetStatistics)),
+    route(Get, METRICS, |_| Ok(Action::GetMetrics)),
     route(Patch, "/vm", vm),
     route(Put, "/actions", actions),
     route(Put, "/boot-source", |input| {

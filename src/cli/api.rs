@@ -210,9 +210,7 @@ pub fn run_as(args: ApiArgs, version: &'static str) -> Result<u8> {
             show_log_origin: args.show_log_origin.then_some(true),
             module: args.module,
         },
-        metrics: args
-            .metrics_path
-            .map(|metrics_path| Metrics { metrics_path }),
+        metrics: args.metrics_path.map(Metrics::to),
         startup,
         place,
         mmds,

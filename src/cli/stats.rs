@@ -199,6 +199,7 @@ mod tests {
                     open_files: None,
                 },
                 snapshot: None,
+                dirtied_pages: None,
             },
         }
     }

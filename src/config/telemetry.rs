@@ -1,5 +1,6 @@
 //! Where bulle's log and its figures go.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use log::LevelFilter;
@@ -81,4 +82,21 @@ impl<'de> Deserialize<'de> for Level {
 pub struct Metrics {
     /// File or pipe to which a line of JSON is written now and then.
     pub metrics_path: PathBuf,
+    /// Each line has the microVM's name, as `id`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub emit_id: bool,
+    /// What else each line has, as `properties`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub properties: Option<BTreeMap<String, String>>,
+}
+
+impl Metrics {
+    /// Figures alone, to this path.
+    pub fn to(metrics_path: PathBuf) -> Self {
+        Self {
+            metrics_path,
+            emit_id: false,
+            properties: None,
+        }
+    }
 }

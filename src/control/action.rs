@@ -22,6 +22,8 @@ pub enum Action {
     GetConfig,
     /// What it has done so far.
     GetStatistics,
+    /// The same, and how much of its memory it changed.
+    GetMetrics,
     /// Listens to what happens to it from now on.
     Listen,
     /// Runs a command in the guest.

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -13,10 +14,16 @@ use super::{Action, ActionError, Reply};
 pub struct Call {
     /// What is asked.
     pub action: Action,
+    asked: Instant,
     reply: SyncSender<Result<Reply, ActionError>>,
 }
 
 impl Call {
+    /// When it was asked.
+    pub fn asked(&self) -> Instant {
+        self.asked
+    }
+
     /// Answers. A caller that is gone is no error.
     pub fn answer(self, result: Result<Reply, ActionError>) {
         let _ = self.reply.send(result);
@@ -34,7 +41,13 @@ impl Caller {
     /// Asks, and waits for the answer.
     pub fn ask(&self, action: Action) -> Result<Reply, ActionError> {
         let (reply, answer) = sync_channel(1);
-        let sent = self.calls.send(Call { action, reply });
+        let asked = Instant::now();
+        let call = Call {
+            action,
+            asked,
+            reply,
+        };
+        let sent = self.calls.send(call);
         if sent.is_err() || self.event.write(1).is_err() {
             return Err(ActionError::Ended);
         }

@@ -83,7 +83,9 @@ impl Preboot {
             Action::Version => Ok(Reply::Version(self.instance.vmm_version)),
             Action::GetConfig => Ok(Reply::Config(Box::new(self.config.clone()))),
             Action::GetMachine => Ok(Reply::Machine(self.config.machine_config.clone())),
-            Action::GetStatistics => Ok(Reply::Vm(Box::new(VmStatistics::not_started()))),
+            Action::GetStatistics | Action::GetMetrics => {
+                Ok(Reply::Vm(Box::new(VmStatistics::not_started())))
+            }
             Action::PutMachine(update) => {
                 let base = MachineConfig {
                     virtio_transport: self.config.machine_config.virtio_transport,
@@ -194,7 +196,7 @@ impl Preboot {
         if self.metrics.is_some() {
             return Err(ActionError::MetricsTwice);
         }
-        self.metrics = Some(Metrics::open(&metrics)?);
+        self.metrics = Some(Metrics::open(&metrics, &self.instance.id)?);
         self.config.metrics = Some(metrics);
         Ok(Reply::Done)
     }

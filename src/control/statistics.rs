@@ -25,6 +25,10 @@ pub struct VmStatistics {
     /// The snapshot that was written in the background last, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotStatistics>,
+    /// Pages of RAM, of 4 KiB, that are the guest's own: what it used, or of a snapshot what it changed. Only where
+    /// they are counted, which takes as long as there are many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirtied_pages: Option<u64>,
 }
 
 /// A snapshot that is written in the background.
@@ -103,6 +107,7 @@ impl VmStatistics {
             devices: Vec::new(),
             process: ProcessStatistics::now(),
             snapshot: None,
+            dirtied_pages: None,
         }
     }
 }

@@ -10,7 +10,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -102,6 +102,8 @@ pub struct ConsoleTap {
     lines: Mutex<(LastLines, PanicDetector)>,
     panicked: AtomicBool,
     ended: AtomicBool,
+    /// Bytes beyond the console's limit.
+    dropped: AtomicU64,
     closing: AtomicBool,
     event: EventFd,
     /// Somebody reads along.
@@ -118,6 +120,7 @@ impl ConsoleTap {
             lines: Mutex::new((LastLines::new(KEPT), PanicDetector::new())),
             panicked: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            dropped: AtomicU64::new(0),
             closing: AtomicBool::new(false),
             event,
             followed: AtomicBool::new(false),
@@ -153,6 +156,11 @@ impl ConsoleTap {
     /// Whether the panic's text is complete.
     pub fn panic_complete(&self) -> bool {
         self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Bytes of output that went nowhere, being beyond the console's limit.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
     }
 
     /// Lets blocked writers go: the VM is being stopped.
@@ -208,6 +216,10 @@ impl ConsoleWriter {
         let passes = limiter.is_none_or(|l| l.take(Instant::now(), bytes.len() as u64));
         if !passes && !self.dropping {
             log::warn!("console output beyond its rate limit is dropped");
+        }
+        if !passes {
+            let count = bytes.len() as u64;
+            self.tap.dropped.fetch_add(count, Ordering::Relaxed);
         }
         self.dropping |= !passes;
         passes

@@ -159,7 +159,8 @@ impl<'a> Foreground<'a> {
 
     /// Writes figures, where there is a place for them.
     pub fn write_figures(&mut self) {
-        self.runtime.flush(self.vm);
+        let console = console(self.vm, &self.tap, &self.hvc);
+        self.runtime.flush(console);
     }
 
     /// The machine runs.

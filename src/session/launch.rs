@@ -20,6 +20,7 @@ use super::agent::AgentLink;
 use super::agent_port::{AgentPort, Channel};
 use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
 use super::events::Events;
+use super::figures::Startup;
 use super::foreground::{Foreground, GuestEvents, Rest};
 use super::hvc::Hvc;
 pub use super::launch_error::LaunchError;
@@ -28,7 +29,7 @@ use super::managed::Door;
 use super::outcome::{CODE_FAILURE, Outcome};
 use super::output::{Output, finish};
 use super::progress::Progress;
-use super::runtime::{FigureParts, Runtime, Startup, has_command};
+use super::runtime::{FigureParts, Runtime, has_command};
 use super::signals::Signals;
 use super::snapshots::{Saved, Saver};
 use super::terminal::{RawTerminal, window_size};
@@ -124,7 +125,9 @@ pub fn launch_with(
     prepare: impl FnOnce(Spec) -> Result<Prepared, LaunchError>,
 ) -> Result<u8, LaunchError> {
     let metrics = spec.config().metrics.as_ref();
-    let metrics = metrics.map(Metrics::open).transpose()?;
+    let metrics = metrics
+        .map(|metrics| Metrics::open(metrics, ""))
+        .transpose()?;
     let (caller, requests) = channel().map_err(|error| session("the control channel", error))?;
     let door = place.map(|place| Door::new(place, spec.config(), caller));
     let door = door.transpose()?;
@@ -134,6 +137,7 @@ pub fn launch_with(
         startup: Startup::default(),
         events: Events::default(),
         mmds: mmds.clone(),
+        loaded: None,
     };
     let instance = Instance::new(String::new());
     let config = spec.config().clone();

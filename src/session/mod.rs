@@ -14,6 +14,7 @@ mod duplex;
 mod escape;
 mod events;
 mod exec;
+mod figures;
 mod foreground;
 mod hotplug;
 mod hvc;
@@ -36,11 +37,11 @@ mod token;
 mod touched;
 
 pub use clone::{become_clone, own_output};
+pub use figures::Startup;
 pub use launch::{LaunchError, launch, launch_saved, save_ready};
 pub use outcome::{
     CODE_FAILURE, CODE_NO_STATUS, CODE_PANIC, CODE_TIMEOUT, CODE_VM_FAILURE, CODE_WATCHDOG, Outcome,
 };
-pub use runtime::Startup;
 pub use serve::{Serve, ServeError, serve};
 pub use snapshots::overrides;
 pub use terminal::restore as restore_terminal;

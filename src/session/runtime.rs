@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 
 use devices::mmds::{Mmds, MmdsError};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 pub use self::background::Behind;
 use super::agent::AgentLink;
 use super::events::Events;
 use super::exec::Execs;
+use super::figures::{FigureWriter, Startup, Told, signal_of};
 use super::hotplug::{self, Unplugs};
 use super::outcome::Outcome;
 use super::readers::{Console, Readers};
@@ -26,15 +25,12 @@ use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
     Action, ActionError, Event, ExecRequest, ForkRequest, Instance, PAUSE_PATIENCE, Reply,
-    Requests, SnapshotCreate, SnapshotType, State, chain, no_balloon,
+    Requests, SnapshotCreate, SnapshotType, State, VmStatistics, chain, no_balloon,
 };
-use crate::snapshot::AgentReady;
+use crate::snapshot::{AgentReady, ram};
 use crate::telemetry::Metrics;
 use crate::vm::Vm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-/// Time between two lines of figures.
-const FLUSH_EVERY: Duration = Duration::from_secs(60);
 
 /// What the epoll set says of streams: all of them are looked at.
 pub const STREAM: u64 = 3;
@@ -49,7 +45,11 @@ pub struct Runtime {
     figures: Option<FigureWriter>,
     /// Readable when there are requests, or figures are due.
     ready: Epoll,
-    latencies: BTreeMap<&'static str, Duration>,
+    latencies: BTreeMap<String, Duration>,
+    /// The operation that the present call had timed.
+    timed: Option<&'static str>,
+    /// The signal that ended the machine.
+    ended_by: Option<i32>,
     /// The guest is to be asked to switch itself off.
     stop_asked: bool,
     mmds: Arc<Mmds>,
@@ -69,23 +69,6 @@ struct Alarm {
     failures: BTreeMap<String, u32>,
 }
 
-/// Where figures come from and go to, beside the machine.
-struct FigureWriter {
-    metrics: Metrics,
-    timer: TimerFd,
-    startup: Startup,
-    api: Option<Arc<Counts>>,
-}
-
-/// Time from the start of the process to the API, in microseconds.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Startup {
-    /// By the clock.
-    pub wall_us: u64,
-    /// Of the processor.
-    pub cpu_us: u64,
-}
-
 /// What figures are made of and where they go.
 pub struct FigureParts {
     /// Where they go.
@@ -98,6 +81,8 @@ pub struct FigureParts {
     pub events: Events,
     /// The metadata.
     pub mmds: Arc<Mmds>,
+    /// How long a snapshot took to be loaded: as its caller saw it, and here.
+    pub loaded: Option<[Duration; 2]>,
 }
 
 impl Runtime {
@@ -111,22 +96,15 @@ impl Runtime {
     ) -> io::Result<Self> {
         let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         ready.add(&requests, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-        let figures = match parts.metrics {
-            None => None,
-            Some(metrics) => {
-                let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-                let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-                let every = Expiration::Interval(TimeSpec::from_duration(FLUSH_EVERY));
-                timer.set(every, TimerSetTimeFlags::empty())?;
-                ready.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
-                Some(FigureWriter {
-                    metrics,
-                    timer,
-                    startup: parts.startup,
-                    api: parts.api,
-                })
-            }
-        };
+        let writer = |metrics| FigureWriter::new(metrics, parts.startup, parts.api);
+        let figures = parts.metrics.map(writer).transpose()?;
+        if let Some(writer) = &figures {
+            // SAFETY: the descriptor is open as long as `writer`, which lives as long as the set.
+            let fd = unsafe { BorrowedFd::borrow_raw(writer.as_raw_fd()) };
+            ready.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+        }
+        let names = ["load_snapshot", "vmm_load_snapshot"].map(str::to_owned);
+        let loaded = parts.loaded.into_iter().flatten();
         Ok(Self {
             requests,
             instance: Instance { state, ..instance },
@@ -135,7 +113,9 @@ impl Runtime {
             behind: Behind::default(),
             figures,
             ready,
-            latencies: BTreeMap::new(),
+            latencies: names.into_iter().zip(loaded).collect(),
+            timed: None,
+            ended_by: None,
             stop_asked: false,
             started: Instant::now(),
             events: parts.events,
@@ -185,6 +165,7 @@ impl Runtime {
         if matches!(outcome, Outcome::Panicked) {
             self.panicked();
         }
+        self.ended_by = signal_of(outcome);
         self.events.emit(&outcome.event(has_command(&self.config)));
     }
 
@@ -236,9 +217,8 @@ impl Runtime {
     /// Answers what is asked of the machine whose console this is, and writes figures that are due.
     pub fn serve(&mut self, console: Console<'_>, mut agent: Option<&mut AgentLink>) {
         let vm = console.vm;
-        let due = |writer: &FigureWriter| nix::unistd::read(&writer.timer, &mut [0; 8]).is_ok();
-        if self.figures.as_ref().is_some_and(due) {
-            self.flush(vm);
+        if self.figures.as_ref().is_some_and(FigureWriter::is_due) {
+            self.flush(console);
         }
         self.look_at_devices(vm);
         self.look_at_snapshot();
@@ -253,7 +233,12 @@ impl Runtime {
                 self.settle_unplugs(vm);
                 continue;
             }
+            self.timed = None;
             let result = self.act(&call.action, console, agent.as_deref_mut());
+            if let Some(name) = self.timed.take() {
+                let waited = call.asked().elapsed();
+                self.latencies.insert(name.to_owned(), waited);
+            }
             call.answer(result);
         }
     }
@@ -311,27 +296,29 @@ impl Runtime {
     }
 
     /// Writes a line of figures, where there is a place for them.
-    pub fn flush(&mut self, vm: &Vm) {
-        let Some(writer) = &mut self.figures else {
-            return;
+    pub fn flush(&mut self, console: Console<'_>) {
+        let told = Told {
+            latencies: &self.latencies,
+            mmds: &self.mmds,
+            ended_by: self.ended_by,
         };
-        let mut figures = statistics::figures(vm);
-        let Startup { wall_us, cpu_us } = writer.startup;
-        figures.value("api_server", "process_startup_time_us", wall_us);
-        figures.value("api_server", "process_startup_time_cpu_us", cpu_us);
-        for (name, count) in self.mmds.counters().values() {
-            figures.total("mmds", name, count);
+        if let Some(writer) = &mut self.figures {
+            writer.write(console, &told);
         }
-        for (name, latency) in &self.latencies {
-            let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
-            figures.value("latencies_us", name, micros);
-        }
-        if let Some(api) = &writer.api {
-            api.figures(&mut figures);
-        }
-        if let Err(error) = writer.metrics.write(figures) {
-            log::warn!("figures cannot be written: {error}");
-        }
+    }
+
+    /// An operation took so long here; how long its caller waited is noted when that is answered.
+    fn took(&mut self, name: &'static str, took: Duration) {
+        self.latencies.insert(format!("vmm_{name}"), took);
+        self.timed = Some(name);
+    }
+
+    /// What the machine has done so far.
+    fn statistics(&self, vm: &Vm) -> VmStatistics {
+        let uptime = self.started.elapsed();
+        let mut statistics = statistics::statistics(vm, self.instance.state, uptime);
+        statistics.snapshot = self.behind.statistics();
+        statistics
     }
 
     /// Table: an arm for each action.
@@ -348,10 +335,11 @@ impl Runtime {
             Action::DescribeInstance => Ok(Reply::Instance(self.instance.clone())),
             Action::Version => Ok(Reply::Version(self.instance.vmm_version)),
             Action::GetConfig => Ok(Reply::Config(Box::new(config.clone()))),
-            Action::GetStatistics => {
-                let uptime = self.started.elapsed();
-                let mut statistics = statistics::statistics(vm, self.instance.state, uptime);
-                statistics.snapshot = self.behind.statistics();
+            Action::GetStatistics => Ok(Reply::Vm(Box::new(self.statistics(vm)))),
+            Action::GetMetrics => {
+                let mut statistics = self.statistics(vm);
+                let dirtied = ram::dirtied(vm.memory(), &self.saver.ram.origin);
+                statistics.dirtied_pages = dirtied.ok();
                 Ok(Reply::Vm(Box::new(statistics)))
             }
             Action::Listen => {
@@ -384,7 +372,7 @@ impl Runtime {
                 if self.instance.state == State::Paused {
                     let begin = Instant::now();
                     vm.start();
-                    self.latencies.insert("resume_vm", begin.elapsed());
+                    self.took("resume_vm", begin.elapsed());
                     self.instance.state = State::Running;
                     self.events.emit(&Event::Resumed);
                 }
@@ -425,7 +413,7 @@ impl Runtime {
             }
             Action::GetMmds => Ok(Reply::Metadata(self.metadata()?.document())),
             Action::FlushMetrics => {
-                self.flush(vm);
+                self.flush(console);
                 Ok(Reply::Done)
             }
             Action::Exec(request) => self.exec(request, agent),
@@ -465,7 +453,7 @@ impl Runtime {
                 let text = chain(&error);
                 return Err(ActionError::Failed { text });
             }
-            self.latencies.insert("pause_vm", begin.elapsed());
+            self.took("pause_vm", begin.elapsed());
             self.instance.state = State::Paused;
             self.events.emit(&Event::Paused);
         }
@@ -514,7 +502,7 @@ impl Runtime {
             SnapshotType::Full => "full_create_snapshot",
             SnapshotType::Diff => "diff_create_snapshot",
         };
-        self.latencies.insert(name, begin.elapsed());
+        self.took(name, begin.elapsed());
         Ok(Reply::Done)
     }
 }
@@ -530,7 +518,7 @@ impl Runtime {
         let runs = self.instance.state == State::Running;
         let to = &request.uds_path;
         let pause = self.saver.fork((vm, runs), &self.config, agent, to)?;
-        self.latencies.insert("fork", pause);
+        self.latencies.insert("fork".to_owned(), pause);
         Ok(Reply::Done)
     }
 }

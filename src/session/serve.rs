@@ -6,16 +6,18 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use devices::mmds::Mmds;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::events::Events;
+use super::figures::Startup;
 use super::launch::{LaunchError, Prepared, Session, block_signals};
 use super::managed::Door;
 use super::outcome::Outcome;
-use super::runtime::{FigureParts, Runtime, Startup};
+use super::runtime::{FigureParts, Runtime};
 use super::signals::{ENDING, Signals};
 use super::snapshots::Saved;
 use crate::api::{ApiThread, Counts, ServerError};
@@ -113,6 +115,7 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
         counts: api.as_ref().map(|api| api.counts().clone()),
         door,
         events: Events::default(),
+        loaded: None,
     };
     match at_once {
         true => serving.start(),
@@ -130,6 +133,8 @@ struct Serving {
     /// Where it is served, if not at a socket that was asked for.
     door: Option<Door>,
     events: Events,
+    /// How long a snapshot took to be loaded: as its caller saw it, and here.
+    loaded: Option<[Duration; 2]>,
 }
 
 /// An entry for a microVM. Clients give the same name to several microVMs: the second gets another.
@@ -195,6 +200,7 @@ impl Serving {
             counts,
             door,
             events,
+            loaded,
         } = self;
         let parts = FigureParts {
             metrics: preboot.take_metrics(),
@@ -202,6 +208,7 @@ impl Serving {
             startup,
             events,
             mmds: preboot.mmds().clone(),
+            loaded,
         };
         let instance = (preboot.instance().clone(), session.state());
         let machine = (preboot.config().clone(), session.take_saver());
@@ -227,6 +234,7 @@ impl Serving {
                 continue;
             }
             while let Some(call) = self.requests.next() {
+                let begin = Instant::now();
                 let built = match &call.action {
                     Action::InstanceStart => build(&self.preboot),
                     Action::LoadSnapshot(asked) => load(&mut self.preboot, asked),
@@ -243,7 +251,12 @@ impl Serving {
                     }
                 };
                 match built {
-                    Ok(session) => return self.run(session, |reply| call.answer(Ok(reply))),
+                    Ok(session) => {
+                        let took = [call.asked(), begin].map(|moment| moment.elapsed());
+                        let is_load = matches!(call.action, Action::LoadSnapshot(_));
+                        self.loaded = is_load.then_some(took);
+                        return self.run(session, |reply| call.answer(Ok(reply)));
+                    }
                     Err(error) => call.answer(Err(error)),
                 }
             }

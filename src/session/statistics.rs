@@ -9,7 +9,6 @@ use devices::virtio::registry::DeviceHandle;
 
 use crate::board::attach::Attached;
 use crate::control::{DeviceStatistics, ProcessStatistics, State, VcpuStatistics, VmStatistics};
-use crate::telemetry::Figures;
 use crate::vcpu::ExitCounts;
 use crate::vcpu::handle::VcpuHandle;
 use crate::vm::Vm;
@@ -32,6 +31,7 @@ pub fn statistics(vm: &Vm, state: State, uptime: Duration) -> VmStatistics {
             .collect(),
         process: ProcessStatistics::now(),
         snapshot: None,
+        dirtied_pages: None,
     }
 }
 
@@ -44,7 +44,7 @@ fn vcpu(vcpu: &VcpuHandle) -> VcpuStatistics {
 }
 
 /// Exits by reason.
-fn reasons(counts: &ExitCounts) -> [(&'static str, u64); 6] {
+pub fn reasons(counts: &ExitCounts) -> [(&'static str, u64); 6] {
     [
         ("io_in", &counts.io_in),
         ("io_out", &counts.io_out),
@@ -87,20 +87,18 @@ fn device(device: &Attached) -> DeviceStatistics {
             let status = balloon.status();
             value("target_bytes", u64::from(status.target_pages) * PAGE);
             value("actual_bytes", u64::from(status.actual_pages) * PAGE);
+            totals.extend(plain(balloon.counters()));
             "balloon"
         }
         DeviceHandle::Mem(mem) => {
             let status = mem.status();
             value("requested_bytes", status.requested);
             value("plugged_bytes", status.plugged);
+            totals.extend(plain(mem.counters()));
             "mem"
         }
         DeviceHandle::Net(net) => {
-            let [rx, tx] = net.traffic();
-            for (direction, traffic) in [("rx", rx), ("tx", tx)] {
-                totals.insert(format!("{direction}_bytes"), traffic.bytes);
-                totals.insert(format!("{direction}_packets"), traffic.frames);
-            }
+            totals.extend(plain(net.counters()));
             "net"
         }
     };
@@ -113,9 +111,12 @@ fn device(device: &Attached) -> DeviceStatistics {
     }
 }
 
-/// Counters without the words that only Firecracker's names have, and without those that are no sums.
+/// Counters without the words that only Firecracker's names have, and without those that are no sums or say
+/// what another one says.
 fn plain(counters: Values) -> impl Iterator<Item = (String, u64)> {
-    let sums = counters.into_iter().filter(|(name, _)| !is_bound(name));
+    let twice = |name| matches!(name, "rx_count" | "tx_count");
+    let counters = counters.into_iter();
+    let sums = counters.filter(move |(name, _)| !is_bound(name) && !twice(*name));
     sums.map(|(name, value)| {
         let name = name.strip_suffix("_count").unwrap_or(name);
         (name.replace('.', "_"), value)
@@ -123,53 +124,6 @@ fn plain(counters: Values) -> impl Iterator<Item = (String, u64)> {
 }
 
 /// The shortest and the longest of all are no sum.
-fn is_bound(name: &str) -> bool {
+pub fn is_bound(name: &str) -> bool {
     name.ends_with(".min_us") || name.ends_with(".max_us")
-}
-
-/// The same in the shape of Firecracker's figures, as far as those have them.
-pub fn figures(vm: &Vm) -> Figures {
-    let mut figures = Figures::default();
-    for vcpu in vm.vcpus() {
-        for (name, count) in reasons(vcpu.counts()).into_iter().take(4) {
-            figures.total("vcpu", &format!("exit_{name}"), count);
-        }
-    }
-    for device in &vm.board().devices.list() {
-        device_figures(device, &mut figures);
-    }
-    figures
-}
-
-/// What a device counted, for all of its kind and, where there may be several, by its name.
-fn device_figures(device: &Attached, figures: &mut Figures) {
-    let (kind, values) = match &device.handle {
-        DeviceHandle::Block(block) => ("block", block.counters()),
-        DeviceHandle::Pmem(pmem) => ("pmem", pmem.counters()),
-        DeviceHandle::Vsock(vsock) => ("vsock", vsock.counters()),
-        DeviceHandle::Entropy(entropy) => ("entropy", entropy.counters()),
-        DeviceHandle::Net(net) => {
-            let [rx, tx] = net.traffic();
-            let values = vec![
-                ("rx_bytes_count", rx.bytes),
-                ("rx_packets_count", rx.frames),
-                ("tx_bytes_count", tx.bytes),
-                ("tx_packets_count", tx.frames),
-            ];
-            ("net", values)
-        }
-        _ => return,
-    };
-    let own = format!("{kind}_{}", device.id);
-    let several = matches!(kind, "block" | "pmem" | "net");
-    for (name, value) in values {
-        match (several, is_bound(name)) {
-            (false, _) => figures.total(kind, name, value),
-            (true, true) => figures.value(&own, name, value),
-            (true, false) => {
-                figures.total(kind, name, value);
-                figures.total(&own, name, value);
-            }
-        }
-    }
 }

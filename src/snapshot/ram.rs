@@ -90,6 +90,20 @@ pub fn write(
     Ok(())
 }
 
+/// Pages of 4 KiB of `memory` that are its own: those that were used, or of files those that changed since they
+/// were mapped.
+///
+/// # Errors
+/// Where the kernel does not tell which pages there are.
+pub fn dirtied(memory: &GuestMemory, origin: &Origin) -> io::Result<u64> {
+    let mut bytes = 0;
+    for (region, here) in memory.iter().zip(regions(memory)) {
+        let runs = runs(region, here, origin, Part::Changes)?;
+        bytes += runs.into_iter().map(|(_, len)| len).sum::<u64>();
+    }
+    Ok(bytes.div_ceil(super::pages::PAGE))
+}
+
 /// Where in a region there is something, as offsets in it and lengths, in order.
 fn runs(
     region: &GuestRegionMmap,

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -41,6 +42,14 @@ static LOGGER: Logger = Logger(Mutex::new(Settings {
     origin: false,
     module: None,
 }));
+
+/// Lines that could not be written.
+static MISSED: AtomicU64 = AtomicU64::new(0);
+
+/// How many lines of the log could not be written.
+pub fn missed() -> u64 {
+    MISSED.load(Ordering::Relaxed)
+}
 
 /// Sends log records of at least `level` to stderr.
 pub fn init(level: LevelFilter) {
@@ -112,10 +121,13 @@ impl Log for Logger {
         }
         // One write, so that the lines of two processes do not mix. What cannot be written is lost.
         let line = settings.line(record);
-        let _ = match &mut settings.file {
+        let written = match &mut settings.file {
             Some(file) => file.write_all(line.as_bytes()),
             None => io::stderr().write_all(line.as_bytes()),
         };
+        if written.is_err() {
+            MISSED.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     fn flush(&self) {}

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::logger::{self, LogFileError};
 use crate::config;
@@ -45,14 +45,24 @@ impl Figures {
 pub struct Metrics {
     file: File,
     last: BTreeMap<(String, String), u64>,
+    /// What each line says beside figures.
+    labels: Map<String, Value>,
     /// Lines that could not be written.
     failures: u64,
 }
 
 impl Metrics {
-    /// Opens the file or pipe.
-    pub fn open(metrics: &config::Metrics) -> Result<Self, LogFileError> {
+    /// Opens the file or pipe, for the microVM `id`.
+    pub fn open(metrics: &config::Metrics, id: &str) -> Result<Self, LogFileError> {
+        let mut labels = Map::new();
+        if metrics.emit_id {
+            labels.insert("id".to_owned(), id.into());
+        }
+        if let Some(properties) = &metrics.properties {
+            labels.insert("properties".to_owned(), json!(properties));
+        }
         Ok(Self {
+            labels,
             file: logger::open(&metrics.metrics_path)?,
             last: BTreeMap::new(),
             failures: 0,
@@ -62,7 +72,11 @@ impl Metrics {
     /// Writes a line. One that cannot be written, as into a full pipe, is counted and its differences
     /// are in the next.
     pub fn write(&mut self, mut figures: Figures) -> io::Result<()> {
-        figures.total("logger", "metrics_fails", self.failures);
+        for name in ["metrics_fails", "missed_metrics_count"] {
+            figures.total("logger", name, self.failures);
+        }
+        figures.total("logger", "missed_log_count", logger::missed());
+        figures.total("logger", "rate_limited_log_count", super::suppressed());
         let (line, now) = self.line(&figures);
         match self.file.write_all(line.as_bytes()) {
             Ok(()) => self.last.extend(now),
@@ -102,6 +116,7 @@ impl Metrics {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = since.map_or(0, |since| since.as_millis() as u64);
         all.insert("utc_timestamp_ms".to_owned(), now.into());
+        all.extend(self.labels.clone());
         let groups = groups.into_iter();
         all.extend(groups.map(|(name, group)| (name.to_owned(), Value::Object(group))));
         (format!("{}\n", Value::Object(all)), totals)
@@ -116,10 +131,13 @@ mod tests {
     fn counters_are_differences_and_a_lost_line_is_made_up_for() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics");
-        let mut metrics = Metrics::open(&config::Metrics {
-            metrics_path: path.clone(),
-        })
-        .unwrap();
+        let properties = [("a".to_owned(), "b".to_owned())].into();
+        let options = config::Metrics {
+            emit_id: true,
+            properties: Some(properties),
+            ..config::Metrics::to(path.clone())
+        };
+        let mut metrics = Metrics::open(&options, "x").unwrap();
         let figures = |total: u64| {
             let mut figures = Figures::default();
             figures.total("vcpu", "exit_io_in", total);
@@ -149,6 +167,11 @@ mod tests {
         assert_eq!(of("/latencies_us/pause_vm"), [5, 5, 5]);
         assert_eq!(of("/block/read_agg/sum_us"), [10, 5, 6]);
         assert_eq!(of("/logger/metrics_fails"), [0, 0, 1]);
+        assert!(
+            lines
+                .iter()
+                .all(|l| l["id"] == "x" && l["properties"]["a"] == "b")
+        );
         assert!(of("/utc_timestamp_ms").iter().all(|ms| *ms > 1 << 40));
     }
 }

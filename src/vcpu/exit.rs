@@ -36,6 +36,21 @@ pub struct ExitCounts {
     pub ioapic_eoi: AtomicU64,
     /// Returns without anything to answer: kicks, signals, windows for interrupts.
     pub interrupted: AtomicU64,
+    /// Exits that ended the machine because it could not go on.
+    pub failures: AtomicU64,
+    /// Times that the guest's clock was not told of a pause: it does not use it.
+    pub clock_failures: AtomicU64,
+}
+
+impl ExitCounts {
+    /// What went wrong, by the names of Firecracker's metrics.
+    pub fn failures(&self) -> [(&'static str, u64); 2] {
+        [
+            ("failures", &self.failures),
+            ("kvmclock_ctrl_fails", &self.clock_failures),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+    }
 }
 
 /// Counts one.
@@ -122,12 +137,12 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
             _ => FailureCause::RunFailed(error),
         },
     };
+    count(&vcpu.counts.failures);
     Handled::End(VmExit::Failed(Box::new(failure(vcpu, cause))))
 }
 
 /// Finishes the access that the guest left for, which KVM does on the next entry, without running
-/// the guest; and tells its clock that it stood still, so that no watchdog of the guest barks. The
-/// access may have more parts, each an exit of its own. The end of the VM, if one of them is that.
+/// the guest; and tells its clock. The access may have more parts, each an exit of its own. The end of the VM, if one of them is that.
 pub fn complete(vcpu: &mut Vcpu) -> Option<VmExit> {
     loop {
         vcpu.fd.set_kvm_immediate_exit(1);
@@ -137,9 +152,16 @@ pub fn complete(vcpu: &mut Vcpu) -> Option<VmExit> {
             Handled::End(exit) => return Some(exit),
         }
     }
-    // Fails for guests that do not use the clock.
-    let _ = vcpu.fd.kvmclock_ctrl();
+    tell_clock(vcpu);
     None
+}
+
+/// Tells the guest's clock that it stood still, so that no watchdog of the guest barks.
+pub fn tell_clock(vcpu: &Vcpu) {
+    // Fails for guests that do not use the clock.
+    if vcpu.fd.kvmclock_ctrl().is_err() {
+        count(&vcpu.counts.clock_failures);
+    }
 }
 
 /// A kick: KVM must not return at once the next time.

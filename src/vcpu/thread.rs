@@ -4,7 +4,7 @@ use std::sync::mpsc::Receiver;
 
 use arch::state::{StateError, VcpuState};
 
-use super::exit::{Handled, complete, handle};
+use super::exit::{Handled, complete, handle, tell_clock};
 use super::handle::{Command, Flags, Given, Vcpu};
 use super::kick::Registration;
 use crate::vm::VmExit;
@@ -56,9 +56,7 @@ fn take(vcpu: &Vcpu, given: &Given) -> Result<(), StateError> {
         true => state.reset_registers(&vcpu.fd, context, shift)?,
         false => state.restore_registers(&vcpu.fd, context, shift)?,
     }
-    // No watchdog of the guest is to bark at the time that it was not there. Fails for guests that do
-    // not use the clock.
-    let _ = vcpu.fd.kvmclock_ctrl();
+    tell_clock(vcpu);
     Ok(())
 }
 

@@ -201,6 +201,9 @@ fn figures_for_prometheus() {
     assert!(value(r#"bulle_vcpu_cpu_seconds_total{vcpu="0"}"#) > 0.0);
     assert!(value("bulle_process_resident_memory_bytes") > 1e6);
     assert!(value("bulle_process_threads") >= 4.0);
+    // The payload and its stack at least, and far from all.
+    let dirtied = value("bulle_memory_dirtied_pages");
+    assert!((2.0..8192.0).contains(&dirtied), "{dirtied}");
     assert_eq!(
         value(r#"bulle_device_target_bytes{device="balloon",kind="balloon"}"#),
         1048576.0

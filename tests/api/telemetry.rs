@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 
@@ -153,12 +154,21 @@ fn the_log_goes_where_it_is_told() {
 fn figures_are_differences_between_lines() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("metrics");
-    let mut vm = Served::payload("serial_echo");
+    let mut vm = Served::with(&["--id", "m-1"]);
+    let kernel = common::payload("serial_echo");
+    vm.put("/boot-source", json!({ "kernel_image_path": kernel }))
+        .done();
     vm.action("FlushMetrics").refused(&[BEFORE]);
     vm.put("/metrics", json!({ "metrics_path": "/nowhere/metrics" }))
         .refused(&["/nowhere"]);
-    vm.put("/metrics", json!({ "metrics_path": path, "emit_id": true }))
-        .done();
+    vm.put("/metrics", json!({ "metrics_path": path, "emit_id": 1 }))
+        .refused(&["invalid type"]);
+    let labels = json!({ "a": "b" });
+    vm.put(
+        "/metrics",
+        json!({ "metrics_path": path, "emit_id": true, "properties": labels, "x": 1 }),
+    )
+    .done();
     vm.put("/metrics", json!({ "metrics_path": path }))
         .refused(&["Reinitialization of metrics not allowed."]);
     let mut vm = vm.start().wait_for("ready");
@@ -177,11 +187,27 @@ fn figures_are_differences_between_lines() {
     // At the start, two by request, at the end.
     assert_eq!(lines.len(), 4);
     assert_eq!(of(0, "/vcpu/exit_io_in"), 0);
-    assert_eq!(of(0, "/put_api_requests/metrics_fails"), 2);
+    assert_eq!(of(0, "/put_api_requests/metrics_fails"), 3);
     assert_eq!(of(0, "/put_api_requests/boot_source_count"), 1);
     assert!(of(1, "/vcpu/exit_io_in") > 3, "{}", lines[1]);
     assert!(of(1, "/vcpu/exit_io_out") > 3, "{}", lines[1]);
-    assert!(of(1, "/latencies_us/pause_vm") > 0, "{}", lines[1]);
+    let latency = |at, name| of(at, &format!("/latencies_us/{name}"));
+    assert!(latency(1, "vmm_pause_vm") > 0, "{}", lines[1]);
+    assert!(latency(1, "pause_vm") >= latency(1, "vmm_pause_vm"));
+    assert_eq!(
+        (latency(1, "resume_vm"), of(1, "/uart/error_count")),
+        (0, 0)
+    );
+    assert!(latency(3, "resume_vm") >= latency(3, "vmm_resume_vm"));
+    // It says that it is ready and what is typed, and reads that.
+    assert!(of(1, "/uart/write_count") >= 8 && of(1, "/uart/read_count") == 3);
+    assert_eq!(of(2, "/uart/write_count"), 0);
+    for line in &lines {
+        assert_eq!(
+            (&line["id"], &line["properties"]),
+            (&json!("m-1"), &json!({ "a": "b" }))
+        );
+    }
     // It stood still.
     assert_eq!(of(2, "/vcpu/exit_io_in"), 0);
     assert_eq!(of(2, "/put_api_requests/actions_count"), 1);
@@ -394,6 +420,93 @@ fn under_firecrackers_name_it_says_firecrackers_version() {
     assert_eq!(client.ask("GET", "/", "").value()["vmm_version"], "1.17.0");
 }
 
+/// Groups that are in each line, and those of a disk.
+const GROUPS: &[&str] = &[
+    "api_server",
+    "balloon",
+    "block",
+    "block_d",
+    "deprecated_api",
+    "entropy",
+    "get_api_requests",
+    "i8042",
+    "interrupts",
+    "latencies_us",
+    "logger",
+    "memory_hotplug",
+    "mmds",
+    "net",
+    "patch_api_requests",
+    "pmem",
+    "put_api_requests",
+    "seccomp",
+    "signals",
+    "uart",
+    "vcpu",
+    "vmm",
+    "vsock",
+];
+
+#[test]
+fn every_device_has_its_figures_and_they_are_there_without_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, disk) = (dir.path().join("metrics"), dir.path().join("disk"));
+    fs::write(&disk, [0; 4096]).unwrap();
+    let mut vm = Served::with(&["--metrics-path", path.to_str().unwrap()]);
+    let kernel = common::payload("serial_echo");
+    let drive = json!({ "drive_id": "d", "path_on_host": disk });
+    let console = json!({ "serial_out_path": dir.path().join("out"), "rate_limiter": { "size": 4, "refill_time": 3_600_000 } });
+    for (endpoint, body) in [
+        ("/boot-source", json!({ "kernel_image_path": kernel })),
+        ("/drives/d", drive),
+        ("/serial", console),
+    ] {
+        vm.put(endpoint, body).done();
+    }
+    let mut vm = vm.start();
+    let other = json!({ "drive_id": "d", "path_on_host": "/nowhere" });
+    vm.patch("/drives/d", other).refused(&["/nowhere"]);
+    vm.patch(
+        "/drives/d",
+        json!({ "drive_id": "d", "path_on_host": disk }),
+    )
+    .done();
+    let sum = |lines: &[Value], name| -> u64 {
+        let of = |line: &Value| line["uart"][name].as_u64().unwrap();
+        lines.iter().map(of).sum()
+    };
+    while sum(&lines(&path), "rate_limiter_dropped_bytes") == 0 {
+        vm.action("FlushMetrics").done();
+    }
+    vm.signal(Signal::SIGHUP).finish();
+    let lines = lines(&path);
+    let last = lines.last().unwrap();
+    for group in GROUPS {
+        let figures = last[*group]
+            .as_object()
+            .unwrap_or_else(|| panic!("{group}: {last}"));
+        assert!(!figures.is_empty(), "{group}");
+    }
+    let keys = |group: &str| {
+        last[group]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(keys("block"), keys("block_d"));
+    assert_eq!(last["signals"]["sighup"], 1);
+    assert_eq!(last["memory_hotplug"]["plug_agg"]["min_us"], 0);
+    // The first four bytes of what it says may pass.
+    let dropped = sum(&lines, "rate_limiter_dropped_bytes");
+    let written = sum(&lines, "write_count");
+    assert!(
+        written >= 5 && dropped == written - 4,
+        "{written}, {dropped}"
+    );
+}
+
 #[test]
 fn a_disk_has_figures_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
@@ -420,6 +533,12 @@ fn a_disk_has_figures_of_its_own() {
         // It asks for a sector beyond the end.
         assert_eq!((of("invalid_reqs_count"), of("execute_fails")), (1, 0));
         assert!(last[group]["read_agg"]["sum_us"].is_u64());
+        let interrupts = last["interrupts"]["triggers"].as_u64().unwrap();
+        assert!(interrupts >= of("read_count"), "{last}");
+        assert_eq!(
+            (of("event_fails"), of("activate_fails"), of("update_fails")),
+            (0, 0, 0)
+        );
     }
     let aggregate = &last["block_d"]["write_agg"];
     let of = |name: &str| aggregate[name].as_u64().unwrap();

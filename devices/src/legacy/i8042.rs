@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::keyboard::{Keyboard, KeyboardState};
 use crate::bus::{BusDevice, Effect, ExitReason};
+use crate::counters::{Counter, Values};
 use crate::irq::Interrupt;
 use crate::lock;
 
@@ -254,9 +255,20 @@ impl Controller {
     }
 }
 
+/// Bytes read and written, those at registers that are none, and resets.
+#[derive(Default)]
+struct Counters {
+    read: Counter,
+    missed_read: Counter,
+    written: Counter,
+    missed_write: Counter,
+    resets: Counter,
+}
+
 /// The keyboard controller.
 pub struct I8042 {
     interrupt: Arc<dyn Interrupt>,
+    counters: Counters,
     controller: Mutex<Controller>,
 }
 
@@ -267,6 +279,7 @@ impl I8042 {
     pub fn new(interrupt: Arc<dyn Interrupt>, state: I8042State) -> Self {
         Self {
             interrupt,
+            counters: Counters::default(),
             controller: Mutex::new(Controller::new(state)),
         }
     }
@@ -274,6 +287,19 @@ impl I8042 {
     /// Has this state, as [`new`](Self::new) takes it, without an interrupt.
     pub fn restore(&self, state: I8042State) {
         *lock(&self.controller) = Controller::new(state);
+    }
+
+    /// Accesses since it was made.
+    pub fn counters(&self) -> Values {
+        let counters = &self.counters;
+        let all = [
+            ("read_count", &counters.read),
+            ("missed_read_count", &counters.missed_read),
+            ("write_count", &counters.written),
+            ("missed_write_count", &counters.missed_write),
+            ("reset_count", &counters.resets),
+        ];
+        all.map(|(name, counter)| (name, counter.get())).into()
     }
 
     /// Controller and keyboard as they are.
@@ -309,11 +335,15 @@ impl I8042 {
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.access(|controller| {
-            super::read_bytes(offset, data, |register| match register {
-                DATA => controller.read_data(),
-                SYSTEM_CONTROL_B => TIMER_2_OUTPUT,
-                COMMAND => controller.status(),
-                _ => 0xff,
+            super::read_bytes(offset, data, |register| {
+                let (counter, byte) = match register {
+                    DATA => (&self.counters.read, controller.read_data()),
+                    SYSTEM_CONTROL_B => (&self.counters.read, TIMER_2_OUTPUT),
+                    COMMAND => (&self.counters.read, controller.status()),
+                    _ => (&self.counters.missed_read, 0xff),
+                };
+                counter.one();
+                byte
             });
         });
     }
@@ -321,11 +351,15 @@ impl BusDevice for I8042 {
     fn write(&self, offset: u64, data: &[u8]) -> Effect {
         self.access(|controller| {
             super::write_bytes(offset, data, |register, value| {
-                let effect = match register {
-                    DATA => controller.write_data(value),
-                    COMMAND => controller.write_command(value),
-                    _ => Effect::None,
+                let (counter, effect) = match register {
+                    DATA => (&self.counters.written, controller.write_data(value)),
+                    COMMAND => (&self.counters.written, controller.write_command(value)),
+                    _ => (&self.counters.missed_write, Effect::None),
                 };
+                counter.one();
+                if effect == Effect::Exit(ExitReason::Reset) {
+                    self.counters.resets.one();
+                }
                 controller.fill_output();
                 effect
             })

@@ -216,6 +216,16 @@ fn all_ways_to_reset() {
     guest.data(1);
     guest.command(0xd0);
     assert_eq!(guest.drain(), [1]);
+    let _ = guest.device.write(2, &[1]);
+    let counted = guest.device.counters();
+    // Eight pulses and the output port.
+    for figure in [
+        ("reset_count", 9),
+        ("missed_write_count", 1),
+        ("write_count", 22),
+    ] {
+        assert!(counted.contains(&figure), "{figure:?} in {counted:?}");
+    }
 }
 
 #[test]

@@ -10,13 +10,14 @@
 
 use std::convert::Infallible;
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 
 use crate::bus::{BusDevice, Effect};
+use crate::counters::{Counter, Values};
 use crate::irq::Interrupt;
 use crate::lock;
 
@@ -127,21 +128,33 @@ impl vm_superio::Trigger for Line {
     }
 }
 
-/// Counts output bytes that `out` refused.
+/// Counts bytes.
 #[derive(Clone, Default)]
-struct Lost(Arc<AtomicU64>);
+struct Counts(Arc<Counters>);
 
-impl SerialEvents for Lost {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
+/// Bytes that the guest read and wrote, and those that `out` refused.
+#[derive(Default)]
+struct Counters {
+    read: Counter,
+    written: Counter,
+    lost: Counter,
+}
+
+impl SerialEvents for Counts {
+    fn buffer_read(&self) {
+        self.0.read.one();
+    }
+    fn out_byte(&self) {
+        self.0.written.one();
+    }
     fn tx_lost_byte(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.0.lost.one();
     }
     fn in_buffer_empty(&self) {}
 }
 
 struct Inner {
-    uart: vm_superio::Serial<Line, Lost, Box<dyn Write + Send>>,
+    uart: vm_superio::Serial<Line, Counts, Box<dyn Write + Send>>,
     /// The host has input that was not taken.
     waiting: bool,
     /// Reads of the line status in a row, up to [`POLLING`].
@@ -178,7 +191,7 @@ pub struct Serial {
     /// Input was offered while a vCPU held the mutex.
     refused: AtomicBool,
     drained: Box<dyn Fn() + Send + Sync>,
-    lost: Lost,
+    counts: Counts,
 }
 
 impl Serial {
@@ -195,10 +208,10 @@ impl Serial {
         drained: Box<dyn Fn() + Send + Sync>,
         state: SerialState,
     ) -> Result<Self, SerialError> {
-        let lost = Lost::default();
+        let counts = Counts::default();
         let len = state.input.len();
         let line = Line::default();
-        let uart = vm_superio::Serial::from_state(&state.into(), line.clone(), lost.clone(), out)
+        let uart = vm_superio::Serial::from_state(&state.into(), line.clone(), counts.clone(), out)
             .map_err(|_| SerialError::InputTooLong { len })?;
         line.0.get_or_init(|| interrupt);
         let inner = Inner {
@@ -210,7 +223,7 @@ impl Serial {
             inner: Mutex::new(inner),
             refused: AtomicBool::new(false),
             drained,
-            lost,
+            counts,
         })
     }
 
@@ -227,8 +240,8 @@ impl Serial {
         let interrupt = inner.uart.interrupt_evt().0.get().cloned();
         let out = std::mem::replace(inner.uart.writer_mut(), Box::new(std::io::sink()));
         let line = Line::default();
-        let lost = self.lost.clone();
-        let uart = vm_superio::Serial::from_state(&state.into(), line.clone(), lost, out);
+        let counts = self.counts.clone();
+        let uart = vm_superio::Serial::from_state(&state.into(), line.clone(), counts, out);
         inner.uart = uart.map_err(|_| SerialError::InputTooLong { len })?;
         if let Some(interrupt) = interrupt {
             line.0.get_or_init(|| interrupt);
@@ -265,7 +278,22 @@ impl Serial {
 
     /// Output bytes that `out` refused; the guest is never told.
     pub fn lost_output(&self) -> u64 {
-        self.lost.0.load(Ordering::Relaxed)
+        self.counts.0.lost.get()
+    }
+
+    /// Bytes since it was made.
+    pub fn counters(&self) -> Values {
+        let Counters {
+            read,
+            written,
+            lost,
+        } = &*self.counts.0;
+        vec![
+            ("read_count", read.get()),
+            ("write_count", written.get()),
+            ("missed_write_count", lost.get()),
+            ("error_count", lost.get()),
+        ]
     }
 
     fn access<R>(&self, access: impl FnOnce(&mut Inner) -> R) -> R {
@@ -306,7 +334,7 @@ impl BusDevice for Serial {
                         // A driver takes over: no more polling.
                         inner.polls = 0;
                     }
-                    // The only error is a byte that `out` refused, which `Lost` has counted.
+                    // The only error is a byte that `out` refused, which `Counts` has counted.
                     let _ = inner.uart.write(register, value);
                 }
                 Effect::None

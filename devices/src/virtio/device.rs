@@ -53,9 +53,10 @@ pub trait ConfigSpace: Send + Sync {
     /// Reads at `offset`; bytes behind the end of the space stay as they are (zero).
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes at `offset`; what is not writable is dropped.
-    fn write(&self, offset: u64, data: &[u8]) {
+    /// Writes at `offset`; what is not writable is dropped, which it says by `false`.
+    fn write(&self, offset: u64, data: &[u8]) -> bool {
         let _ = (offset, data);
+        false
     }
 
     /// Counts changes made by the device (section 2.5.2), from 0 at construction.

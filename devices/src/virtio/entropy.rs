@@ -40,6 +40,7 @@ struct Counters {
     entropy_bytes: Counter,
     host_rng_fails: Counter,
     throttled: Counter,
+    limiter_events: Counter,
 }
 
 /// The side of an entropy device that the VMM keeps.
@@ -57,6 +58,7 @@ impl EntropyHandle {
             ("entropy_bytes", &counters.entropy_bytes),
             ("host_rng_fails", &counters.host_rng_fails),
             ("entropy_rate_limiter_throttled", &counters.throttled),
+            ("rate_limiter_event_count", &counters.limiter_events),
         ];
         all.map(|(name, counter)| (name, counter.get())).into()
     }
@@ -106,8 +108,9 @@ impl VirtioDevice for Entropy {
     }
 
     fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let pace = self.pace.as_mut();
-        pace.map_or(Ok(()), |pace| pace.on_source(token))?;
+        if let Some(pace) = &mut self.pace {
+            pace.on_source(token, &self.counters.limiter_events)?;
+        }
         self.on_queue(0, io)
     }
 

@@ -9,6 +9,8 @@ use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::counters::{Counter, Values};
+
 /// What an interrupt is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Vector {
@@ -46,8 +48,17 @@ pub struct Notifier {
     needs_reset: AtomicBool,
     failures: AtomicU32,
     interrupts: AtomicU64,
+    counters: Counters,
     /// Written at each failure, where somebody wants to know.
     alarm: OnceLock<EventFd>,
+}
+
+/// What is counted of any device, beside failures and interrupts for used buffers.
+#[derive(Debug, Default)]
+struct Counters {
+    config_interrupts: Counter,
+    activate_fails: Counter,
+    config_fails: Counter,
 }
 
 impl Notifier {
@@ -58,6 +69,7 @@ impl Notifier {
             needs_reset: AtomicBool::new(needs_reset),
             failures: AtomicU32::new(0),
             interrupts: AtomicU64::new(0),
+            counters: Counters::default(),
             alarm: OnceLock::new(),
         }
     }
@@ -82,6 +94,7 @@ impl Notifier {
     /// The configuration space changed.
     pub fn config_changed(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        self.counters.config_interrupts.one();
         self.interrupt.signal(Vector::Config);
     }
 
@@ -100,6 +113,33 @@ impl Notifier {
             // Full: it was announced often enough.
             let _ = alarm.write(1);
         }
+    }
+
+    /// The device cannot be started as its driver set it up.
+    pub(super) fn fail_activation(&self, error: &dyn Error) {
+        self.counters.activate_fails.one();
+        self.fail(error);
+    }
+
+    /// The driver wrote to what is not writable of the configuration space.
+    pub(super) fn config_refused(&self) {
+        self.counters.config_fails.one();
+    }
+
+    /// What went wrong, by the names that Firecracker has for it.
+    pub fn counters(&self) -> Values {
+        let activations = self.counters.activate_fails.get();
+        let events = u64::from(self.failures()).saturating_sub(activations);
+        vec![
+            ("activate_fails", activations),
+            ("cfg_fails", self.counters.config_fails.get()),
+            ("event_fails", events),
+        ]
+    }
+
+    /// Interrupts of any kind since it was made.
+    pub fn triggers(&self) -> u64 {
+        self.interrupts() + self.counters.config_interrupts.get()
     }
 
     /// How often the device failed since it was made.

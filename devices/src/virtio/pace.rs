@@ -73,14 +73,16 @@ impl Pace {
         ]
     }
 
-    /// One of [`sources`](Self::sources) is ready: the queues are to be looked at again.
-    pub fn on_source(&mut self, token: u32) -> Result<(), DeviceError> {
+    /// One of [`sources`](Self::sources) is ready: the queues are to be looked at again. `events` counts the
+    /// timer's.
+    pub fn on_source(&mut self, token: u32, events: &Counter) -> Result<(), DeviceError> {
         if token == WAKE {
             // Readable, or another event took it.
             let _ = self.wake.read();
             self.until = None;
             return Ok(());
         }
+        events.one();
         let cleared = self.timer.clear();
         cleared.map_err(|error| failed("clear a timer", error.into()))
     }

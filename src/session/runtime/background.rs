@@ -138,7 +138,8 @@ impl Runtime {
         begun: Begun,
         pause: Duration,
     ) -> Result<Reply, ActionError> {
-        self.latencies.insert("background_create_snapshot", pause);
+        self.latencies
+            .insert("background_create_snapshot".to_owned(), pause);
         let path = create.snapshot_path.clone();
         let mut last = SnapshotStatistics {
             state: SnapshotState::Writing,

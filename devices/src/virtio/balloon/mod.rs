@@ -5,6 +5,7 @@
 //! chain is completed, joined to ranges over all chains of a turn, and only as whole host pages
 //! that are RAM. The device is owned by its I/O thread; [`BalloonHandle`] commands it.
 
+mod counters;
 mod huge;
 mod space;
 mod stats;
@@ -23,12 +24,14 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use self::counters::Counters;
 use self::huge::HugePages;
 use self::space::Space;
 pub use self::stats::Statistics;
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::discard::{Discarded, discard};
 use super::io::{Chain, Io, in_ram, read_at, total};
+use crate::counters::Values;
 
 /// Bytes of a page as the balloon counts them, whatever pages host and guest have.
 pub const PAGE: u64 = 4096;
@@ -162,6 +165,7 @@ pub struct Balloon {
     options: BalloonOptions,
     space: Arc<Space>,
     discarded: Arc<Discarded>,
+    counters: Arc<Counters>,
     huge: Option<HugePages>,
     /// The statistics buffer, to be given back when new ones are wanted.
     stats: Option<Chain>,
@@ -176,6 +180,7 @@ pub struct BalloonHandle {
     options: BalloonOptions,
     space: Arc<Space>,
     discarded: Arc<Discarded>,
+    counters: Arc<Counters>,
     wake: Arc<EventFd>,
 }
 
@@ -200,6 +205,11 @@ impl BalloonHandle {
             outside: self.discarded.outside(),
             refused: self.discarded.refused(),
         }
+    }
+
+    /// What the device has done.
+    pub fn counters(&self) -> Values {
+        self.counters.values()
     }
 
     /// The last statistics; `None` before the driver gave any.
@@ -286,6 +296,7 @@ impl Balloon {
             options: options.clone(),
             space: Arc::clone(&space),
             discarded: Arc::clone(&discarded),
+            counters: Arc::default(),
             wake: Arc::clone(&wake),
         };
         let balloon = Self {
@@ -293,6 +304,7 @@ impl Balloon {
             options,
             space,
             discarded,
+            counters: Arc::clone(&handle.counters),
             stats: None,
             ranges: Vec::new(),
             timer,
@@ -342,6 +354,7 @@ impl Balloon {
     fn inflate(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let mut chains = Vec::new();
         while let Some(chain) = io.pop(queue)? {
+            self.counters.inflations.one();
             for page in Self::pages(&chain, io)? {
                 self.ranges.push(page..page + PAGE);
                 let huge = match &mut self.huge {
@@ -361,6 +374,7 @@ impl Balloon {
     /// Pages that the driver takes back: they are the guest's as soon as it touches them.
     fn deflate(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         while let Some(chain) = io.pop(queue)? {
+            self.counters.deflations.one();
             if self.huge.is_some() {
                 let pages = Self::pages(&chain, io)?;
                 if let Some(huge) = &mut self.huge {
@@ -376,6 +390,7 @@ impl Balloon {
     fn report(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         let mut chains = Vec::new();
         while let Some(chain) = io.pop(queue)? {
+            self.counters.reports.times.one();
             self.add(&chain);
             chains.push(chain);
             self.limit(&mut chains, io)?;
@@ -395,6 +410,8 @@ impl Balloon {
             }
             let now = self.space.get();
             if now.guest_cmd == now.host_cmd && now.host_cmd > CMD_DONE {
+                let pages = !chain.writable().is_empty();
+                self.counters.hints.times.add(pages.into());
                 self.add(&chain);
             }
             chains.push(chain);
@@ -452,6 +469,7 @@ impl Balloon {
             let len = read_at(io.ram(), chain.readable(), 0, &mut bytes)?;
             let all = Statistics::parse(bytes.get(..len).unwrap_or_default());
             self.space.update(|inner| inner.statistics = Some(all));
+            self.counters.statistics.one();
             // A driver has one buffer; another one takes its place.
             if let Some(older) = self.stats.replace(chain) {
                 io.complete(older, 0)?;
@@ -523,8 +541,8 @@ impl VirtioDevice for Balloon {
             Some(INFLATE) => self.inflate(queue, io),
             Some(DEFLATE) => self.deflate(queue, io),
             Some(STATS) => self.statistics(queue, io),
-            Some(HINT) => self.hint(queue, io),
-            Some(REPORTING) => self.report(queue, io),
+            Some(HINT) => self.counted(|c| &c.hints, |b| b.hint(queue, io)),
+            Some(REPORTING) => self.counted(|c| &c.reports, |b| b.report(queue, io)),
             // A queue that the driver has no feature for.
             _ => Ok(()),
         }

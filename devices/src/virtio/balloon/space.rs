@@ -100,7 +100,8 @@ impl ConfigSpace for Space {
         read_config(words.map(u32::to_le_bytes).as_flattened(), offset, data);
     }
 
-    fn write(&self, offset: u64, data: &[u8]) {
+    fn write(&self, offset: u64, data: &[u8]) -> bool {
+        let mut taken = false;
         let mut inner = lock(&self.0);
         let mut actual = inner.actual.to_le_bytes();
         for (at, byte) in (0..).zip(data) {
@@ -108,9 +109,11 @@ impl ConfigSpace for Space {
             let at = at.and_then(|at| usize::try_from(at).ok());
             if let Some(to) = at.and_then(|at| actual.get_mut(at)) {
                 *to = *byte;
+                taken = true;
             }
         }
         inner.actual = u32::from_le_bytes(actual);
+        taken
     }
 
     fn generation(&self) -> u32 {

@@ -119,6 +119,8 @@ fn inflated_pages_are_dropped_and_no_others() {
     assert_eq!(bench.go(DEFLATE), 1);
     bench.fill(GIVEN..GIVEN + PAGE);
     assert!(bench.is(GIVEN..GIVEN + PAGE, 0xee));
+    let counted = bench.handle.counters();
+    assert!(counted.contains(&("inflate_count", 2)) && counted.contains(&("deflate_count", 1)));
 }
 
 #[test]
@@ -356,6 +358,14 @@ fn a_round_of_hints() {
     assert_eq!(bench.handle.hinting().unwrap().host_cmd, next);
     bench.handle.stop_hinting().unwrap();
     assert_eq!(bench.handle.hinting().unwrap(), done);
+    let counted = bench.handle.counters();
+    for figure in [
+        ("free_page_hint_count", 1),
+        ("free_page_hint_freed", PAGE),
+        ("inflate_count", 0),
+    ] {
+        assert!(counted.contains(&figure), "{figure:?} in {counted:?}");
+    }
 }
 
 #[test]

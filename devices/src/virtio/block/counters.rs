@@ -17,8 +17,14 @@ pub(super) struct Counters {
     pub queue_events: Counter,
     /// Requests that waited for the limits.
     pub throttled: Counter,
-    /// New sizes.
+    pub limiter_events: Counter,
+    /// Times that the driver called and had nothing.
+    pub no_buffer: Counter,
+    /// Times that requests waited for others to end.
+    pub engine_throttled: Counter,
+    /// New sizes, and images that did not come.
     pub updates: Counter,
+    pub update_fails: Counter,
     reads: Transfers,
     writes: Transfers,
 }
@@ -63,7 +69,11 @@ impl Counters {
             ("flush_count", self.flushes.get()),
             ("queue_event_count", self.queue_events.get()),
             ("rate_limiter_throttled_events", self.throttled.get()),
+            ("rate_limiter_event_count", self.limiter_events.get()),
+            ("no_avail_buffer", self.no_buffer.get()),
+            ("io_engine_throttled_events", self.engine_throttled.get()),
             ("update_count", self.updates.get()),
+            ("update_fails", self.update_fails.get()),
             ("read_bytes", self.reads.bytes.get()),
             ("read_count", self.reads.count.get()),
             ("write_bytes", self.writes.bytes.get()),

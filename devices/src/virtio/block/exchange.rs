@@ -42,6 +42,14 @@ impl BlockHandle {
     /// An image that cannot take the present one's place: the driver knows block size and whether it
     /// may write. The host.
     pub fn exchange(&self, disk: Disk) -> Result<u64, BlockError> {
+        let exchanged = self.put(disk);
+        if exchanged.is_err() {
+            self.counters.update_fails.one();
+        }
+        exchanged
+    }
+
+    fn put(&self, disk: Disk) -> Result<u64, BlockError> {
         let present = self.present.disk();
         let path = disk.path().to_path_buf();
         if disk.read_only() != present.read_only()

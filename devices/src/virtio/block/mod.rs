@@ -67,6 +67,8 @@ enum Engine {
 
 /// How far a queue was emptied.
 enum Taken {
+    /// There was nothing.
+    Nothing,
     /// As far as may be.
     All,
     /// Until so many were taken as are best given to the host at once.
@@ -235,26 +237,27 @@ impl Block {
     }
 
     /// Takes requests from a queue until it is empty or has to wait for tokens, and gives them to
-    /// the host as one batch.
-    fn process(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let mut begun = 0;
+    /// the host as one batch. Says whether there were any.
+    fn process(&mut self, queue: usize, io: &mut Io<'_>) -> Result<bool, DeviceError> {
+        let (mut begun, mut any) = (0, false);
         loop {
             let taken = self.take(queue, &mut begun, io);
             self.collect(queue, io, Ring::turn)?;
             match taken? {
-                Taken::All => {
+                taken @ (Taken::All | Taken::Nothing) => {
                     if self.ring(queue).map_or(0, Ring::transfers) >= MANY_UNDER_WAY {
                         io.looks_again(queue);
                     }
-                    return Ok(());
+                    return Ok(any || matches!(taken, Taken::All));
                 }
-                Taken::Batch => {}
+                Taken::Batch => any = true,
                 Taken::Enough => {
+                    self.counters.engine_throttled.one();
                     // Where something is under way, its end leads back here.
                     if self.ring(queue).is_none_or(|ring| ring.in_flight() == 0) {
                         io.later(queue);
                     }
-                    return Ok(());
+                    return Ok(true);
                 }
             }
         }
@@ -279,7 +282,7 @@ impl Block {
             geometry = self.geometry();
         }
         let batch = self.ring(queue).map_or(usize::MAX, Ring::batch);
-        for _ in 0..batch {
+        for taken in 0..batch {
             let under_way = self.ring(queue).map_or(0, Ring::bytes);
             if under_way.max(*begun) >= MAX_UNDER_WAY {
                 return Ok(Taken::Enough);
@@ -292,7 +295,10 @@ impl Block {
                 Some(held) => (held.chain, held.request),
                 None => {
                     let Some(chain) = io.pop(queue)? else {
-                        return Ok(Taken::All);
+                        return Ok(match taken {
+                            0 => Taken::Nothing,
+                            _ => Taken::All,
+                        });
                     };
                     let request = Request::parse(io.ram(), &chain, geometry)?;
                     let limiter = self.limiter.get();
@@ -505,7 +511,10 @@ impl VirtioDevice for Block {
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         self.counters.queue_events.one();
-        self.process(queue, io)
+        if !self.process(queue, io)? {
+            self.counters.no_buffer.one();
+        }
+        Ok(())
     }
 
     fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
@@ -521,6 +530,7 @@ impl VirtioDevice for Block {
                     }
                     io.config_changed();
                 } else {
+                    self.counters.limiter_events.one();
                     let cleared = self.timer.as_mut().map_or(Ok(()), TimerFd::clear);
                     cleared.map_err(|error| host_error("clear a timer", error.into()))?;
                 }
@@ -532,7 +542,7 @@ impl VirtioDevice for Block {
             // Completions, and what came meanwhile: that saves kicks.
             queue => {
                 io.looking(queue as usize)?;
-                self.process(queue as usize, io)
+                self.process(queue as usize, io).map(drop)
             }
         }
     }

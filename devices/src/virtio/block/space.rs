@@ -118,10 +118,12 @@ impl ConfigSpace for Space {
     }
 
     /// Only `writeback` can be written (section 5.2.5).
-    fn write(&self, offset: u64, data: &[u8]) {
-        if let (true, [value]) = (offset == WCE as u64, data) {
-            self.writeback.store(*value != 0, Ordering::SeqCst);
-        }
+    fn write(&self, offset: u64, data: &[u8]) -> bool {
+        let (true, [value]) = (offset == WCE as u64, data) else {
+            return false;
+        };
+        self.writeback.store(*value != 0, Ordering::SeqCst);
+        true
     }
 
     fn generation(&self) -> u32 {

@@ -215,7 +215,9 @@ impl VirtioCore {
 
     /// Writes the configuration space.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
-        self.config.write(offset, data);
+        if !self.config.write(offset, data) {
+            self.notifier.config_refused();
+        }
     }
 
     /// Stops the device: queues and host I/O are at rest when this returns. vCPUs stand still
@@ -395,7 +397,7 @@ impl VirtioCore {
             if queue.ready
                 && let Err(error) = queue.check(index, *max, &ram)
             {
-                return self.notifier.fail(&error);
+                return self.notifier.fail_activation(&error);
             }
         }
         self.start(inner);
@@ -412,7 +414,7 @@ impl VirtioCore {
         };
         match inner.backend.start(start) {
             Ok(()) => inner.running = true,
-            Err(error) => self.notifier.fail(&error),
+            Err(error) => self.notifier.fail_activation(&error),
         }
     }
 }

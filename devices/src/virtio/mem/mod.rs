@@ -5,6 +5,7 @@
 //! and its memory is the host's again. What is unplugged reads as zeros and cannot be written.
 
 mod blocks;
+mod counters;
 mod region;
 mod space;
 
@@ -17,6 +18,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -24,11 +26,13 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion, GuestRegionM
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::blocks::Blocks;
+use self::counters::Counters;
 pub use self::region::Region;
 use self::space::Space;
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Chain, Io, read_at, total, write_at};
 use super::{GuestRam, Memory};
+use crate::counters::Values;
 
 /// Feature bit: the driver does not touch what is unplugged (section 5.15.3).
 const F_UNPLUGGED_INACCESSIBLE: u32 = 1;
@@ -185,6 +189,7 @@ pub struct Mem {
     /// What the devices' view has of it, by guest address.
     views: BTreeMap<u64, Arc<GuestRegionMmap>>,
     wake: Arc<EventFd>,
+    counters: Arc<Counters>,
     failures: u32,
 }
 
@@ -192,6 +197,7 @@ pub struct Mem {
 #[derive(Clone, Debug)]
 pub struct MemHandle {
     space: Arc<Space>,
+    counters: Arc<Counters>,
     wake: Arc<EventFd>,
 }
 
@@ -202,6 +208,11 @@ impl MemHandle {
         check_requested(bytes, self.space.block, self.space.len)?;
         self.space.change(|inner| inner.requested = bytes);
         self.wake.write(1).map_err(host("wake the I/O thread"))
+    }
+
+    /// What the device has done.
+    pub fn counters(&self) -> Values {
+        self.counters.values()
     }
 
     /// How much is plugged.
@@ -276,6 +287,7 @@ impl Mem {
         let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let handle = MemHandle {
             space: Arc::clone(&space),
+            counters: Arc::default(),
             wake: Arc::new(wake),
         };
         let mut mem = Self {
@@ -285,6 +297,7 @@ impl Mem {
             blocks,
             views: BTreeMap::new(),
             wake: Arc::clone(&handle.wake),
+            counters: Arc::clone(&handle.counters),
             failures: 0,
         };
         mem.show().map_err(host("show saved blocks to devices"))?;
@@ -465,13 +478,20 @@ impl VirtioDevice for Mem {
     }
 
     fn on_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        self.counters.queue_events.one();
         while let Some(chain) = io.pop(queue)? {
             let mut request = [0; REQUEST];
             let got = read_at(io.ram(), chain.readable(), 0, &mut request)?;
             if got < REQUEST || total(chain.writable()) < ANSWER as u64 {
                 return Err(chain.layout_error());
             }
+            let begin = Instant::now();
+            let plugged = self.blocks.plugged();
             let (answer, state) = self.request(request);
+            let bytes = plugged.abs_diff(self.blocks.plugged()) * self.space.block;
+            let [low, high, ..] = request;
+            let kind = u16::from_le_bytes([low, high]);
+            self.counters.answered(kind, answer, bytes, begin.elapsed());
             complete(chain, answer, state, io)?;
         }
         Ok(())

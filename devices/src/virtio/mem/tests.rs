@@ -122,6 +122,19 @@ fn plugged_blocks_are_memory_and_others_are_not() {
     assert!((0..COUNT).all(|block| !bench.seen(block) && bench.guest(block) == 0));
     assert_eq!(bench.memory.memory().num_regions(), 2);
     assert_eq!(bench.handle.status().plugged, 0);
+    assert_ne!(bench.plug(COUNT, 1), ACK);
+    let counted = bench.handle.counters();
+    for figure in [
+        ("plug_count", 3),
+        ("plug_bytes", 3 * BLOCK),
+        ("plug_fails", 1),
+        ("unplug_count", 1),
+        ("unplug_bytes", BLOCK),
+        ("unplug_all_count", 1),
+        ("unplug_all_fails", 0),
+    ] {
+        assert!(counted.contains(&figure), "{figure:?} in {counted:?}");
+    }
 }
 
 #[test]

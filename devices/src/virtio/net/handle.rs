@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::space::{Counters, Traffic};
+use super::counters::{Counters, Traffic};
+use crate::counters::Values;
 use crate::virtio::limiter::Limiter;
 
 /// The side of a network device that the VMM keeps.
@@ -20,6 +21,11 @@ impl NetHandle {
     /// What the guest received and sent.
     pub fn traffic(&self) -> [Traffic; 2] {
         [self.counters.rx.traffic(), self.counters.tx.traffic()]
+    }
+
+    /// What the device has done.
+    pub fn counters(&self) -> Values {
+        self.counters.values()
     }
 
     /// The limiters for receiving and sending; after [`Limiter::set`] call

@@ -9,6 +9,7 @@
 
 mod backend;
 mod control;
+mod counters;
 mod detour;
 mod handle;
 mod header;
@@ -35,12 +36,14 @@ use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::backend::NetBackend;
 use self::backend::{Received, Sent};
+use self::counters::Counters;
+pub use self::counters::Traffic;
 pub use self::detour::{Detour, HEAD as DETOUR_HEAD};
 pub use self::handle::NetHandle;
 use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
 use self::rx::{Rx, RxMode};
-use self::space::{Counters, Space};
-pub use self::space::{Mac, Traffic};
+pub use self::space::Mac;
+use self::space::Space;
 pub use self::stream::Stream;
 pub use self::tap::{Tap, TapError};
 pub use self::vhost::{Vhost, VhostError};
@@ -177,12 +180,6 @@ fn host_error(what: &'static str, source: io::Error) -> DeviceError {
     DeviceError::Host { what, source }
 }
 
-/// Whether a moment to wait for is still to come; forgets one that is not.
-fn must_wait(until: &mut Option<Instant>) -> Option<Instant> {
-    *until = until.filter(|at| *at > Instant::now());
-    *until
-}
-
 impl Net {
     /// Makes the device and its handle.
     pub fn new(options: NetOptions, state: NetState) -> Result<(Self, NetHandle), NetError> {
@@ -268,6 +265,7 @@ impl Net {
     /// The host's end is gone: the driver sees a link that is down.
     fn close(&mut self, io: &mut Io<'_>, error: &io::Error) {
         if self.space.downs.swap(1, Ordering::SeqCst) == 0 {
+            self.counters.host_lost.one();
             let complaints = self.backend.complaints();
             let complaints =
                 complaints.map_or_else(String::new, |text| format!(" (it said: {text})"));
@@ -314,11 +312,15 @@ impl Net {
             let Some(rx) = self.rx.get_mut(pair) else {
                 return Ok(false);
             };
-            if let Some(at) = must_wait(&mut rx.until) {
+            if let Some(at) = self.counters.rx.must_wait(&mut rx.until) {
                 self.schedule(at)?;
                 return Ok(false);
             }
-            if !self.space.link_is_up() || !rx.gather(io, mode)? {
+            if !self.space.link_is_up() {
+                return Ok(false);
+            }
+            if !rx.gather(io, mode)? {
+                self.counters.rx.no_buffer.one();
                 return Ok(false);
             }
             if self.take_detour(pair, io, mode)? {
@@ -368,18 +370,20 @@ impl Net {
     /// One turn of [`transmit`](Self::transmit): whether a detour was taken.
     fn transmit_turn(&mut self, pair: usize, io: &mut Io<'_>) -> Result<bool, DeviceError> {
         self.begin(io)?;
-        let mut detoured = false;
+        let (mut any, mut detoured) = (false, false);
         while !self.blocked && self.vhost.is_none() {
             let Some(tx) = self.tx.get_mut(pair) else {
                 return Ok(detoured);
             };
-            if let Some(at) = must_wait(&mut tx.until) {
+            if let Some(at) = self.counters.tx.must_wait(&mut tx.until) {
                 self.schedule(at)?;
                 return Ok(detoured);
             }
             let Some(chain) = io.pop(2 * pair + 1)? else {
+                self.counters.tx.no_buffer.add(u64::from(!any));
                 return Ok(detoured);
             };
+            any = true;
             let ram = io.ram();
             let mut header: Header = [0; HEADER as usize];
             read_at(ram, chain.readable(), 0, &mut header)?;
@@ -392,7 +396,10 @@ impl Net {
             }
             let header = clean(&header, |bit| io.has(bit)).filter(|_| fits);
             let sent = match header {
-                None => Sent::Refused,
+                None => {
+                    self.counters.malformed.one();
+                    Sent::Refused
+                }
                 Some(header) => {
                     let frame = (header, len);
                     self.backend.send(pair, ram, chain.readable(), frame)?
@@ -496,8 +503,13 @@ impl VirtioDevice for Net {
             return self.control(queue, io);
         }
         let pair = queue / 2;
+        let Counters { rx, tx, .. } = &*self.counters;
         match queue % 2 {
             // With buffers at hand, the source says when there is something for them.
+            0 => rx.queue_events.one(),
+            _ => tx.queue_events.one(),
+        }
+        match queue % 2 {
             0 if self.mode.is_some() && self.rx.get(pair).is_some_and(|rx| rx.armed) => Ok(()),
             0 => self.receive(pair, io),
             _ => self.transmit(pair, io),
@@ -534,7 +546,10 @@ impl VirtioDevice for Net {
                 io.arm(WRITABLE, false);
                 (0..self.tx.len()).try_for_each(|pair| self.transmit(pair, io))
             }
-            pair => self.receive(pair as usize, io),
+            pair => {
+                self.counters.host_events.one();
+                self.receive(pair as usize, io)
+            }
         }
     }
 

@@ -1,6 +1,6 @@
-//! The configuration space of a network device (section 5.1.4), and what it counts.
+//! The configuration space of a network device (section 5.1.4).
 
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
@@ -43,57 +43,4 @@ impl ConfigSpace for Space {
     fn generation(&self) -> u32 {
         self.downs.load(Ordering::SeqCst)
     }
-}
-
-/// Frames and bytes in one direction, without headers of virtio.
-#[derive(Debug, Default)]
-pub(super) struct Direction {
-    frames: AtomicU64,
-    bytes: AtomicU64,
-    dropped: AtomicU64,
-    logged: AtomicUsize,
-}
-
-/// Log lines of one direction.
-const MAX_LOGGED: usize = 4;
-
-/// What passed in one direction.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Frames that got through.
-    pub frames: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Frames that were lost here.
-    pub dropped: u64,
-}
-
-impl Direction {
-    pub fn passed(&self, bytes: u64) {
-        self.frames.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Says why, the first times.
-    pub fn dropped(&self, why: &str) {
-        self.dropped.fetch_add(1, Ordering::Relaxed);
-        if self.logged.fetch_add(1, Ordering::Relaxed) < MAX_LOGGED {
-            log::debug!("a network frame is dropped: {why}");
-        }
-    }
-
-    pub fn traffic(&self) -> Traffic {
-        Traffic {
-            frames: self.frames.load(Ordering::Relaxed),
-            bytes: self.bytes.load(Ordering::Relaxed),
-            dropped: self.dropped.load(Ordering::Relaxed),
-        }
-    }
-}
-
-/// Both directions.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub rx: Direction,
-    pub tx: Direction,
 }

@@ -156,6 +156,7 @@ pub struct Pmem {
 struct Counters {
     queue_event_count: Counter,
     throttled: Counter,
+    limiter_events: Counter,
 }
 
 /// The side of a persistent memory that the VMM keeps.
@@ -178,6 +179,10 @@ impl PmemHandle {
             (
                 "rate_limiter_throttled_events",
                 self.counters.throttled.get(),
+            ),
+            (
+                "rate_limiter_event_count",
+                self.counters.limiter_events.get(),
             ),
         ]
     }
@@ -259,8 +264,9 @@ impl VirtioDevice for Pmem {
     }
 
     fn on_source(&mut self, token: u32, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let pace = self.pace.as_mut();
-        pace.map_or(Ok(()), |pace| pace.on_source(token))?;
+        if let Some(pace) = &mut self.pace {
+            pace.on_source(token, &self.counters.limiter_events)?;
+        }
         self.on_queue(0, io)
     }
 

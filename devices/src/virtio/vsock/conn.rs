@@ -76,6 +76,8 @@ pub struct Conn {
     pub queued: bool,
     /// Memory it may come to need.
     pub cost: usize,
+    /// What went wrong at the host's side: reads and writes.
+    pub failures: [u8; 2],
     cid: u64,
     host_port: u32,
     guest_port: u32,
@@ -118,6 +120,7 @@ impl Conn {
             deadline: None,
             queued: false,
             cost: 0,
+            failures: [0; 2],
             cid,
             host_port,
             guest_port,
@@ -283,7 +286,11 @@ impl Conn {
                 Ok(0)
             }
             // A message too long for the host, or a reset.
-            Some(Err(_)) | None => Err(Verdict::Reset),
+            Some(Err(_)) => {
+                self.failures[1] = 1;
+                Err(Verdict::Reset)
+            }
+            None => Err(Verdict::Reset),
         }
     }
 
@@ -539,7 +546,10 @@ impl Conn {
                 return Ok(Ok(None));
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(Ok(None)),
-            Err(_) => return Ok(Err(Verdict::Reset)),
+            Err(_) => {
+                self.failures[0] = 1;
+                return Ok(Err(Verdict::Reset));
+            }
         }
         (self.asked, self.wanted) = (false, 1);
         let count = self.message.len().min(room as usize);

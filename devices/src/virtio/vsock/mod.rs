@@ -194,6 +194,8 @@ impl VsockHandle {
             ("conns_added", &self.0.conns_added),
             ("conns_killed", &self.0.conns_killed),
             ("conns_removed", &self.0.conns_removed),
+            ("rx_read_fails", &self.0.rx_read_fails),
+            ("tx_write_fails", &self.0.tx_write_fails),
         ];
         all.map(|(name, counter)| (name, counter.get())).into()
     }

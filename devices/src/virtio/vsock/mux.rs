@@ -120,6 +120,8 @@ pub struct Counters {
     pub conns_added: Counter,
     pub conns_killed: Counter,
     pub conns_removed: Counter,
+    pub rx_read_fails: Counter,
+    pub tx_write_fails: Counter,
 }
 
 impl Mux {
@@ -341,6 +343,7 @@ impl Mux {
             }
             Verdict::Reset | Verdict::Remove => {
                 let reset = (verdict == Verdict::Reset).then(|| conn.reset());
+                let [reads, writes] = conn.failures;
                 self.memory -= conn.cost.min(self.memory);
                 if conn.queued {
                     // Or a guest that comes and goes would make the list grow.
@@ -349,6 +352,8 @@ impl Mux {
                 self.set_deadline(key, None);
                 self.conns.remove(&key);
                 self.counters.conns_removed.one();
+                self.counters.rx_read_fails.add(reads.into());
+                self.counters.tx_write_fails.add(writes.into());
                 if verdict == Verdict::Reset {
                     self.counters.conns_killed.one();
                 }

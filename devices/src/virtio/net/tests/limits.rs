@@ -44,6 +44,13 @@ fn sending_is_limited_until_the_limit_is_lifted() {
         guest.send(BLANK, &frame(200));
     }
     assert_eq!(guest.vqs[1].used_index(), 1);
+    let count = |guest: &Guest, name| {
+        let all = guest.handle.counters();
+        all.into_iter().find(|(other, _)| *other == name).unwrap().1
+    };
+    // The first look at the queues is among them.
+    assert_eq!(count(&guest, "tx_queue_event_count"), 4);
+    assert_eq!(count(&guest, "tx_rate_limiter_throttled"), 3);
     let [_, limiter] = guest.handle.limiters();
     limiter.as_ref().unwrap().set(LimiterConfig::default());
     guest.handle.limits_changed().unwrap();
@@ -52,4 +59,6 @@ fn sending_is_limited_until_the_limit_is_lifted() {
     for _ in 0..3 {
         expect(&mut socket, &frame(200));
     }
+    assert_eq!(count(&guest, "tx_count"), 3);
+    assert!(count(&guest, "no_tx_avail_buffer") >= 1);
 }
