@@ -154,6 +154,9 @@ pub const ROUTES: &[Route] = &[
         input.deprecated |= load.mem_file_path.is_some() || load.enable_diff_snapshots;
         Ok(Action::LoadSnapshot(load))
     }),
+    route(Put, "/snapshot/working-set", |_| {
+        Ok(Action::RecordWorkingSet)
+    }),
     route(Put, "/fork", |input| Ok(Action::Fork(input.parse()?))),
 ];
 

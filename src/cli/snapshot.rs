@@ -45,6 +45,8 @@ enum SnapshotCommand {
     Create(CreateArgs),
     /// Make a microVM of a snapshot and run it to its end
     Restore(Box<RestoreArgs>),
+    /// Note beside its snapshot which memory a microVM touched so far: later restores bring that early
+    Record(RecordArgs),
     /// Print what a snapshot is of
     Info(InfoArgs),
     /// Compare all of a snapshot with its checksums
@@ -105,6 +107,10 @@ struct RestoreArgs {
     /// Firecracker's page fault handlers do
     #[arg(long, value_name = "SOCKET")]
     uffd: Option<PathBuf>,
+    /// Bring each page of memory from the directory when it is touched, also into reserved huge pages,
+    /// which are filled before the guest runs otherwise
+    #[arg(long, conflicts_with = "uffd")]
+    lazy: bool,
     /// When it ends, note which memory it touched: later restores bring that early
     #[arg(long, conflicts_with = "uffd")]
     record: bool,
@@ -116,6 +122,12 @@ struct RestoreArgs {
     /// [default: a shell]
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct RecordArgs {
+    #[command(flatten)]
+    target: Target,
 }
 
 #[derive(Debug, Args)]
@@ -146,6 +158,7 @@ pub fn run(args: SnapshotArgs) -> Result<u8> {
             args.open()?.verify()?;
             Ok(0)
         }
+        SnapshotCommand::Record(args) => record(&args),
         SnapshotCommand::Rebase(args) => rebase(&args),
         SnapshotCommand::Gc(args) => gc::run(&args),
     }
@@ -207,6 +220,12 @@ fn create(args: &CreateArgs) -> Result<u8> {
     Ok(0)
 }
 
+fn record(args: &RecordArgs) -> Result<u8> {
+    let mut vm = Remote::connect(&args.target.find()?)?.patience(PATIENCE);
+    vm.ask("PUT", "/snapshot/working-set", "")?;
+    Ok(0)
+}
+
 /// Waits for the end of the snapshot that is being written to `path`.
 fn written(vm: &mut Remote, path: &Path) -> Result<u8> {
     loop {
@@ -237,11 +256,16 @@ fn restore(args: RestoreArgs) -> Result<u8> {
     let directory = &args.snapshot.directory;
     let mut load = SnapshotLoad::new(state(directory), memory(directory));
     args.rebind.apply(&mut load)?;
-    if let Some(socket) = args.uffd {
+    let backend = match (args.uffd, args.lazy) {
+        (Some(socket), _) => Some((MemoryBackendType::Uffd, socket)),
+        (None, true) => Some((MemoryBackendType::Lazy, memory(directory))),
+        (None, false) => None,
+    };
+    if let Some((backend_type, backend_path)) = backend {
         load.mem_file_path = None;
         load.mem_backend = Some(MemoryBackend {
-            backend_type: MemoryBackendType::Uffd,
-            backend_path: socket,
+            backend_type,
+            backend_path,
         });
     }
     load.record_working_set = args.record;

@@ -108,6 +108,8 @@ pub enum Action {
     Pause,
     /// Lets every vCPU go on.
     Resume,
+    /// Writes beside the memory file which pages the guest touched so far.
+    RecordWorkingSet,
     /// Saves a paused microVM.
     CreateSnapshot(SnapshotCreate),
     /// Makes a microVM of a saved one.
@@ -357,6 +359,8 @@ pub struct MemoryBackend {
 pub enum MemoryBackendType {
     /// A file.
     File,
+    /// A file, of which each page is brought when it is touched. bulle's own.
+    Lazy,
     /// A process that serves page faults.
     Uffd,
 }

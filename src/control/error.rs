@@ -211,6 +211,12 @@ pub enum ActionError {
         /// Causes, joined.
         text: String,
     },
+    /// What the guest touched cannot be recorded. The text has the causes.
+    #[error("Record working set error: {text}")]
+    WorkingSet {
+        /// Causes, joined.
+        text: String,
+    },
     /// Nobody can have copies of the machine. The text has the causes.
     #[error("Fork error: {text}")]
     Fork {
@@ -271,7 +277,7 @@ impl ActionError {
             Self::SnapshotBusy { .. } => "busy",
             Self::Start { .. } => "start-failed",
             Self::Load { .. } => "load-failed",
-            Self::Save { .. } => "save-failed",
+            Self::Save { .. } | Self::WorkingSet { .. } => "save-failed",
             Self::Fork { .. } => "fork-failed",
             Self::Balloon(_) | Self::Memory(_) | Self::Failed { .. } | Self::Keyboard => {
                 "machine-failed"

@@ -165,6 +165,7 @@ impl Preboot {
             | Action::PatchMemoryHotplug(_)
             | Action::Unplug(_)
             | Action::Fork(_)
+            | Action::RecordWorkingSet
             | Action::CreateSnapshot(_) => Err(ActionError::BeforeStart),
         }
     }

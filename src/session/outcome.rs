@@ -6,7 +6,7 @@ use std::time::Duration;
 use devices::bus::ExitReason;
 
 use crate::control::Event;
-use crate::snapshot::uffd::handler::HandlerLost;
+use crate::snapshot::uffd::watch::HandlerLost;
 use crate::vcpu::Failure;
 use crate::vm::VmExit;
 

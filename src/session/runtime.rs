@@ -418,6 +418,7 @@ impl Runtime {
             }
             Action::Exec(request) => self.exec(request, agent),
             Action::CreateSnapshot(create) => self.save(create, vm, agent),
+            Action::RecordWorkingSet => self.saver.record_working_set(vm),
             Action::Fork(request) => self.fork(request, vm, agent),
             Action::PutMachine(_)
             | Action::PatchMachine(_)

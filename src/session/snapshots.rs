@@ -8,9 +8,10 @@ use arch::kernel::KernelImage;
 use arch::state::ClockPolicy;
 
 use super::agent::AgentLink;
+use super::touched;
 use crate::config::{Config, HugePages, MemoryBacking, Spec};
 use crate::control::{
-    ActionError, LoadPages, MemoryBackendType, PAUSE_PATIENCE, SnapshotCreate, SnapshotLoad,
+    ActionError, LoadPages, MemoryBackendType, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotLoad,
     SnapshotType, chain,
 };
 use crate::sandbox::reaper::Reaper;
@@ -18,9 +19,10 @@ use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
 use crate::snapshot::image::Base;
 use crate::snapshot::ram::{Origin, Part};
+use crate::snapshot::working_set::{self, WorkingSet};
 use crate::snapshot::{
-    self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Plugged, Request, Snapshot,
-    SnapshotError, Template, socket,
+    self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Paging, Plugged, Request,
+    Snapshot, SnapshotError, Template, socket,
 };
 use crate::vm::Vm;
 
@@ -96,6 +98,7 @@ fn open(load: &SnapshotLoad) -> Result<Snapshot, ActionError> {
     let file = match (&load.mem_backend, &load.mem_file_path) {
         (Some(backend), _) => match backend.backend_type {
             MemoryBackendType::File => &backend.backend_path,
+            MemoryBackendType::Lazy => return open_lazy(load, &backend.backend_path),
             MemoryBackendType::Uffd => {
                 if load.record_working_set {
                     return Err(ActionError::Load {
@@ -118,6 +121,17 @@ fn open(load: &SnapshotLoad) -> Result<Snapshot, ActionError> {
         (None, None) => return Err(ActionError::LoadMemory),
     };
     Snapshot::open(state, file).map_err(|e| failed(&e))
+}
+
+/// As [`open`], where the memory in the file is brought when it is touched.
+fn open_lazy(load: &SnapshotLoad, memory: &Path) -> Result<Snapshot, ActionError> {
+    let mut snapshot = Snapshot::open(&load.snapshot_path, memory).map_err(|e| failed(&e))?;
+    let set = match load.record_working_set {
+        true => None,
+        false => touched::set(&snapshot),
+    };
+    snapshot.paging = Paging::Lazy(set);
+    Ok(snapshot)
 }
 
 /// In which pages the memory of `snapshot` is to be.
@@ -255,6 +269,27 @@ impl Saver {
             base: self.base.clone().filter(|_| changes),
             plugged,
         }
+    }
+
+    /// Writes beside the memory file that RAM comes from which pages were touched so far, while the machine
+    /// `vm` runs or stands still.
+    ///
+    /// # Errors
+    /// [`ActionError::WorkingSet`]; a list that was there before still is.
+    pub fn record_working_set(&self, vm: &Vm) -> Result<Reply, ActionError> {
+        let failed = |error: &dyn std::error::Error| ActionError::WorkingSet { text: chain(error) };
+        let Some(base) = &self.base else {
+            return Err(ActionError::WorkingSet {
+                text: "the microVM was not made of a snapshot in files of its own: only then there is one whose \
+                       pages could be brought early"
+                    .to_owned(),
+            });
+        };
+        let set = WorkingSet::of(vm.memory()).map_err(|e| failed(&e))?;
+        let path = working_set::path(&base.memory);
+        set.save(&path, base.id).map_err(|e| failed(&e))?;
+        log::debug!("a working set of {} KiB is recorded", set.len() >> 10);
+        Ok(Reply::Done)
     }
 
     /// What can be done for a snapshot in the background before the machine stands still.

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use crate::control::chain;
-use crate::snapshot::Snapshot;
 use crate::snapshot::working_set::{self, Prefetch, WorkingSet};
+use crate::snapshot::{Paging, Snapshot};
 use crate::telemetry::tell;
 use crate::vm::Vm;
 
@@ -28,6 +28,20 @@ pub enum Touched {
     },
 }
 
+/// That of `snapshot`, if there is one that can be used.
+pub fn set(snapshot: &Snapshot) -> Option<WorkingSet> {
+    let top = snapshot.layers.first()?;
+    let set = match WorkingSet::open(&working_set::path(&top.image.path), snapshot.id) {
+        Ok(set) => set?,
+        Err(error) => {
+            log::warn!("the snapshot's working set is not used: {}", chain(&error));
+            return None;
+        }
+    };
+    log::debug!("a working set of {} KiB is brought", set.len() >> 10);
+    Some(set)
+}
+
 impl Touched {
     /// For `vm`, made of `snapshot`, and not started. One that cannot be brought is no error: the guest gets its
     /// pages when it needs them.
@@ -41,23 +55,19 @@ impl Touched {
         }
         // All of a copy is there.
         let pages = snapshot.config.machine_config.huge_pages;
-        if pages.reserved_mib().is_some() {
+        let lazy = matches!(snapshot.paging, Paging::Lazy(_));
+        if pages.reserved_mib().is_some() && !lazy {
             return Self::Ignored;
         }
-        let path = working_set::path(&top.image.path);
-        let id = snapshot.id;
         if record {
+            let path = working_set::path(&top.image.path);
+            let id = snapshot.id;
             return Self::Recorded { path, id };
         }
-        let set = match WorkingSet::open(&path, id) {
-            Ok(Some(set)) => set,
-            Ok(None) => return Self::Ignored,
-            Err(error) => {
-                log::warn!("the snapshot's working set is not used: {}", chain(&error));
-                return Self::Ignored;
-            }
+        // Who brings the other pages brings these.
+        let Some(set) = set(snapshot).filter(|_| !lazy) else {
+            return Self::Ignored;
         };
-        log::debug!("a working set of {} KiB is brought", set.len() >> 10);
         match set.prefetch(vm.memory().clone()) {
             Ok(prefetch) => Self::Brought {
                 _prefetch: prefetch,

@@ -41,10 +41,10 @@ pub(super) fn copy_all(
 
 /// Bytes that come from one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
-    offset: u64,
-    end: u64,
-    layer: usize,
+pub(super) struct Piece {
+    pub(super) offset: u64,
+    pub(super) end: u64,
+    pub(super) layer: usize,
 }
 
 impl Piece {
@@ -62,7 +62,7 @@ impl Piece {
 }
 
 /// Which bytes come from which layer, in order: from the first, which is the newest, that has them.
-fn pieces(snapshot: &Snapshot) -> Vec<Piece> {
+pub(super) fn pieces(snapshot: &Snapshot) -> Vec<Piece> {
     let mut all: Vec<Piece> = Vec::new();
     let ram = snapshot.config.machine_config.mem_size_mib << 20;
     for (layer, content) in snapshot.layers.iter().enumerate() {

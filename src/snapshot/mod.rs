@@ -39,6 +39,7 @@ use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
 pub use self::merge::merge;
 pub use self::rebind::{NetworkRebind, Overrides, RebindError};
 pub use self::template::Template;
+use self::working_set::WorkingSet;
 use crate::board::BoardState;
 use crate::config::{Config, MAX_VCPUS};
 use crate::guest::client::Talk;
@@ -205,6 +206,18 @@ impl Layer {
     }
 }
 
+/// How a machine's memory comes to be there.
+#[derive(Clone, Debug, Default)]
+pub enum Paging {
+    /// Memory files are mapped, or copied to reserved huge pages.
+    #[default]
+    Mapped,
+    /// bulle brings each page from the memory files when it is touched, and this working set early.
+    Lazy(Option<WorkingSet>),
+    /// The process that listens at this socket does.
+    Handler(PathBuf),
+}
+
 /// A snapshot, read and checked.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -218,10 +231,10 @@ pub struct Snapshot {
     pub machine: Arc<MachineState>,
     /// What is known of the guest.
     pub guest: GuestFacts,
-    /// Its memory: the newest changes first, the file that has all last. None where `handler` has it.
+    /// Its memory: the newest changes first, the file that has all last. None where a handler has it.
     pub layers: Vec<Arc<Layer>>,
-    /// Socket of the process that brings its memory, in place of `layers`.
-    pub handler: Option<PathBuf>,
+    /// How its memory comes to be there.
+    pub paging: Paging,
     /// Where it was taken.
     pub origin: Option<Origin>,
 }
@@ -244,7 +257,7 @@ impl Snapshot {
     pub fn open(state: &Path, memory: &Path) -> Result<Self, SnapshotError> {
         let parts = read_parts(state)?;
         let layers = open_layers(&parts, memory)?;
-        Ok(Self::new(state, parts, layers, None))
+        Ok(Self::new(state, parts, layers, Paging::Mapped))
     }
 
     /// Reads the state file at `state`, whose memory a process brings that listens at `handler`.
@@ -257,11 +270,11 @@ impl Snapshot {
             state,
             parts,
             Vec::new(),
-            Some(handler.to_owned()),
+            Paging::Handler(handler.to_owned()),
         ))
     }
 
-    fn new(state: &Path, parts: Parts, layers: Vec<Arc<Layer>>, handler: Option<PathBuf>) -> Self {
+    fn new(state: &Path, parts: Parts, layers: Vec<Arc<Layer>>, paging: Paging) -> Self {
         Self {
             id: parts.id,
             path: state.to_owned(),
@@ -269,7 +282,7 @@ impl Snapshot {
             machine: Arc::new(parts.machine),
             guest: parts.guest,
             layers,
-            handler,
+            paging,
             origin: parts.origin,
         }
     }

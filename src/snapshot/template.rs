@@ -21,7 +21,9 @@ use super::create::{Parts, describe};
 use super::fork::{memory_file, seal};
 use super::format::{FormatError, Kind, MAX_FILE, Reader, Writer};
 use super::image::{ImageError, ImageWriter, MAX_CHAIN, MemoryMap};
-use super::{CONFIG, GUEST, Layer, MACHINE, Snapshot, merge, parse_config, socket, wrong_vcpus};
+use super::{
+    CONFIG, GUEST, Layer, MACHINE, Paging, Snapshot, merge, parse_config, socket, wrong_vcpus,
+};
 
 /// First bytes of the message.
 const MAGIC: [u8; 8] = *b"BULLETPL";
@@ -219,7 +221,7 @@ fn decode(bytes: &[u8], files: Vec<File>) -> Result<Snapshot, TemplateError> {
         machine: Arc::new(machine),
         guest: reader.value(GUEST)?,
         layers,
-        handler: None,
+        paging: Paging::Mapped,
         origin: None,
     })
 }

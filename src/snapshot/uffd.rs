@@ -1,14 +1,18 @@
 //! userfaultfd: page faults of guest RAM that a process answers (ioctl_userfaultfd(2)).
 //!
-//! Here are the descriptor and its ioctls; who answers is in [`handler`]. A fault of a vCPU comes from
+//! Here are the descriptor and its ioctls; who answers is in [`handler`] and [`lazy`]. A fault of a vCPU comes from
 //! the kernel's side of KVM, so a descriptor for faults of user mode alone is of no use.
 
 pub mod handler;
+pub mod lazy;
+pub mod watch;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
+
+use nix::errno::Errno;
 
 /// The device that gives descriptors to whoever may open it.
 const DEVICE: &str = "/dev/userfaultfd";
@@ -17,6 +21,9 @@ const SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 
 /// `UFFD_API`.
 const API: u64 = 0xaa;
+/// `UFFD_EVENT_*`.
+const PAGEFAULT: u8 = 0x12;
+const REMOVE: u8 = 0x15;
 
 /// Features that are asked for (`UFFD_FEATURE_*`).
 pub mod feature {
@@ -92,6 +99,24 @@ pub struct RegisterArg {
     ioctls: u64,
 }
 
+/// `struct uffdio_copy`.
+#[repr(C)]
+pub struct CopyArg {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+/// `struct uffdio_zeropage`.
+#[repr(C)]
+pub struct ZeroArg {
+    range: RangeArg,
+    mode: u64,
+    zeropage: i64,
+}
+
 /// Which faults of a range are told (`UFFDIO_REGISTER_MODE_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -119,6 +144,50 @@ nix::ioctl_readwrite!(
     0x00,
     RegisterArg
 );
+
+nix::ioctl_readwrite!(
+    /// `UFFDIO_COPY`.
+    copy,
+    0xaa,
+    0x03,
+    CopyArg
+);
+nix::ioctl_readwrite!(
+    /// `UFFDIO_ZEROPAGE`.
+    zeropage,
+    0xaa,
+    0x04,
+    ZeroArg
+);
+nix::ioctl_read!(
+    /// `UFFDIO_WAKE`.
+    wake,
+    0xaa,
+    0x02,
+    RangeArg
+);
+
+/// What is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A thread waits for the page with this address.
+    Fault(u64),
+    /// Memory was given back to the host, from the one address to before the other.
+    Removed(u64, u64),
+}
+
+/// What became of pages that were to be filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// So many bytes are there, and who waited for them goes on.
+    Bytes(u64),
+    /// The first page was there already.
+    Present,
+    /// Nothing before the next events are taken.
+    Later,
+    /// There is no such memory, or its process ends.
+    Nowhere,
+}
 
 /// A userfaultfd. Faults wait for as long as any process has it open; then memory is as if it had never
 /// been registered.
@@ -171,6 +240,95 @@ impl Uffd {
             len,
             source: errno.into(),
         })
+    }
+}
+
+impl Uffd {
+    /// The next event, if there is one.
+    ///
+    /// # Errors
+    /// Of reading.
+    pub fn next(&self) -> io::Result<Option<Event>> {
+        // `struct uffd_msg`: the event's number, and at 8 its arguments.
+        let mut message = [0; 32];
+        loop {
+            match nix::unistd::read(self.0.as_fd(), &mut message) {
+                Ok(32) => {}
+                Ok(_) | Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            }
+            let word = |at: usize| {
+                let bytes = message.get(at..).and_then(<[u8]>::first_chunk);
+                u64::from_ne_bytes(bytes.copied().unwrap_or_default())
+            };
+            match message.first() {
+                Some(&PAGEFAULT) => return Ok(Some(Event::Fault(word(16)))),
+                Some(&REMOVE) => return Ok(Some(Event::Removed(word(8), word(16)))),
+                // No others were asked for.
+                _ => {}
+            }
+        }
+    }
+
+    /// Fills the missing pages at `address` with `bytes`, whole pages.
+    ///
+    /// # Errors
+    /// Where the host has no memory for it, or for an address that is no page's.
+    pub fn copy(&self, address: u64, bytes: &[u8]) -> io::Result<Filled> {
+        let mut arg = CopyArg {
+            dst: address,
+            src: bytes.as_ptr() as u64,
+            len: bytes.len() as u64,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: the kernel reads `bytes`, and writes to nothing but missing pages of ranges that were
+        // registered, which is guest RAM.
+        let done = unsafe { copy(self.0.as_raw_fd(), &raw mut arg) };
+        filled(done, arg.copy)
+    }
+
+    /// Fills `len` bytes of missing pages at `address` with zeros; not of reserved huge pages.
+    ///
+    /// # Errors
+    /// As [`copy`](Self::copy).
+    pub fn zero(&self, address: u64, len: u64) -> io::Result<Filled> {
+        let mut arg = ZeroArg {
+            range: RangeArg {
+                start: address,
+                len,
+            },
+            mode: 0,
+            zeropage: 0,
+        };
+        // SAFETY: as for `copy`.
+        let done = unsafe { zeropage(self.0.as_raw_fd(), &raw mut arg) };
+        filled(done, arg.zeropage)
+    }
+
+    /// Has whoever waits for the `len` bytes at `address` look again.
+    ///
+    /// # Errors
+    /// For an address that is no page's.
+    pub fn wake(&self, address: u64, len: u64) -> io::Result<()> {
+        let mut arg = RangeArg {
+            start: address,
+            len,
+        };
+        // SAFETY: the structure is the one that the kernel reads; it changes no memory.
+        let woken = unsafe { wake(self.0.as_raw_fd(), &raw mut arg) };
+        woken.map(drop).map_err(io::Error::from)
+    }
+}
+
+fn filled(done: nix::Result<i32>, count: i64) -> io::Result<Filled> {
+    match (done, u64::try_from(count)) {
+        (Ok(_), Ok(count)) | (Err(Errno::EAGAIN), Ok(count @ 1..)) => Ok(Filled::Bytes(count)),
+        (Ok(_) | Err(Errno::EAGAIN), _) => Ok(Filled::Later),
+        (Err(Errno::EEXIST), _) => Ok(Filled::Present),
+        (Err(Errno::ENOENT | Errno::ESRCH), _) => Ok(Filled::Nowhere),
+        (Err(errno), _) => Err(errno.into()),
     }
 }
 

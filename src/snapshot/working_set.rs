@@ -71,6 +71,11 @@ impl WorkingSet {
         self.runs.iter().map(|(_, len)| len).sum()
     }
 
+    /// Its pages, as offsets in the memory file's layout and lengths, in order.
+    pub fn runs(&self) -> &[(u64, u64)] {
+        &self.runs
+    }
+
     /// Whether nothing was touched.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()

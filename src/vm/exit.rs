@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use devices::bus::ExitReason;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::snapshot::uffd::handler::HandlerLost;
+use crate::snapshot::uffd::watch::HandlerLost;
 use crate::vcpu::Failure;
 
 /// Why a virtual machine ended.

@@ -10,7 +10,7 @@ use super::{PauseError, SaveError, Vm};
 use crate::config::Config;
 use crate::snapshot::fork::{ForkError, Frozen, Ram};
 use crate::snapshot::ram::Retired;
-use crate::snapshot::{GuestFacts, Snapshot};
+use crate::snapshot::{GuestFacts, Paging, Snapshot};
 
 /// A machine cannot be forked. It goes on as it was.
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +94,7 @@ impl Vm {
             machine: Arc::new(machine),
             guest,
             layers,
-            handler: None,
+            paging: Paging::Mapped,
             origin: None,
         };
         Ok(Fork {

@@ -42,7 +42,7 @@ pub use shell::{Shape, ShapeError, Shell};
 use vm_memory::{GuestMemoryBackend, GuestMemoryError, GuestRegionMmap};
 
 use crate::board::Board;
-use crate::snapshot::uffd::handler::Watched;
+use crate::snapshot::uffd::watch::Watched;
 use crate::snapshot::{MachineState, Plugged};
 use crate::vcpu::VcpuHandle;
 
@@ -166,7 +166,7 @@ impl Vm {
     pub fn not_copied(&self) -> Option<&'static str> {
         let reserved = |region: &GuestRegionMmap| region.is_hugetlbfs() == Some(true);
         if self.handler.is_some() {
-            Some("a page fault handler brings the guest's memory")
+            Some("the guest's memory is brought when it is touched")
         } else if self.memory.iter().any(reserved) {
             Some("guest memory is in reserved huge pages")
         } else if !self.slots.plugged().is_empty() {

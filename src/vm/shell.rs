@@ -19,8 +19,10 @@ use crate::board::Wiring;
 use crate::board::plan::Plan;
 use crate::config::{Irqchip, MachineConfig, MemoryBacking};
 use crate::io::IoThread;
-use crate::snapshot::uffd::handler;
-use crate::snapshot::{Snapshot, ram};
+use crate::snapshot::uffd::handler::{self, Connected};
+use crate::snapshot::uffd::lazy::{self, Lazy};
+use crate::snapshot::uffd::watch::Watched;
+use crate::snapshot::{Paging, Snapshot, ram};
 use crate::vcpu::{Given, Reach, VcpuHandle};
 
 /// A snapshot is not of a machine of the shell's shape.
@@ -96,7 +98,8 @@ impl Shell {
         // Of a chain, small changes are copied, which a machine that waits has no use for, unless all of it is,
         // into reserved pages.
         let reserved = machine.huge_pages.reserved_mib().is_some();
-        let simple = (reserved || snapshot.layers.len() == 1) && snapshot.handler.is_none();
+        let simple =
+            (reserved || snapshot.layers.len() == 1) && matches!(snapshot.paging, Paging::Mapped);
         let memory = match simple {
             true => ram::map(snapshot, &machine)?.0,
             false => memory::map(&machine)?,
@@ -203,6 +206,13 @@ impl Shell {
     }
 }
 
+/// Who brings memory that is not there yet.
+enum Absent {
+    Nobody,
+    Lazy(Lazy),
+    Handler(Connected),
+}
+
 fn check(host: &Host, snapshot: &Snapshot) -> Result<(), BuildError> {
     match snapshot.machine.vcpus.first() {
         Some(vcpu) => Ok(vcpu.check(host.cpuid()?)?),
@@ -227,25 +237,32 @@ impl Vm {
         let state = &snapshot.machine.board;
         state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
         check(&host, snapshot)?;
-        let (memory, origin, connected) = match &snapshot.handler {
-            None => {
-                let (memory, origin) = ram::map(snapshot, machine)?;
-                (memory, origin, None)
+        let mut provider = Absent::Nobody;
+        let (memory, origin) = match &snapshot.paging {
+            Paging::Mapped => ram::map(snapshot, machine)?,
+            Paging::Lazy(set) => {
+                let (memory, lazy) = lazy::map(snapshot, machine, set.as_ref())?;
+                provider = Absent::Lazy(lazy);
+                (memory.clone(), ram::anywhere(&memory))
             }
-            Some(path) => {
+            Paging::Handler(path) => {
                 let (memory, connected) = handler::map(machine, path)?;
-                (memory.clone(), ram::anywhere(&memory), Some(connected))
+                provider = Absent::Handler(connected);
+                (memory.clone(), ram::anywhere(&memory))
             }
         };
         let shell = Shell::around(machine, host, memory, &wiring.devices, None)?;
         // From here on memory is touched.
-        let watched = connected.map(|connected| connected.watch(&shell.exit));
-        let watched = watched.transpose()?;
+        let watched = match provider {
+            Absent::Nobody => None,
+            Absent::Lazy(lazy) => Some(Watched::new(lazy, &shell.exit)?),
+            Absent::Handler(connected) => Some(Watched::new(connected, &shell.exit)?),
+        };
         for plugged in shell.frame.slots.plugged() {
             ram::fill_plugged(snapshot, &plugged)?;
         }
         let mut vm = shell.become_machine(snapshot, policy, wiring)?;
-        vm.made_of = snapshot.handler.is_none().then_some(snapshot.id);
+        vm.made_of = watched.is_none().then_some(snapshot.id);
         if let Some(watched) = &watched {
             watched.loaded();
         }

@@ -1,6 +1,7 @@
 //! Memory that is loaded in reserved huge pages.
 
 use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
@@ -8,12 +9,18 @@ use crate::pager::{Pager, Way};
 use crate::saved::{Files, Story, machine, save, try_load};
 
 /// The host's pool of 2 MiB pages, as it was before once this is dropped.
-struct Pool(String);
+pub struct Pool(String);
 
 const PATH: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
+/// The pool is all tests': one at a time may change it.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static POOL: Mutex<()> = Mutex::new(());
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Pool {
-    fn of(pages: &str) -> Self {
+    pub fn of(pages: &str) -> Self {
         let before = fs::read_to_string(PATH).unwrap();
         fs::write(PATH, pages).unwrap();
         let now = fs::read_to_string(PATH).unwrap();
@@ -45,6 +52,7 @@ fn files_and_handlers_fill_huge_pages() {
     story.hear_out(&vm);
     drop(vm);
     let huge = json!({ "huge_pages": "2M" });
+    let _alone = alone();
     let pool = Pool::of("0");
     let (_, answer) = try_load(&changes, huge.clone());
     answer.refused(&[

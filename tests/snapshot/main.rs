@@ -15,6 +15,7 @@ mod goes_on;
 mod golden;
 mod huge;
 mod killed;
+mod lazy;
 mod lies;
 mod pager;
 mod rebind;

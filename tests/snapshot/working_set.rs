@@ -70,3 +70,38 @@ fn what_was_touched_is_there_the_next_time() {
         again.check();
     }
 }
+
+#[test]
+fn it_is_recorded_of_a_microvm_that_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = Files::named(dir.path(), "saved");
+    let mut story = Story::default();
+    let mut vm = machine("carry_on", "", json!({})).start();
+    story.follow(&mut vm, 3);
+    let record = |vm: &mut Served| vm.put("/snapshot/working-set", json!(null));
+    record(&mut vm).refused(&["Record working set error", "was not made of a snapshot"]);
+    save(&mut vm, &files);
+    story.hear_out(&vm);
+    drop(vm);
+    let lazy = json!({ "mem_backend": { "backend_type": "Lazy", "backend_path": files.memory } });
+    for more in [json!({}), lazy] {
+        let (mut vm, answer) = try_load(&files, more);
+        answer.done();
+        let mut again = story.clone();
+        // All memory that it wrote before is gone through in 16 ticks.
+        again.follow(&mut vm, 20);
+        record(&mut vm).done();
+        assert!(list(&files).exists());
+        again.follow(&mut vm, 3);
+        again.check();
+        drop(vm);
+        let (vm, answer) = try_load(&files, json!({ "resume_vm": false }));
+        answer.done();
+        let begin = Instant::now();
+        while resident(&vm, &files.memory) < 4 << 10 {
+            assert!(begin.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        fs::remove_file(list(&files)).unwrap();
+    }
+}

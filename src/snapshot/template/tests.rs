@@ -17,7 +17,7 @@ fn snapshot() -> Snapshot {
     };
     file.set_len(map.len()).unwrap();
     let layers = vec![Arc::new(Layer::in_memory(file, map))];
-    Snapshot::new(Path::new(state), parts, layers, None)
+    Snapshot::new(Path::new(state), parts, layers, Paging::Mapped)
 }
 
 fn sent(fds: &[RawFd], bytes: &[u8]) -> Result<Snapshot, TemplateError> {
