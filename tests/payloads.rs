@@ -14,6 +14,8 @@ mod many;
 mod memory;
 #[path = "payloads/messages.rs"]
 mod messages;
+#[path = "payloads/passt.rs"]
+mod passt;
 #[path = "payloads/watchdog.rs"]
 mod watchdog;
 

@@ -32,6 +32,16 @@ pub enum Event {
         /// How often that happened so far.
         failures: u32,
     },
+    /// A network device lost the host's side: the guest sees a link that is down.
+    LinkDown {
+        /// Its name.
+        device: String,
+    },
+    /// It has the host's side again.
+    LinkUp {
+        /// Its name.
+        device: String,
+    },
     /// A snapshot that was written in the background is there.
     SnapshotSaved {
         /// Its state file.
@@ -77,6 +87,8 @@ impl Event {
             Self::Resumed => "resumed",
             Self::Panicked => "panicked",
             Self::DeviceError { .. } => "device_error",
+            Self::LinkDown { .. } => "link_down",
+            Self::LinkUp { .. } => "link_up",
             Self::SnapshotSaved { .. } => "snapshot_saved",
             Self::SnapshotFailed { .. } => "snapshot_failed",
             Self::DeviceAdded { .. } => "device_added",

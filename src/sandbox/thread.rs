@@ -20,6 +20,8 @@ pub enum Role {
     Pager,
     /// Brings guest memory that is going to be used.
     Prefetch,
+    /// Starts a passt that ended again.
+    Passt,
 }
 
 impl Role {
@@ -31,6 +33,7 @@ impl Role {
             Self::Reaper => "reaper".to_string(),
             Self::Pager => "pager".to_string(),
             Self::Prefetch => "prefetch".to_string(),
+            Self::Passt => "passt".to_string(),
         }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::mmds::{Mmds, MmdsError};
+use devices::virtio::registry::DeviceHandle;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 pub use self::background::Behind;
@@ -63,10 +64,11 @@ pub struct Runtime {
     unplugs: Unplugs,
 }
 
-/// Who announces devices that fail, and how often each did.
+/// Who announces devices that fail, how often each did, and how often its link went down or up.
 struct Alarm {
     event: EventFd,
     failures: BTreeMap<String, u32>,
+    links: BTreeMap<String, u32>,
 }
 
 /// What figures are made of and where they go.
@@ -192,7 +194,12 @@ impl Runtime {
                     .iter()
                     .map(|d| (d.id.clone(), d.core.notifier().failures()))
                     .collect();
-                self.alarm = Some(Alarm { event, failures });
+                let links = BTreeMap::new();
+                self.alarm = Some(Alarm {
+                    event,
+                    failures,
+                    links,
+                });
             }
             Err(error) => log::warn!("nobody is told of devices that fail: {error}"),
         }
@@ -210,6 +217,18 @@ impl Runtime {
             if known.unwrap_or(0) != failures {
                 let device = device.id.clone();
                 self.events.emit(&Event::DeviceError { device, failures });
+            }
+            let DeviceHandle::Net(net) = &device.handle else {
+                continue;
+            };
+            let changes = net.link_changes();
+            let known = alarm.links.insert(device.id.clone(), changes);
+            for change in known.unwrap_or(0)..changes {
+                let device = device.id.clone();
+                self.events.emit(&match change % 2 {
+                    0 => Event::LinkDown { device },
+                    _ => Event::LinkUp { device },
+                });
             }
         }
     }
@@ -248,6 +267,7 @@ impl Runtime {
         for device in self.unplugs.settle(vm, &mut self.config, &self.ready) {
             if let Some(alarm) = &mut self.alarm {
                 alarm.failures.remove(&device);
+                alarm.links.remove(&device);
             }
             self.events.emit(&Event::DeviceRemoved { device });
         }

@@ -354,11 +354,11 @@ fn passt_of(bulle: &Running) -> Pid {
 }
 
 /// Address and resolver set by the agent and by DHCP, names, files both ways from the host's
-/// loopback, a published port, and what the guest sees when passt dies.
+/// loopback, a published port, and what the guest sees when passt dies and another one comes.
 fn user(flavour: &str, more: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     serve_names();
-    let (down, _) = serve_file(Ipv4Addr::LOCALHOST, BYTES, 1);
+    let (down, _) = serve_file(Ipv4Addr::LOCALHOST, BYTES, 2);
     let (up, taken) = take_files(Ipv4Addr::LOCALHOST, BYTES, 1);
     let (down_six, _) = serve_file(HOST_SIX, BYTES, 1);
     let script = format!(
@@ -375,8 +375,10 @@ fn user(flavour: &str, more: &[&str]) {
         printf '#!/bin/sh\\necho lease $1 $ip $router $subnet $mtu\\n' >lease; chmod +x lease
         udhcpc -f -n -q -i eth0 -s /tmp/lease 2>/dev/null | grep bound
         (while :; do echo from-guest | nc -l -p 80; done) >/dev/null 2>&1 & server=$!
-        echo serving; while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done
-        kill $server; echo carrier gone"
+        cd /sys/class/net/eth0; before=$(cat carrier_changes); echo serving
+        while [ $(cat carrier_changes) -lt $((before + 2)) ]; do sleep 0.1; done
+        kill $server; echo carrier $(cat carrier_down_count); cd /tmp
+        wget -q -O again http://10.0.2.2:{down}/; echo sum-again $(md5sum <again)"
     );
     fs::copy(guest_tool(), dir.path().join("guest-tool")).unwrap();
     let tools = format!("{}:/tools:ro", dir.path().display());
@@ -422,8 +424,10 @@ fn user(flavour: &str, more: &[&str]) {
     assert!(taken.recv().unwrap().1, "other bytes came to the host");
     let lease = "bound 10.0.2.15 10.0.2.2 255.255.255.0 65520";
     assert_eq!(outcome.value("lease"), lease);
-    assert_eq!(outcome.value("carrier"), "gone");
-    outcome.complains("its link is down");
+    assert_eq!(outcome.value("sum-again"), sum_of_file);
+    assert_ne!(outcome.value("carrier"), "0");
+    let outcome = outcome.complains("its link is down");
+    outcome.complains("passt is started again");
 }
 
 #[test]

@@ -157,6 +157,8 @@ pub(super) enum Change {
     Arm(u32, bool),
     /// A new one.
     Watch(Source),
+    /// Another descriptor for the source of that token.
+    WatchInstead(Source),
     /// No kicks of this queue any more.
     Lent(usize),
 }
@@ -353,6 +355,17 @@ impl<'a> Io<'a> {
     /// Waits for source `token` from now on, or no more.
     pub fn arm(&mut self, token: u32, on: bool) {
         self.changes.push(Change::Arm(token, on));
+    }
+
+    /// Has a source be another descriptor than the one that it was, which is open until the call of the device
+    /// is over.
+    pub(super) fn watch_instead(&mut self, source: Source) {
+        self.changes.push(Change::WatchInstead(source));
+    }
+
+    /// Has the VMM look at the device's handle.
+    pub(super) fn announce(&self) {
+        self.notifier.announce();
     }
 
     /// Waits for one source more, until the queues leave.

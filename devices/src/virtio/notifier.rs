@@ -49,7 +49,7 @@ pub struct Notifier {
     failures: AtomicU32,
     interrupts: AtomicU64,
     counters: Counters,
-    /// Written at each failure, where somebody wants to know.
+    /// Written at each failure and announcement, where somebody wants to know.
     alarm: OnceLock<EventFd>,
 }
 
@@ -74,7 +74,7 @@ impl Notifier {
         }
     }
 
-    /// Has failures announced by `alarm`; a second one is left aside.
+    /// Has failures, and what else a device announces, told by `alarm`; a second one is left aside.
     pub fn set_alarm(&self, alarm: EventFd) {
         let _ = self.alarm.set(alarm);
     }
@@ -109,6 +109,11 @@ impl Notifier {
             );
         }
         self.config_changed();
+        self.announce();
+    }
+
+    /// Something happened that the VMM wants to know.
+    pub(super) fn announce(&self) {
         if let Some(alarm) = self.alarm.get() {
             // Full: it was announced often enough.
             let _ = alarm.write(1);

@@ -333,8 +333,21 @@ impl Worker {
         Ok(())
     }
 
+    fn watch(&mut self, source: Source, ops: &mut EventOps<'_>) {
+        match ops.add(Self::events(&source, true)) {
+            Ok(()) => self.sources.push(source),
+            Err(error) => {
+                self.failed = true;
+                let source = io::Error::other(error.to_string());
+                let what = "wait for a file descriptor";
+                let error = DeviceError::Host { what, source };
+                self.start.notifier.fail(&error);
+            }
+        }
+    }
+
     fn apply_changes(&mut self, ops: &mut EventOps<'_>) {
-        for change in self.changes.drain(..) {
+        for change in std::mem::take(&mut self.changes) {
             match change {
                 Change::Arm(token, on) => {
                     let source = self.sources.iter().find(|s| s.token == token);
@@ -353,17 +366,15 @@ impl Worker {
                         log::warn!("cannot leave kicks to the host's kernel: {error}");
                     }
                 }
-                Change::Watch(source) => match ops.add(Self::events(&source, true)) {
-                    Ok(()) => self.sources.push(source),
-                    Err(error) => {
-                        self.failed = true;
-                        let source = io::Error::other(error.to_string());
-                        let what = "wait for a file descriptor";
-                        self.start
-                            .notifier
-                            .fail(&DeviceError::Host { what, source });
+                Change::WatchInstead(source) => {
+                    let before = self.sources.iter().position(|s| s.token == source.token);
+                    if let Some(before) = before.map(|at| self.sources.swap_remove(at)) {
+                        // It fails where the loop does not know it, and then there is nothing to undo.
+                        let _ = ops.remove(Self::events(&before, false));
                     }
-                },
+                    self.watch(source, ops);
+                }
+                Change::Watch(source) => self.watch(source, ops),
             }
         }
     }

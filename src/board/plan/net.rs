@@ -6,12 +6,14 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use devices::mmds::{Mmds, Service, Stack};
-use devices::virtio::net::{Detour, NetBackend, NetOptions, Tap, TapError, Vhost, VhostError};
+use devices::virtio::net::{
+    Detour, Keeper, NetBackend, NetOptions, Tap, TapError, Vhost, VhostError,
+};
 use devices::virtio::registry::DeviceConfig;
 
 use super::Plan;
 use super::limits::Limiters;
-use super::passt::{self, PasstError};
+use super::passt::{PasstError, PasstKeeper, Recipe};
 use crate::config::{Config, MmdsVersion, NetMode, NetworkInterface, USER_MTU};
 
 /// The host's side of a network interface cannot be had.
@@ -97,12 +99,21 @@ pub(super) fn plan(
         move |source| NetError::Host { what, id, source }
     };
     let mut mtu = interface.mtu;
+    let mut keeper = None;
     let (backend, mac) = match (interface.user_network(index), interface.mode) {
         (Some(network), _) => {
             let mtu = *mtu.get_or_insert(USER_MTU);
-            let passt = passt::start(&network, mtu, &interface.publish)?;
+            let mac = network.mac;
+            let recipe = Recipe {
+                id: id.clone(),
+                network,
+                mtu,
+                publish: interface.publish.clone(),
+            };
+            let passt = recipe.start()?;
             let backend = NetBackend::stream_with_complaints(passt.socket, passt.complaints);
-            (backend.map_err(host("use a socket"))?, Some(network.mac))
+            keeper = Some(Box::new(PasstKeeper::new(recipe, passt.child)) as Box<dyn Keeper>);
+            (backend.map_err(host("use a socket"))?, Some(mac))
         }
         (None, NetMode::Fd) => {
             let fd = interface.fd.unwrap_or_default();
@@ -140,6 +151,7 @@ pub(super) fn plan(
             tx_limiter: limiters.get(interface.tx_rate_limiter.as_ref()),
             detour,
             vhost,
+            keeper,
         }),
     })
 }

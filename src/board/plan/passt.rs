@@ -16,7 +16,10 @@ use std::time::Duration;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
+pub(super) use self::keeper::{PasstKeeper, Recipe};
 use crate::config::{Protocol, Publish, UserNetwork};
+
+mod keeper;
 
 const PROGRAM: &str = "passt";
 /// How long passt may take to be ready.
@@ -80,11 +83,13 @@ fn advice(error: &io::Error) -> &'static str {
 }
 
 /// A running passt.
-pub(super) struct Passt {
+pub(in crate::board) struct Passt {
     /// The VM's end of its socket, which does not block.
     pub socket: OwnedFd,
     /// The reading end of a pipe that does not block, with what it complains of.
     pub complaints: OwnedFd,
+    /// Its process.
+    pub child: Child,
 }
 
 /// Starts passt for the guest of `network`; it answers by now.
@@ -137,6 +142,7 @@ pub(super) fn start(
     Ok(Passt {
         socket: ours.into(),
         complaints,
+        child,
     })
 }
 

@@ -72,6 +72,11 @@ impl NetBackend {
         }
     }
 
+    /// Whether the program at the other end is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        matches!(self, Self::Stream(stream) if stream.is_closed())
+    }
+
     /// Pairs of queues that it has.
     pub fn pairs(&self) -> u16 {
         match self {

@@ -6,7 +6,7 @@
 
 use virtio_bindings::virtio_net::*;
 
-use super::Net;
+use super::{Net, host_error};
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::{Io, read_at, total, write_at};
 
@@ -33,6 +33,24 @@ enum Command {
 }
 
 impl Net {
+    /// Index of the control queue: behind the pairs that the driver may use (section 5.1.2).
+    pub(super) fn control_queue(&self, io: &Io<'_>) -> Option<usize> {
+        let pairs = match io.has(VIRTIO_NET_F_MQ) {
+            true => self.space.pairs.into(),
+            false => 1,
+        };
+        io.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
+    }
+
+    /// Has the host use as many pairs as the driver does.
+    pub(super) fn use_pairs(&mut self) -> Result<(), DeviceError> {
+        let (before, active) = (self.host_active, self.active);
+        let used = self.backend.use_pairs(before, active);
+        used.map_err(|error| host_error("use the queues of a tap interface", error))?;
+        self.host_active = active;
+        Ok(())
+    }
+
     /// Answers what is on the control queue, then does it.
     pub(super) fn control(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
         while let Some(chain) = io.pop(queue)? {

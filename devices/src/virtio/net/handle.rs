@@ -6,7 +6,9 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::{Counters, Traffic};
+use super::space::Space;
 use crate::counters::Values;
+use crate::virtio::device::ConfigSpace;
 use crate::virtio::limiter::Limiter;
 
 /// The side of a network device that the VMM keeps.
@@ -15,6 +17,7 @@ pub struct NetHandle {
     pub(super) counters: Arc<Counters>,
     pub(super) limiters: [Option<Arc<Limiter>>; 2],
     pub(super) wake: Arc<EventFd>,
+    pub(super) space: Arc<Space>,
 }
 
 impl NetHandle {
@@ -26,6 +29,11 @@ impl NetHandle {
     /// What the device has done.
     pub fn counters(&self) -> Values {
         self.counters.values()
+    }
+
+    /// How often the link went down or up; it was up first.
+    pub fn link_changes(&self) -> u32 {
+        self.space.generation()
     }
 
     /// The limiters for receiving and sending; after [`Limiter::set`] call

@@ -13,6 +13,7 @@ mod counters;
 mod detour;
 mod handle;
 mod header;
+mod renew;
 mod rx;
 mod space;
 mod stream;
@@ -25,7 +26,7 @@ pub(super) mod tests;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,8 @@ pub use self::counters::Traffic;
 pub use self::detour::{Detour, HEAD as DETOUR_HEAD};
 pub use self::handle::NetHandle;
 use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
+use self::renew::Slot;
+pub use self::renew::{Keeper, Renewal};
 use self::rx::{Rx, RxMode};
 pub use self::space::Mac;
 use self::space::Space;
@@ -83,6 +86,8 @@ pub struct NetOptions {
     /// Has the host's kernel move the frames; with a tap, and with neither limits nor detour, which it
     /// does not know.
     pub vhost: Option<Vhost>,
+    /// Gets another end of a stream socket where that goes.
+    pub keeper: Option<Box<dyn Keeper>>,
 }
 
 /// A network device could not be made.
@@ -157,6 +162,10 @@ pub struct Net {
     backend: NetBackend,
     detour: Option<Box<dyn Detour>>,
     vhost: Option<Vhost>,
+    keeper: Option<Box<dyn Keeper>>,
+    slot: Slot,
+    /// The end before this one.
+    retired: Option<NetBackend>,
     space: Arc<Space>,
     counters: Arc<Counters>,
     limiters: [Option<Arc<Limiter>>; 2],
@@ -191,6 +200,7 @@ impl Net {
             tx_limiter,
             detour,
             vhost,
+            keeper,
         } = options;
         let pairs = backend.pairs();
         if !(1..=MAX_PAIRS).contains(&pairs) {
@@ -209,14 +219,15 @@ impl Net {
             counters: Arc::default(),
             limiters: [rx_limiter, tx_limiter],
             wake: Arc::new(wake),
-        };
-        let net = Self {
             space: Arc::new(Space {
                 mac,
                 pairs,
                 mtu: mtu.unwrap_or(0),
-                downs: AtomicU32::new(0),
+                changes: AtomicU32::new(0),
             }),
+        };
+        let net = Self {
+            space: Arc::clone(&handle.space),
             counters: Arc::clone(&handle.counters),
             limiters: handle.limiters.clone(),
             rx: (0..pairs.into()).map(|pair| Rx::new(2 * pair)).collect(),
@@ -232,6 +243,9 @@ impl Net {
             backend,
             detour,
             vhost,
+            keeper,
+            slot: Slot::default(),
+            retired: None,
         };
         Ok((net, handle))
     }
@@ -252,28 +266,6 @@ impl Net {
         let mode = RxMode::new(io, self.space.mtu, csum);
         self.mode = Some(mode);
         Ok(mode)
-    }
-
-    fn use_pairs(&mut self) -> Result<(), DeviceError> {
-        let (before, active) = (self.host_active, self.active);
-        let used = self.backend.use_pairs(before, active);
-        used.map_err(|error| host_error("use the queues of a tap interface", error))?;
-        self.host_active = active;
-        Ok(())
-    }
-
-    /// The host's end is gone: the driver sees a link that is down.
-    fn close(&mut self, io: &mut Io<'_>, error: &io::Error) {
-        if self.space.downs.swap(1, Ordering::SeqCst) == 0 {
-            self.counters.host_lost.one();
-            let complaints = self.backend.complaints();
-            let complaints =
-                complaints.map_or_else(String::new, |text| format!(" (it said: {text})"));
-            log::warn!(
-                "a network device has lost the host's side: {error}{complaints}; its link is down"
-            );
-            io.config_changed();
-        }
     }
 
     /// Has the timer go off at `at` at the latest.
@@ -430,15 +422,6 @@ impl Net {
         Ok(detoured)
     }
 
-    /// Index of the control queue: behind the pairs that the driver may use (section 5.1.2).
-    fn control_queue(&self, io: &Io<'_>) -> Option<usize> {
-        let pairs = match io.has(VIRTIO_NET_F_MQ) {
-            true => self.space.pairs.into(),
-            false => 1,
-        };
-        io.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
-    }
-
     fn all_pairs(&mut self, io: &mut Io<'_>) -> Result<(), DeviceError> {
         for pair in 0..self.rx.len() {
             self.receive(pair, io)?;
@@ -532,6 +515,7 @@ impl VirtioDevice for Net {
             WAKE => {
                 // Readable, or another event took it.
                 let _ = self.wake.read();
+                self.renew(io);
                 self.rx.iter_mut().for_each(|rx| rx.until = None);
                 self.tx.iter_mut().for_each(|tx| tx.until = None);
                 self.all_pairs(io)
@@ -548,7 +532,11 @@ impl VirtioDevice for Net {
             }
             pair => {
                 self.counters.host_events.one();
-                self.receive(pair as usize, io)
+                self.receive(pair as usize, io)?;
+                if self.rx.get(pair as usize).is_some_and(|rx| !rx.armed) {
+                    self.notice_end(io);
+                }
+                Ok(())
             }
         }
     }

@@ -15,13 +15,13 @@ pub(super) struct Space {
     pub mac: Mac,
     pub pairs: u16,
     pub mtu: u16,
-    /// Link status and generation in one: the link goes down once and stays down.
-    pub downs: AtomicU32,
+    /// Link status and generation in one: how often the link went down or up; it was up first.
+    pub changes: AtomicU32,
 }
 
 impl Space {
     pub fn link_is_up(&self) -> bool {
-        self.downs.load(Ordering::SeqCst) == 0
+        self.generation().is_multiple_of(2)
     }
 }
 
@@ -41,6 +41,6 @@ impl ConfigSpace for Space {
     }
 
     fn generation(&self) -> u32 {
-        self.downs.load(Ordering::SeqCst)
+        self.changes.load(Ordering::SeqCst)
     }
 }

@@ -83,6 +83,18 @@ impl Stream {
         (!text.is_empty()).then_some(text)
     }
 
+    /// Whether the other end is closed, as poll(2) says of it.
+    pub(super) fn is_closed(&self) -> bool {
+        let mut fd = libc::pollfd {
+            fd: self.socket.as_raw_fd(),
+            events: 0,
+            revents: 0,
+        };
+        // SAFETY: one entry, of a descriptor that is open; the call does not wait.
+        let ready = unsafe { libc::poll(&raw mut fd, 1, 0) };
+        ready > 0 && fd.revents & libc::POLLHUP != 0
+    }
+
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

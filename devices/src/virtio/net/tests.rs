@@ -41,6 +41,7 @@ pub fn with_backend(backend: NetBackend) -> NetOptions {
         tx_limiter: None,
         detour: None,
         vhost: None,
+        keeper: None,
     }
 }
 

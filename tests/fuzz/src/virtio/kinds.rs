@@ -144,6 +144,7 @@ pub fn net(data: &[u8]) {
             tx_limiter: None,
             detour: None,
             vhost: None,
+            keeper: None,
         };
         made(DeviceConfig::Net(options), state)
     };

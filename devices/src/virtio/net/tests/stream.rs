@@ -174,3 +174,57 @@ fn complaints_of_the_other_end_are_told_once_and_in_one_line() {
     let long = with(&"x".repeat(5000)).complaints().unwrap();
     assert_eq!(long.len(), 1024);
 }
+
+/// Says that an end was lost, and hands on who takes another.
+#[derive(Debug)]
+struct Told(std::sync::mpsc::Sender<Renewal>);
+
+impl Keeper for Told {
+    fn lost(&self, renewal: Renewal) {
+        self.0.send(renewal).unwrap();
+    }
+}
+
+#[test]
+fn another_end_comes_in_place_of_one_that_is_gone() {
+    let (told, lost) = std::sync::mpsc::channel();
+    let (mut options, socket) = on_socket();
+    options.keeper = Some(Box::new(Told(told)));
+    let mut guest = Guest::new(options, None);
+    // Amid a frame, or with no buffer for one: both are noticed.
+    (&socket).write_all(&60_u32.to_be_bytes()).unwrap();
+    let mut before = Some(socket);
+    for round in 0..3_u32 {
+        if round > 0 {
+            guest.offer(4, 2048);
+        }
+        drop(before.take());
+        guest.rig.run(50);
+        assert_eq!(guest.handle.link_changes(), 2 * round + 1);
+        let renewal = lost.try_recv().unwrap();
+        assert!(lost.try_recv().is_err() && renewal.is_wanted());
+        // What is sent meanwhile is lost, and its buffers come back.
+        guest.send(BLANK, &frame(60));
+        assert_eq!(guest.vqs[1].used().len(), 1);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        renewal.renew(Stream::new(ours.into()).unwrap()).unwrap();
+        guest.rig.run(50);
+        assert_eq!(guest.handle.link_changes(), 2 * round + 2);
+        guest.send(BLANK, &frame(1514));
+        expect(&mut theirs, &frame(1514));
+        assert_eq!(guest.vqs[1].used().len(), 1);
+        if round > 0 {
+            theirs.write_all(&prefixed(&frame(100))).unwrap();
+            assert!(guest.used()[0][12..] == frame(100));
+        }
+        assert!(!guest.needs_reset());
+        before = Some(theirs);
+    }
+    drop(guest);
+    drop(before);
+    assert!(lost.try_recv().is_err());
+}

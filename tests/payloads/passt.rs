@@ -1,0 +1,95 @@
+//! A passt that is killed under a guest whose driver runs the network: another one comes, over and over.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::common::{Input, Running, payload};
+
+/// Processes that bulle started as passt and that have not ended.
+fn passts(bulle: &Running) -> Vec<Pid> {
+    let parent = bulle.pid().to_string();
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let found = entries.filter_map(|entry| {
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        let (pid, rest) = stat.split_once(" (passt")?;
+        let (state, rest) = rest.split_once(") ")?.1.split_once(' ')?;
+        let child = rest.split(' ').next() == Some(&parent) && state != "Z";
+        child.then(|| Pid::from_raw(pid.parse().unwrap()))
+    });
+    found.collect()
+}
+
+#[test]
+fn passt_that_dies_is_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "
+        ip tuntap add dev uplink mode tap; ip addr add 192.0.2.2/24 dev uplink; ip link set uplink up
+        ip link set lo up; ip route add default via 192.0.2.1
+        exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--net", "sh", "-ec", script]);
+    command.args(["sh", env!("CARGO_BIN_EXE_bulle"), "run", "--root", "none"]);
+    command.args(["--memory", "64M", "--timeout", "60s", "--name", "kept"]);
+    command.args(["--net", "user", "--publish", "9080:80", "--kernel"]);
+    command.arg(payload("idle_devices"));
+    command.env("BULLE_RUNTIME_DIR", dir.path());
+    let running = Running::start(command, Input::Null, Duration::from_secs(60));
+    let running = running.wait_for("ready 1 devices\n");
+    let mut events = UnixStream::connect(dir.path().join("kept/api.sock")).unwrap();
+    events
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    events
+        .write_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .unwrap();
+    let mut events = BufReader::new(events).lines();
+    let mut hear = |event: &str| {
+        let found = events.find(|line| {
+            let line = line.as_ref().unwrap();
+            line.strip_prefix("event: ")
+                .is_some_and(|heard| heard != "state")
+        });
+        assert_eq!(found.unwrap().unwrap(), format!("event: {event}"));
+    };
+    for _ in 0..2 {
+        let first = passts(&running);
+        assert_eq!(first.len(), 1, "{first:?}");
+        kill(first[0], Signal::SIGKILL).unwrap();
+        hear("link_down");
+        hear("link_up");
+        assert_ne!(passts(&running), first);
+        // The port is the host's again.
+        let begin = Instant::now();
+        let net = format!("/proc/{}/net/tcp", running.pid());
+        while !fs::read_to_string(&net)
+            .unwrap()
+            .contains("0100007F:2378 00000000:0000 0A")
+        {
+            assert!(begin.elapsed() < Duration::from_secs(10));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let last = passts(&running);
+    running
+        .signal(Signal::SIGINT)
+        .finish()
+        .exits(130)
+        .complains("its link is down")
+        .complains("network interface 'net0': passt is started again");
+    assert_eq!(last.len(), 1);
+    // It goes with its microVM.
+    let begin = Instant::now();
+    while kill(last[0], None).is_ok() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(10),
+            "{last:?} is left"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
