@@ -118,13 +118,13 @@ fn runs(
         Ok::<(), io::Error>(())
     };
     match origin {
-        Origin::Nothing => Pagemap::open()?.runs(Which::Populated, (host, len), push)?,
+        Origin::Nothing => pages(Which::Populated, (host, len), push)?,
         Origin::Memfd => {
             let file = region.file_offset().ok_or(io::ErrorKind::InvalidInput)?;
             return data_runs(file.file(), file.start(), len);
         }
         Origin::Files(data) => {
-            Pagemap::open()?.runs(Which::Own, (host, len), push)?;
+            pages(Which::Own, (host, len), push)?;
             if part == Part::All {
                 runs.extend(data.iter().filter_map(|run| within(run, here.offset, len)));
                 runs = union(runs);
@@ -132,6 +132,19 @@ fn runs(
         }
     }
     Ok(runs)
+}
+
+/// The runs of such pages in a range of addresses; in a jail, which has no /proc to tell, all of it.
+fn pages(
+    which: Which,
+    range: (u64, u64),
+    mut f: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    match Pagemap::open() {
+        Ok(pagemap) => pagemap.runs(which, range, f),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => f(0, range.1),
+        Err(error) => Err(error),
+    }
 }
 
 /// What of `run` is in the `len` bytes from `first` on, relative to that.

@@ -21,10 +21,10 @@ const ID: &str = "one-1";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A directory with bulle's two names, and the jails.
-struct Jails(TempDir);
+pub struct Jails(TempDir);
 
 impl Jails {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         for name in ["jailer", "firecracker"] {
@@ -38,12 +38,12 @@ impl Jails {
     }
 
     /// What is `/` in the jail.
-    fn root(&self) -> PathBuf {
+    pub fn root(&self) -> PathBuf {
         self.base().join("firecracker").join(ID).join("root")
     }
 
     /// A payload as /kernel in the jail to come.
-    fn with_kernel(self, payload: &str) -> Self {
+    pub fn with_kernel(self, payload: &str) -> Self {
         fs::create_dir_all(self.root()).unwrap();
         let kernel = self.root().join("kernel");
         fs::copy(common::payload(payload), &kernel).unwrap();
@@ -61,7 +61,7 @@ impl Jails {
         command
     }
 
-    fn start(&self, options: &[&str], arguments: &[&str]) -> Running {
+    pub fn start(&self, options: &[&str], arguments: &[&str]) -> Running {
         Running::start(self.command(options, arguments), Input::Open, PATIENCE)
     }
 
@@ -69,12 +69,12 @@ impl Jails {
         Running::start(self.command(options, arguments), Input::Null, PATIENCE).finish()
     }
 
-    fn client(&self, socket: &str) -> Client {
+    pub fn client(&self, socket: &str) -> Client {
         Client::connect(&self.root().join(socket))
     }
 
     /// The process that says that it is in the jail.
-    fn pid(&self) -> i32 {
+    pub fn pid(&self) -> i32 {
         let text = fs::read_to_string(self.root().join("firecracker.pid")).unwrap();
         text.parse().unwrap()
     }
@@ -85,7 +85,7 @@ fn proc(pid: i32, file: &str) -> String {
 }
 
 /// The fields of a line of /proc/PID/status.
-fn status(pid: i32, key: &str) -> Vec<String> {
+pub fn status(pid: i32, key: &str) -> Vec<String> {
     let text = proc(pid, "status");
     let line = text.lines().find_map(|line| line.strip_prefix(key));
     let fields = line.unwrap().trim_start_matches(':');
@@ -357,4 +357,118 @@ fn jails_that_cannot_be_made() {
         .finish()
         .exits(1);
     outcome.complains("made by root");
+}
+
+/// A network namespace, gone when dropped.
+struct Netns(String);
+
+impl Netns {
+    fn new() -> Self {
+        let this = Self(format!("bulle-test-{}", std::process::id()));
+        this.ip(&["netns", "add", &this.0]);
+        this
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.0)
+    }
+
+    fn ip(&self, arguments: &[&str]) {
+        let status = Command::new("ip").args(arguments).status().unwrap();
+        assert!(status.success(), "ip {arguments:?}: {status}");
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        self.ip(&["netns", "delete", &self.0]);
+    }
+}
+
+/// The tap of a network namespace that `ip netns` made, which is the user's and nobody else's.
+#[test]
+fn a_network_namespace() {
+    let netns = Netns::new();
+    let user = UID.to_string();
+    netns.ip(&[
+        "-n", &netns.0, "tuntap", "add", "dev", "vm0", "mode", "tap", "user", &user,
+    ]);
+    let jails = Jails::new().with_kernel("hlt_interruptible");
+    let path = netns.path();
+    let running = jails.start(&["--netns", path.to_str().unwrap()], &["--api-sock", "/s"]);
+    let mut client = jails.client("s");
+    let pid = jails.pid();
+    assert!(same_file(format!("/proc/{pid}/ns/net"), &path));
+    assert!(!same_file(
+        format!("/proc/{pid}/ns/net"),
+        "/proc/self/ns/net"
+    ));
+    let interface = json!({ "iface_id": "eth0", "host_dev_name": "vm0" });
+    client
+        .ask("PUT", "/network-interfaces/eth0", &interface.to_string())
+        .done();
+    boot(&mut client, "/kernel", "");
+    assert!(proc(pid, "net/dev").contains("vm0:"));
+    drop(running);
+}
+
+/// A snapshot is made in one jail and loaded in another, neither of which has a /proc.
+#[test]
+fn snapshots_in_jails() {
+    let jails = Jails::new().with_kernel("hlt_interruptible");
+    let running = jails.start(&[], &["--api-sock", "/s"]);
+    let mut client = jails.client("s");
+    let mut ask = |method: &str, path: &str, body: serde_json::Value| {
+        client.ask(method, path, &body.to_string()).done();
+    };
+    ask(
+        "PUT",
+        "/machine-config",
+        json!({ "vcpu_count": 1, "mem_size_mib": 32, "track_dirty_pages": true }),
+    );
+    ask(
+        "PUT",
+        "/boot-source",
+        json!({ "kernel_image_path": "/kernel" }),
+    );
+    ask("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    ask("PATCH", "/vm", json!({ "state": "Paused" }));
+    for (kind, number) in [("Full", 1), ("Diff", 2)] {
+        let (state, memory) = (format!("/state{number}"), format!("/memory{number}"));
+        ask(
+            "PUT",
+            "/snapshot/create",
+            json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory }),
+        );
+    }
+    drop(running);
+    fs::remove_file(jails.root().join("s")).unwrap();
+    let _running = jails.start(&["--new-pid-ns"], &["--api-sock", "/s"]);
+    let mut client = jails.client("s");
+    let body = json!({ "snapshot_path": "/state1", "mem_backend": { "backend_type": "File", "backend_path": "/memory1" }, "resume_vm": true });
+    client
+        .ask("PUT", "/snapshot/load", &body.to_string())
+        .done();
+    assert_eq!(client.ask("GET", "/", "").value()["state"], "Running");
+}
+
+/// What needs a /proc or programs says so, and the jail's process goes on.
+#[test]
+fn devices_that_no_jail_has() {
+    let share = json!({ "tag": "share0", "path_on_host": "/run" });
+    let interface = json!({ "iface_id": "eth0", "mode": "user" });
+    for (section, device, word) in [
+        ("shares", share, "/proc/self/fd"),
+        ("network-interfaces", interface, "passt"),
+    ] {
+        let jails = Jails::new().with_kernel("hlt_interruptible");
+        let mut config = json!({ "boot-source": { "kernel_image_path": "/kernel" } });
+        config[section] = json!([device]);
+        let file = jails.root().join("vm.json");
+        fs::write(&file, config.to_string()).unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+        let arguments = ["--api-sock", "/s", "--config-file", "/vm.json"];
+        let outcome = jails.outcome(&[], &arguments);
+        outcome.complains(word);
+    }
 }

@@ -11,6 +11,7 @@ mod cpu;
 mod description;
 mod devices;
 mod events;
+mod fuzzed;
 mod hotplug;
 mod http;
 mod jailer;
