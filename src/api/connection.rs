@@ -106,6 +106,11 @@ impl Connection {
         self.relay.is_some()
     }
 
+    /// Whether it relays a stream that has not come to its end.
+    pub fn is_passing(&self) -> bool {
+        self.is_relaying() && !self.closing
+    }
+
     /// Passes on what there is, both ways, as far as it is taken; never more than a piece of it is held.
     pub fn pass(&mut self, ready: PollFlags) {
         self.write();

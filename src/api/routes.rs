@@ -149,6 +149,7 @@ pub const ROUTES: &[Route] = &[
     route(Put, "/snapshot/create", |input| {
         Ok(Action::CreateSnapshot(input.parse()?))
     }),
+    route(Delete, "/snapshot/create", |_| Ok(Action::CancelSnapshot)),
     route(Put, "/snapshot/load", |input| {
         let load: SnapshotLoad = input.parse()?;
         input.deprecated |= load.mem_file_path.is_some() || load.enable_diff_snapshots;

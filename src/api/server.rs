@@ -1,7 +1,7 @@
 //! The API thread: a listening socket, at most [`MAX_CONNECTIONS`] clients, one action at a time.
 //!
-//! It blocks in poll, and in a [`Caller`] while the vmm thread works on an action; it costs nothing
-//! while nobody asks.
+//! It blocks in poll, also while the vmm thread works on an action, during which only streams go on; it costs
+//! nothing while nobody asks.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,7 +20,7 @@ use super::counts::Counts;
 use super::error::ApiError;
 use super::http::{FULL, Request, Response};
 use super::{prometheus, router};
-use crate::control::{Caller, Reply, Stream};
+use crate::control::{Action, ActionError, Caller, Pending, Reply, Stream};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 
 /// Clients at a time; one more is turned away.
@@ -262,48 +262,102 @@ impl Server {
         } else {
             goes_on = connection.read();
         }
-        while let Some(request) = connection.next() {
-            let (response, stream) = answer(&self.caller, &self.counts, &request);
+        while let Some(request) = self.connection(index).and_then(Connection::next) {
+            let (response, stream) = self.answer(index, &request);
+            let Some(connection) = self.connection(index) else {
+                return;
+            };
             connection.answer(&response, !request.keep_alive);
             if let Some(stream) = stream {
                 connection.relay(stream);
             }
         }
-        if !goes_on {
+        if !goes_on && let Some(connection) = self.connection(index) {
             connection.close();
         }
     }
-}
 
-/// The answer to a request, and the stream that follows it, if one does.
-fn answer(caller: &Caller, counts: &Counts, request: &Request) -> (Response, Option<Stream>) {
-    let begin = Instant::now();
-    let route = match router::find(request) {
-        Ok(route) => route,
-        Err(error) => return (error.response(), None),
-    };
-    let mut stream = None;
-    let (result, deprecated) = match router::read(route, request) {
-        Ok(routed) => {
-            let reply = caller.ask(routed.action).map_err(ApiError::from);
-            let response = reply.and_then(|reply| match reply {
-                Reply::Vm(vm) if router::is_metrics(route) => Ok(prometheus::response(*vm, counts)),
-                reply => {
-                    let response = router::respond(&reply);
-                    if let Reply::Stream(begun) = reply {
-                        stream = Some(begun);
-                    }
-                    response
-                }
-            });
-            (response, routed.deprecated)
+    fn connection(&mut self, index: usize) -> Option<&mut Connection> {
+        self.connections.get_mut(index)
+    }
+
+    /// Asks for an action, for the client with this index, and waits for the answer.
+    fn ask(&mut self, asker: usize, action: Action) -> Result<Reply, ActionError> {
+        let pending = self.caller.send(action)?;
+        loop {
+            if let Some(result) = pending.take() {
+                return result;
+            }
+            self.meanwhile(asker, &pending);
         }
-        Err(error) => (Err(error), false),
-    };
-    counts.add(route, result.is_err(), deprecated, begin.elapsed());
-    let mut response = result.unwrap_or_else(|error| error.response());
-    response.deprecated = deprecated;
-    (response, stream)
+    }
+
+    /// Waits for something: the answer, the end of the one who asked, or what streams pass on, which they do
+    /// meanwhile.
+    fn meanwhile(&mut self, asker: usize, pending: &Pending) {
+        let mut fds = vec![PollFd::new(pending.as_fd(), PollFlags::POLLIN)];
+        let asker = self.connections.get(asker);
+        // Nothing is asked of it: only its end is told then. Once is enough.
+        let asker = asker.filter(|_| !pending.is_cancelled());
+        fds.extend(asker.map(|asker| PollFd::new(asker.as_fd(), PollFlags::empty())));
+        let first = fds.len();
+        let streams = |connection: &Connection| connection.is_passing();
+        let passing = self.connections.iter().filter(|c| streams(c));
+        fds.extend(passing.flat_map(Connection::poll_fds));
+        // What goes wrong is found out by the next look.
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        let ready: Vec<_> = fds
+            .iter()
+            .map(|fd| fd.revents().unwrap_or(PollFlags::empty()))
+            .collect();
+        let (ours, theirs) = ready.split_at(first);
+        if ours.get(1).is_some_and(|asker| !asker.is_empty()) {
+            pending.cancel();
+        }
+        let passing = self.connections.iter_mut().filter(|c| streams(c));
+        for (connection, ready) in passing.zip(theirs.chunks_exact(2)) {
+            let all = ready
+                .iter()
+                .fold(PollFlags::empty(), |all, ready| all | *ready);
+            if !all.is_empty() {
+                connection.pass(all);
+            }
+        }
+    }
+
+    /// The answer to a request of the client with this index, and the stream that follows it, if one does.
+    fn answer(&mut self, asker: usize, request: &Request) -> (Response, Option<Stream>) {
+        let begin = Instant::now();
+        let route = match router::find(request) {
+            Ok(route) => route,
+            Err(error) => return (error.response(), None),
+        };
+        let mut stream = None;
+        let (result, deprecated) = match router::read(route, request) {
+            Ok(routed) => {
+                let reply = self.ask(asker, routed.action).map_err(ApiError::from);
+                let response = reply.and_then(|reply| match reply {
+                    Reply::Vm(vm) if router::is_metrics(route) => {
+                        Ok(prometheus::response(*vm, &self.counts))
+                    }
+                    reply => {
+                        let response = router::respond(&reply);
+                        if let Reply::Stream(begun) = reply {
+                            stream = Some(begun);
+                        }
+                        response
+                    }
+                });
+                (response, routed.deprecated)
+            }
+            Err(error) => (Err(error), false),
+        };
+        let failed = result.is_err();
+        self.counts.add(route, failed, deprecated, begin.elapsed());
+        let mut response = result.unwrap_or_else(|error| error.response());
+        response.deprecated = deprecated;
+        (response, stream)
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `bulle snapshot`: microVMs to directories of two files, and back.
 
+mod create;
 mod gc;
 
 use std::fs;
@@ -8,7 +9,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use devices::mmds::DEFAULT_LIMIT;
 use serde_json::json;
@@ -18,19 +19,12 @@ use super::metadata;
 use super::rebind::RebindArgs;
 use super::target::{RuntimeArgs, Target};
 use crate::control::{
-    MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotType,
-    VmStatistics,
+    MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotLoad, SnapshotType,
 };
 use crate::remote::Remote;
 use crate::session;
 use crate::snapshot::gc::{MEMORY, STATE};
 use crate::snapshot::{Snapshot, merge};
-use crate::telemetry::tell;
-
-/// How long the files may take to be written.
-const PATIENCE: Duration = Duration::from_secs(600);
-/// Time between two looks at a snapshot that is being written.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Arguments of `bulle snapshot`.
 #[derive(Debug, Args)]
@@ -42,7 +36,7 @@ pub struct SnapshotArgs {
 #[derive(Debug, Subcommand)]
 enum SnapshotCommand {
     /// Save a microVM to a directory
-    Create(CreateArgs),
+    Create(create::CreateArgs),
     /// Make a microVM of a snapshot and run it to its end
     Restore(Box<RestoreArgs>),
     /// Note beside its snapshot which memory a microVM touched so far: later restores bring that early
@@ -73,27 +67,6 @@ impl DirectoryArgs {
             &memory(&self.directory),
         )?)
     }
-}
-
-#[derive(Debug, Args)]
-struct CreateArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Directory for it, made where it is not there; a snapshot in it is replaced
-    #[arg(value_name = "DIR")]
-    directory: PathBuf,
-    /// Only what changed since the snapshot that it was made of, or that was taken last
-    #[arg(long)]
-    diff: bool,
-    /// The microVM goes on while it is written
-    #[arg(long, conflicts_with_all = ["pause", "kill"])]
-    background: bool,
-    /// Leave the microVM paused
-    #[arg(long)]
-    pause: bool,
-    /// End the microVM when it is saved
-    #[arg(long, conflicts_with = "pause")]
-    kill: bool,
 }
 
 #[derive(Debug, Args)]
@@ -151,7 +124,7 @@ struct RebaseArgs {
 /// Runs the subcommand.
 pub fn run(args: SnapshotArgs) -> Result<u8> {
     match args.command {
-        SnapshotCommand::Create(args) => create(&args),
+        SnapshotCommand::Create(args) => create::run(&args),
         SnapshotCommand::Restore(args) => restore(*args),
         SnapshotCommand::Info(args) => info(&args),
         SnapshotCommand::Verify(args) => {
@@ -172,6 +145,7 @@ pub fn target(directory: &Path) -> Result<SnapshotCreate> {
         mem_file_path: memory(directory),
         snapshot_type: SnapshotType::Full,
         background: false,
+        cancellable: false,
     })
 }
 
@@ -190,66 +164,10 @@ fn make(directory: &Path) -> Result<()> {
     made.with_context(|| format!("Cannot make the directory {}", directory.display()))
 }
 
-fn create(args: &CreateArgs) -> Result<u8> {
-    let entry = args.target.find()?;
-    make(&args.directory)?;
-    let directory = std::path::absolute(&args.directory)?;
-    let mut vm = Remote::connect(&entry)?.patience(PATIENCE);
-    let body = json!({
-        "snapshot_path": state(&directory),
-        "mem_file_path": memory(&directory),
-        "snapshot_type": if args.diff { "Diff" } else { "Full" },
-        "background": args.background,
-    });
-    if args.background {
-        vm.ask("PUT", "/snapshot/create", &body.to_string())?;
-        return written(&mut vm, &state(&directory));
-    }
-    let was_paused = vm.state()? == "Paused";
-    let set = |vm: &mut Remote, state: &str| {
-        vm.ask("PATCH", "/vm", &json!({ "state": state }).to_string())
-    };
-    set(&mut vm, "Paused")?;
-    let created = vm.ask("PUT", "/snapshot/create", &body.to_string());
-    if args.kill && created.is_ok() {
-        super::kill::kill(&entry, &super::kill::open(&entry)?)?;
-    } else if !(was_paused || args.pause && created.is_ok()) {
-        set(&mut vm, "Resumed")?;
-    }
-    created?;
-    Ok(0)
-}
-
 fn record(args: &RecordArgs) -> Result<u8> {
-    let mut vm = Remote::connect(&args.target.find()?)?.patience(PATIENCE);
+    let mut vm = Remote::connect(&args.target.find()?)?.patience(create::PATIENCE);
     vm.ask("PUT", "/snapshot/working-set", "")?;
     Ok(0)
-}
-
-/// Waits for the end of the snapshot that is being written to `path`.
-fn written(vm: &mut Remote, path: &Path) -> Result<u8> {
-    loop {
-        let statistics = vm.ask("GET", "/vm/statistics", "")?;
-        let statistics: VmStatistics = vm.parse(&statistics)?;
-        let Some(snapshot) = statistics.snapshot.filter(|snapshot| snapshot.path == path) else {
-            bail!("the microVM began another snapshot: of this one nothing is known");
-        };
-        match snapshot.state {
-            SnapshotState::Writing => std::thread::sleep(LOOK_EVERY),
-            SnapshotState::Failed => bail!(
-                "the snapshot was not saved: {}",
-                snapshot.error.unwrap_or_default()
-            ),
-            SnapshotState::Saved => {
-                if let Some(why) = snapshot.waited {
-                    tell(format_args!(
-                        "the microVM stood still until its snapshot was written: {why}"
-                    ));
-                }
-                return Ok(0);
-            }
-        }
-    }
 }
 
 fn restore(args: RestoreArgs) -> Result<u8> {

@@ -112,6 +112,8 @@ pub enum Action {
     RecordWorkingSet,
     /// Saves a paused microVM.
     CreateSnapshot(SnapshotCreate),
+    /// Ends what is being written in the background.
+    CancelSnapshot,
     /// Makes a microVM of a saved one.
     LoadSnapshot(SnapshotLoad),
     /// Hands out what copies of the microVM are made of, which goes on.
@@ -244,6 +246,9 @@ pub struct SnapshotCreate {
     /// The guest goes on while it is written. bulle's own.
     #[serde(default)]
     pub background: bool,
+    /// It is ended by the end of the connection that asked for it. bulle's own.
+    #[serde(default)]
+    pub cancellable: bool,
 }
 
 /// Who gets what copies are made of. bulle's own.

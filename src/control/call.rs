@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel};
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -15,7 +17,10 @@ pub struct Call {
     /// What is asked.
     pub action: Action,
     asked: Instant,
-    reply: SyncSender<Result<Reply, ActionError>>,
+    cancelled: Arc<AtomicBool>,
+    /// `None` once it is answered.
+    reply: Option<SyncSender<Result<Reply, ActionError>>>,
+    answered: Arc<EventFd>,
 }
 
 impl Call {
@@ -24,34 +29,98 @@ impl Call {
         self.asked
     }
 
+    /// Becomes true when nobody wants the answer any more.
+    pub fn cancelled(&self) -> Arc<AtomicBool> {
+        self.cancelled.clone()
+    }
+
     /// Answers. A caller that is gone is no error.
-    pub fn answer(self, result: Result<Reply, ActionError>) {
-        let _ = self.reply.send(result);
+    pub fn answer(mut self, result: Result<Reply, ActionError>) {
+        if let Some(reply) = self.reply.take() {
+            let _ = reply.send(result);
+        }
     }
 }
 
-/// The asking end; a clone for each thread that asks.
+impl Drop for Call {
+    /// Wakes the caller, also where there is no answer.
+    fn drop(&mut self) {
+        self.reply = None;
+        // Only a counter at its maximum refuses, which wakes as well.
+        let _ = self.answered.write(1);
+    }
+}
+
+/// The asking end, for one thread, which asks one thing at a time.
 #[derive(Debug)]
 pub struct Caller {
     calls: Sender<Call>,
     event: EventFd,
+    answered: Arc<EventFd>,
+}
+
+/// What was asked. Its descriptor is readable when there may be an answer.
+#[derive(Debug)]
+pub struct Pending {
+    answer: Receiver<Result<Reply, ActionError>>,
+    answered: Arc<EventFd>,
+    cancelled: Arc<AtomicBool>,
 }
 
 impl Caller {
-    /// Asks, and waits for the answer.
-    pub fn ask(&self, action: Action) -> Result<Reply, ActionError> {
+    /// Asks.
+    ///
+    /// # Errors
+    /// [`ActionError::Ended`] where nobody answers any more.
+    pub fn send(&self, action: Action) -> Result<Pending, ActionError> {
         let (reply, answer) = sync_channel(1);
-        let asked = Instant::now();
+        let pending = Pending {
+            answer,
+            answered: self.answered.clone(),
+            cancelled: Arc::default(),
+        };
         let call = Call {
             action,
-            asked,
-            reply,
+            asked: Instant::now(),
+            cancelled: pending.cancelled.clone(),
+            reply: Some(reply),
+            answered: self.answered.clone(),
         };
         let sent = self.calls.send(call);
-        if sent.is_err() || self.event.write(1).is_err() {
-            return Err(ActionError::Ended);
+        match sent.is_err() || self.event.write(1).is_err() {
+            true => Err(ActionError::Ended),
+            false => Ok(pending),
         }
-        answer.recv().unwrap_or(Err(ActionError::Ended))
+    }
+}
+
+impl Pending {
+    /// The answer, if it is there. Clears the descriptor.
+    pub fn take(&self) -> Option<Result<Reply, ActionError>> {
+        // Before the look, so that an answer that comes in between is announced again.
+        let _ = self.answered.read();
+        match self.answer.try_recv() {
+            Ok(result) => Some(result),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(ActionError::Ended)),
+        }
+    }
+
+    /// Says that nobody wants the answer any more; there is one nevertheless.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that was said.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+}
+
+impl AsFd for Pending {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self`, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.answered.as_raw_fd()) }
     }
 }
 
@@ -91,6 +160,7 @@ pub fn channel() -> io::Result<(Caller, Requests)> {
     let caller = Caller {
         calls: sender,
         event: event.try_clone()?,
+        answered: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
     };
     Ok((caller, Requests { calls, event }))
 }

@@ -193,6 +193,12 @@ pub enum ActionError {
         /// Its state file.
         path: PathBuf,
     },
+    /// Nothing is being written.
+    #[error("No snapshot is being written in the background.")]
+    NoSnapshot,
+    /// Its caller is gone.
+    #[error("The snapshot was cancelled; what was there before still is")]
+    Cancelled,
     /// A microVM of which there is something already.
     #[error("Loading a microVM snapshot not allowed after configuring boot-specific resources.")]
     LoadAfterConfig,
@@ -275,6 +281,8 @@ impl ActionError {
             Self::MmdsLimit(_) => "too-large",
             Self::SnapshotRunning => "not-paused",
             Self::SnapshotBusy { .. } => "busy",
+            Self::NoSnapshot => "no-snapshot",
+            Self::Cancelled => "cancelled",
             Self::Start { .. } => "start-failed",
             Self::Load { .. } => "load-failed",
             Self::Save { .. } | Self::WorkingSet { .. } => "save-failed",

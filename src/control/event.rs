@@ -42,6 +42,15 @@ pub enum Event {
         /// Its name.
         device: String,
     },
+    /// A snapshot is being written; at most ten times a second.
+    SnapshotProgress {
+        /// Its state file.
+        path: PathBuf,
+        /// Bytes of memory that are written.
+        written_bytes: u64,
+        /// Bytes of memory that will be.
+        total_bytes: u64,
+    },
     /// A snapshot that was written in the background is there.
     SnapshotSaved {
         /// Its state file.
@@ -89,6 +98,7 @@ impl Event {
             Self::DeviceError { .. } => "device_error",
             Self::LinkDown { .. } => "link_down",
             Self::LinkUp { .. } => "link_up",
+            Self::SnapshotProgress { .. } => "snapshot_progress",
             Self::SnapshotSaved { .. } => "snapshot_saved",
             Self::SnapshotFailed { .. } => "snapshot_failed",
             Self::DeviceAdded { .. } => "device_added",

@@ -21,7 +21,7 @@ pub use action::{
     PluggedKind, PmemOverride, PmemUpdate, ShareOverride, SnapshotCreate, SnapshotLoad,
     SnapshotType, StatisticsUpdate, Unplug, VsockOverride,
 };
-pub use call::{Call, Caller, Requests, channel};
+pub use call::{Call, Caller, Pending, Requests, channel};
 pub use error::{ActionError, chain};
 pub use event::{Event, Stream};
 pub use exec::{ExecInput, ExecRequest, TerminalSize};

@@ -166,7 +166,8 @@ impl Preboot {
             | Action::Unplug(_)
             | Action::Fork(_)
             | Action::RecordWorkingSet
-            | Action::CreateSnapshot(_) => Err(ActionError::BeforeStart),
+            | Action::CreateSnapshot(_)
+            | Action::CancelSnapshot => Err(ActionError::BeforeStart),
         }
     }
 

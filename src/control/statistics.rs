@@ -40,6 +40,12 @@ pub struct SnapshotStatistics {
     pub path: PathBuf,
     /// Microseconds that the guest stood still for it.
     pub pause_us: u64,
+    /// Bytes of memory that are written, as far as it was told.
+    #[serde(default)]
+    pub written_bytes: u64,
+    /// Bytes of memory that are to be written; 0: that was not told yet.
+    #[serde(default)]
+    pub total_bytes: u64,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

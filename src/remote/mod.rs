@@ -5,6 +5,7 @@
 mod stream;
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -150,8 +151,21 @@ impl Remote {
 
     /// Asks something, and waits for the answer, which may be empty.
     pub fn ask(&mut self, method: &str, path: &str, body: &str) -> Result<Vec<u8>, RemoteError> {
-        let result = self.exchange(method, path, body);
-        let (status, body) = result.map_err(|error| failed(&self.name, self.patience, error))?;
+        self.send(method, path, body)?;
+        self.receive()
+    }
+
+    /// Asks something whose answer is waited for elsewhere: [`receive`](Self::receive) takes it when the
+    /// descriptor is readable.
+    pub fn send(&mut self, method: &str, path: &str, body: &str) -> Result<(), RemoteError> {
+        let sent = self.request(method, path, body);
+        sent.map_err(|error| failed(&self.name, self.patience, error))
+    }
+
+    /// The answer to what was sent last.
+    pub fn receive(&mut self) -> Result<Vec<u8>, RemoteError> {
+        let answer = self.answer();
+        let (status, body) = answer.map_err(|error| failed(&self.name, self.patience, error))?;
         match status {
             200 | 204 => Ok(body),
             _ => Err(self.refusal(&body)),
@@ -218,8 +232,7 @@ impl Remote {
         }
     }
 
-    fn exchange(&mut self, method: &str, path: &str, body: &str) -> io::Result<(u16, Vec<u8>)> {
-        self.request(method, path, body)?;
+    fn answer(&mut self) -> io::Result<(u16, Vec<u8>)> {
         let (status, length) = self.head()?;
         let mut body = vec![0; length.unwrap_or(0)];
         self.stream.read_exact(&mut body)?;
@@ -266,6 +279,12 @@ impl Remote {
             }
         };
         Ok((status, length))
+    }
+}
+
+impl AsFd for Remote {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 

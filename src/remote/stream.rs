@@ -125,3 +125,9 @@ impl RemoteStream {
         }
     }
 }
+
+impl AsFd for RemoteStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}

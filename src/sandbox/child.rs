@@ -16,8 +16,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
-/// Most bytes of what a child says at its end.
+/// Most bytes of what a child says at its end, with the byte before it.
 const MAX_TEXT: usize = 4096;
+/// Before a text.
+const TEXT: u8 = b't';
+/// Before two numbers.
+const PROGRESS: u8 = b'p';
+/// Bytes of those with the byte before.
+const PROGRESS_LEN: usize = 17;
 
 /// A child at work. Dropping it kills it.
 #[derive(Debug)]
@@ -25,15 +31,37 @@ pub struct Child {
     pid: Pid,
     /// Readable when it has something to say, or has ended.
     pipe: File,
-    text: Vec<u8>,
+    said: Vec<u8>,
+    progress: Option<[u64; 2]>,
     ended: bool,
+}
+
+/// What a child speaks through.
+#[derive(Debug)]
+pub struct Mouth(File);
+
+impl Mouth {
+    /// Says how far it is: what is done, and all. Nobody may hear it.
+    pub fn progress(&self, done: u64, total: u64) {
+        let mut bytes = vec![PROGRESS];
+        bytes.extend([done, total].map(u64::to_le_bytes).as_flattened());
+        // As a whole or not at all, being short.
+        let _ = (&self.0).write(&bytes);
+    }
+
+    fn text(&self, text: &str) {
+        let mut bytes = vec![TEXT];
+        bytes.extend(text.bytes().take(MAX_TEXT - 1));
+        // Less than the pipe holds. Without it the exit code still tells.
+        let _ = (&self.0).write(&bytes);
+    }
 }
 
 /// Makes a child that does `body` and ends. Descriptors other than `kept` are closed in it.
 ///
 /// # Errors
 /// Where the host has no process or no memory for it.
-pub fn start(kept: &[RawFd], body: impl FnOnce() -> Result<(), String>) -> io::Result<Child> {
+pub fn start(kept: &[RawFd], body: impl FnOnce(&Mouth) -> Result<(), String>) -> io::Result<Child> {
     let (ours, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     // SAFETY: the child goes no further than `work`, which takes no lock that another thread of this
     // process can hold, see the head of this module.
@@ -41,7 +69,8 @@ pub fn start(kept: &[RawFd], body: impl FnOnce() -> Result<(), String>) -> io::R
         ForkResult::Parent { child } => Ok(Child {
             pid: child,
             pipe: ours.into(),
-            text: Vec::new(),
+            said: Vec::new(),
+            progress: None,
             ended: false,
         }),
         ForkResult::Child => work(kept, theirs, body),
@@ -49,17 +78,16 @@ pub fn start(kept: &[RawFd], body: impl FnOnce() -> Result<(), String>) -> io::R
 }
 
 /// All that the child does.
-fn work(kept: &[RawFd], pipe: OwnedFd, body: impl FnOnce() -> Result<(), String>) -> ! {
+fn work(kept: &[RawFd], pipe: OwnedFd, body: impl FnOnce(&Mouth) -> Result<(), String>) -> ! {
     log::set_max_level(log::LevelFilter::Off);
     let mut keep = kept.to_vec();
     keep.push(pipe.as_raw_fd());
     let done = close_others(keep).map_err(|error| format!("cannot close descriptors: {error}"));
-    let code = match done.and_then(|()| body()) {
+    let mouth = Mouth(pipe.into());
+    let code = match done.and_then(|()| body(&mouth)) {
         Ok(()) => 0,
         Err(text) => {
-            let text = text.as_bytes();
-            // Less than the pipe holds. Without it the exit code still tells.
-            let _ = File::from(pipe).write(text.get(..MAX_TEXT).unwrap_or(text));
+            mouth.text(&text);
             1
         }
     };
@@ -89,6 +117,25 @@ fn close_range(first: libc::c_uint, last: libc::c_uint) -> io::Result<()> {
 }
 
 impl Child {
+    /// How far it is, where it has said that since the last call.
+    pub fn progress(&mut self) -> Option<[u64; 2]> {
+        self.progress.take()
+    }
+
+    /// Takes off what was said of progress; what is left is bounded, being a text or the beginning of more.
+    fn take_progress(&mut self) {
+        while self.said.first() == Some(&PROGRESS)
+            && let Some(numbers) = self.said.get(1..PROGRESS_LEN)
+        {
+            let (words, _) = numbers.as_chunks();
+            if let [done, total] = *words {
+                self.progress = Some([done, total].map(u64::from_le_bytes));
+            }
+            self.said.drain(..PROGRESS_LEN);
+        }
+        self.said.truncate(MAX_TEXT);
+    }
+
     /// How it ended, once it has: well, or with a text.
     pub fn ended(&mut self) -> Option<Result<(), String>> {
         let mut buffer = [0; MAX_TEXT];
@@ -96,9 +143,9 @@ impl Child {
             match self.pipe.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(len) => {
-                    let room = MAX_TEXT.saturating_sub(self.text.len()).min(len);
-                    let more = buffer.get(..room).unwrap_or_default();
-                    self.text.extend_from_slice(more);
+                    let more = buffer.get(..len).unwrap_or_default();
+                    self.said.extend_from_slice(more);
+                    self.take_progress();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -113,7 +160,10 @@ impl Child {
             Ok(WaitStatus::Signaled(_, signal, _)) => {
                 Err(format!("the process that wrote it was killed by {signal}"))
             }
-            Ok(_) => Err(String::from_utf8_lossy(&self.text).into_owned()),
+            Ok(_) => {
+                let text = self.said.strip_prefix(&[TEXT]).unwrap_or_default();
+                Err(String::from_utf8_lossy(text).into_owned())
+            }
             Err(errno) => Err(format!("the process that wrote it is lost: {errno}")),
         })
     }
@@ -162,7 +212,9 @@ mod tests {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let other = File::open("/dev/null").unwrap();
         let fd = other.as_raw_fd();
-        let child = start(&[ours.as_raw_fd()], || {
+        let child = start(&[ours.as_raw_fd()], |mouth| {
+            mouth.progress(1, 3);
+            mouth.progress(2, 3);
             // Until the parent has written to its own.
             File::from(ours.try_clone().unwrap())
                 .read_exact(&mut [0])
@@ -174,17 +226,20 @@ mod tests {
                 false => Ok(()),
             }
         });
-        let child = child.unwrap();
+        let mut child = child.unwrap();
+        while child.progress() != Some([2, 3]) {
+            assert_eq!(child.ended(), None);
+        }
         value.fill(2);
         File::from(theirs).write_all(&[0]).unwrap();
         assert_eq!(end(child), Err("as it was".to_owned()));
-        assert_eq!(end(start(&[], || Ok(())).unwrap()), Ok(()));
+        assert_eq!(end(start(&[], |_| Ok(())).unwrap()), Ok(()));
         drop(other);
     }
 
     #[test]
     fn a_child_that_is_killed_is_told_of_and_one_that_is_dropped_is_gone() {
-        let forever = || -> Result<(), String> {
+        let forever = |_: &Mouth| -> Result<(), String> {
             loop {
                 std::thread::park();
             }

@@ -1,11 +1,13 @@
 //! Actions on a machine that runs, on the vmm thread.
 
 mod background;
+mod meter;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use devices::mmds::{Mmds, MmdsError};
@@ -13,6 +15,7 @@ use devices::virtio::registry::DeviceHandle;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 pub use self::background::Behind;
+use self::meter::Meter;
 use super::agent::AgentLink;
 use super::events::Events;
 use super::exec::Execs;
@@ -49,6 +52,8 @@ pub struct Runtime {
     latencies: BTreeMap<String, Duration>,
     /// The operation that the present call had timed.
     timed: Option<&'static str>,
+    /// Becomes true when nobody wants the present call's answer.
+    cancelled: Arc<AtomicBool>,
     /// The signal that ended the machine.
     ended_by: Option<i32>,
     /// The guest is to be asked to switch itself off.
@@ -117,6 +122,7 @@ impl Runtime {
             ready,
             latencies: names.into_iter().zip(loaded).collect(),
             timed: None,
+            cancelled: Arc::default(),
             ended_by: None,
             stop_asked: false,
             started: Instant::now(),
@@ -253,6 +259,7 @@ impl Runtime {
                 continue;
             }
             self.timed = None;
+            self.cancelled = call.cancelled();
             let result = self.act(&call.action, console, agent.as_deref_mut());
             if let Some(name) = self.timed.take() {
                 let waited = call.asked().elapsed();
@@ -439,6 +446,7 @@ impl Runtime {
             Action::Exec(request) => self.exec(request, agent),
             Action::CreateSnapshot(create) => self.save(create, vm, agent),
             Action::RecordWorkingSet => self.saver.record_working_set(vm),
+            Action::CancelSnapshot => self.cancel_behind(),
             Action::Fork(request) => self.fork(request, vm, agent),
             Action::PutMachine(_)
             | Action::PatchMachine(_)
@@ -518,7 +526,14 @@ impl Runtime {
         }
         let begin = Instant::now();
         self.saver.keep_talk(vm, agent)?;
-        self.saver.create(vm, &self.config, create)?;
+        let cancelled = create.cancellable.then_some(&*self.cancelled);
+        let meter = Meter::new(&create.snapshot_path, cancelled, &mut self.events);
+        let watch = |done, total| meter.watch(done, total);
+        let created = self.saver.create(vm, &self.config, create, &watch);
+        if created.is_err() && meter.is_cancelled() {
+            return Err(ActionError::Cancelled);
+        }
+        created?;
         let name = match create.snapshot_type {
             SnapshotType::Full => "full_create_snapshot",
             SnapshotType::Diff => "diff_create_snapshot",

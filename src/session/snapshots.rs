@@ -17,7 +17,7 @@ use crate::control::{
 use crate::sandbox::reaper::Reaper;
 use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
-use crate::snapshot::image::Base;
+use crate::snapshot::image::{Base, Watch};
 use crate::snapshot::ram::{Origin, Part};
 use crate::snapshot::working_set::{self, WorkingSet};
 use crate::snapshot::{
@@ -255,7 +255,7 @@ impl Saver {
         (vm, machine): (&'a Vm, &'a MachineState),
         config: &'a Config,
         create: &'a SnapshotCreate,
-        plugged: &'a [Plugged<'a>],
+        (plugged, watch): (&'a [Plugged<'a>], Option<Watch<'a>>),
     ) -> Request<'a> {
         let changes = create.snapshot_type == SnapshotType::Diff;
         Request {
@@ -268,6 +268,7 @@ impl Saver {
             origin: &self.ram.origin,
             base: self.base.clone().filter(|_| changes),
             plugged,
+            watch,
         }
     }
 
@@ -320,22 +321,23 @@ impl Saver {
         config: &Config,
         create: &SnapshotCreate,
         prepared: Prepared,
+        watch: Watch<'_>,
     ) -> Result<Begun, ActionError> {
         let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
         let files = match prepared {
             Prepared::Files(files) => files,
             Prepared::Waits(why) => {
-                self.create(vm, config, create)?;
+                self.create(vm, config, create, watch)?;
                 return Ok(Begun::Written(why));
             }
         };
         let machine = vm.save().map_err(|e| failed(&e))?;
-        let request = self.request((vm, &machine), config, create, &[]);
+        let request = self.request((vm, &machine), config, create, (&[], None));
         let background = Background::begin(files, &request).map_err(|e| failed(&e))?;
         Ok(Begun::Writing(background))
     }
 
-    /// Saves the paused machine `vm`, made of `config`, as asked.
+    /// Saves the paused machine `vm`, made of `config`, as asked, unless `watch` ends it.
     ///
     /// # Errors
     /// [`ActionError::Save`]; the machine can go on.
@@ -344,12 +346,14 @@ impl Saver {
         vm: &Vm,
         config: &Config,
         create: &SnapshotCreate,
+        watch: Watch<'_>,
     ) -> Result<(), ActionError> {
         let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
         let machine = vm.save().map_err(|e| failed(&e))?;
         let changes = create.snapshot_type == SnapshotType::Diff;
-        let created =
-            snapshot::create(&self.request((vm, &machine), config, create, &vm.plugged()));
+        let plugged = vm.plugged();
+        let parts = (plugged.as_slice(), Some(watch));
+        let created = snapshot::create(&self.request((vm, &machine), config, create, parts));
         let created = created.map_err(|e| failed(&e))?;
         if config.machine_config.track_dirty_pages || changes {
             // From here on what changes is told by what is no longer the file's.

@@ -11,7 +11,7 @@ use arch::memory::GuestMemory;
 use nix::sys::utsname::uname;
 
 use super::format::Writer;
-use super::image::{Base, Image, ImageWriter, MemoryMap, belongs, previous};
+use super::image::{Base, Image, ImageWriter, MemoryMap, Watch, belongs, previous};
 use super::publish::Unpublished;
 use super::ram::{self, Part};
 use super::{
@@ -22,6 +22,7 @@ use crate::config::Config;
 use crate::vm::build::random;
 
 /// What is saved, and where.
+#[derive(Clone)]
 pub struct Request<'a> {
     /// The state file.
     pub state_path: &'a Path,
@@ -41,6 +42,8 @@ pub struct Request<'a> {
     pub base: Option<Base>,
     /// Memory that devices bring and that is the guest's alone.
     pub plugged: &'a [Plugged<'a>],
+    /// Who is told how far it is.
+    pub watch: Option<Watch<'a>>,
 }
 
 /// Memory of a device, in a file in memory.
@@ -211,7 +214,7 @@ fn publish(
 }
 
 fn write_memory(request: &Request<'_>, id: [u8; 16], file: &fs::File) -> io::Result<MemoryMap> {
-    let mut writer = ImageWriter::new(file, id);
+    let mut writer = ImageWriter::new(file, id).watched(request.watch);
     let part = match request.base {
         Some(_) => Part::Changes,
         None => Part::All,

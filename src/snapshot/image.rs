@@ -223,6 +223,14 @@ impl MemoryMap {
     }
 }
 
+/// Who is told how far writing is: bytes that are done, and all; `false` ends it.
+pub type Watch<'a> = &'a dyn Fn(u64, u64) -> bool;
+
+/// Nobody wants the snapshot any more.
+#[derive(Debug, thiserror::Error)]
+#[error("it was cancelled")]
+pub struct Cancelled;
+
 /// Writes a memory file: where there is data, and the trailer at the end.
 pub struct ImageWriter<'a> {
     file: &'a File,
@@ -230,6 +238,10 @@ pub struct ImageWriter<'a> {
     runs: Vec<Run>,
     /// Whether runs have their checksums.
     summed: bool,
+    watch: Option<Watch<'a>>,
+    /// Bytes that were looked at, and those that will have been.
+    done: u64,
+    total: u64,
 }
 
 impl<'a> ImageWriter<'a> {
@@ -240,7 +252,20 @@ impl<'a> ImageWriter<'a> {
             id,
             runs: Vec::new(),
             summed: true,
+            watch: None,
+            done: 0,
+            total: 0,
         }
+    }
+
+    /// Tells `watch` how far it is.
+    pub fn watched(self, watch: Option<Watch<'a>>) -> Self {
+        Self { watch, ..self }
+    }
+
+    /// So many bytes more are going to be written.
+    pub fn expect(&mut self, bytes: u64) {
+        self.total += bytes;
     }
 
     /// For a file in memory, which has neither checksums nor trailer.
@@ -260,7 +285,19 @@ impl<'a> ImageWriter<'a> {
     }
 
     /// Writes `data`, a multiple of a page, to `offset`, leaving out pages of zeros where `sparse`.
+    ///
+    /// # Errors
+    /// Of the file, and [`Cancelled`].
     pub fn write(&mut self, offset: u64, data: &[u8], sparse: bool) -> io::Result<()> {
+        self.put_pages(offset, data, sparse)?;
+        self.done += data.len() as u64;
+        match self.watch {
+            Some(watch) if !watch(self.done, self.total) => Err(io::Error::other(Cancelled)),
+            _ => Ok(()),
+        }
+    }
+
+    fn put_pages(&mut self, offset: u64, data: &[u8], sparse: bool) -> io::Result<()> {
         if !sparse {
             return self.put(offset, data);
         }

@@ -72,8 +72,14 @@ pub fn write(
     part: Part,
     writer: &mut ImageWriter<'_>,
 ) -> io::Result<()> {
-    for (region, here) in memory.iter().zip(regions(memory)) {
-        for (start, len) in runs(region, here, origin, part)? {
+    let all = memory.iter().zip(regions(memory));
+    let all = all.map(|(region, here)| Ok((region, here, runs(region, here, origin, part)?)));
+    let all = all.collect::<io::Result<Vec<_>>>()?;
+    for (_, _, runs) in &all {
+        writer.expect(runs.iter().map(|(_, len)| len).sum());
+    }
+    for (region, here, runs) in all {
+        for (start, len) in runs {
             let mut at = start;
             while at < start + len {
                 let piece = (start + len - at).min(MAX_RUN);
@@ -458,7 +464,9 @@ fn write_plugged(
     writer: &mut ImageWriter<'_>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; MAX_RUN as usize];
-    for (start, len) in data_runs(plugged.file, 0, plugged.len)? {
+    let runs = data_runs(plugged.file, 0, plugged.len)?;
+    writer.expect(runs.iter().map(|(_, len)| len).sum());
+    for (start, len) in runs {
         copy(plugged.file, (start, len), &mut buffer, |at, data| {
             writer.write(offset + at, data, true)
         })?;

@@ -293,3 +293,21 @@ fn only_devices_that_are_there_are_given_others() {
         Err(RebindError::NoDevice { .. })
     ));
 }
+
+#[test]
+fn whoever_watches_hears_all_bytes_and_may_end_it() {
+    let file = tempfile::tempfile().unwrap();
+    let heard = std::cell::RefCell::new(Vec::new());
+    let watch = |done, total| {
+        heard.borrow_mut().push((done / PAGE, total / PAGE));
+        done < 3 * PAGE
+    };
+    let mut writer = ImageWriter::new(&file, ID).watched(Some(&watch));
+    writer.expect(4 * PAGE);
+    let zeros = [0; PAGE as usize];
+    let data = [[1; PAGE as usize], zeros].concat();
+    writer.write(0, &data, true).unwrap();
+    let error = writer.write(2 * PAGE, &zeros, true).unwrap_err();
+    assert_eq!(error.to_string(), "it was cancelled");
+    assert_eq!(heard.into_inner(), [(2, 4), (3, 4)]);
+}

@@ -108,3 +108,41 @@ fn what_cannot_be_is_said_in_a_line() {
         );
     }
 }
+
+#[test]
+fn an_interrupt_cancels_and_lets_the_guest_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("run");
+    let at = dir.path().join("s");
+    let at = at.to_str().unwrap();
+    let parent = echoing(&base, "parent");
+    bulle(&base, &["snapshot", "create", "parent", at]).exits(0);
+    for words in [
+        &["snapshot", "create"][..],
+        &["snapshot", "create", "--background"],
+    ] {
+        // The command waits for the microVM, and is told meanwhile.
+        let pid = parent.pid();
+        nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+        let command = command(&base, &[words, &["parent", at]].concat(), Input::Null);
+        let status = format!("/proc/{}/status", command.pid());
+        // All three signals are its own from then on.
+        let ready = || {
+            std::fs::read_to_string(&status)
+                .unwrap()
+                .contains("SigBlk:\t0000000000004003")
+        };
+        while !ready() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let command = command.signal(Signal::SIGINT);
+        nix::sys::signal::kill(pid, Signal::SIGCONT).unwrap();
+        let outcome = command.finish();
+        // In the background it may be written before anybody asks.
+        if words.len() == 2 || outcome.code != 0 {
+            outcome.exits(130).complains("the snapshot was cancelled");
+        }
+        bulle(&base, &["snapshot", "verify", at]).exits(0);
+    }
+    parent.types("d\n").finish().exits(0).prints("4 bytes");
+}

@@ -79,6 +79,7 @@ impl Loaded {
             origin: &self.origin,
             base: self.snapshot.as_base().unwrap(),
             plugged: &[],
+            watch: None,
         };
         let writing = match background {
             true => Some(Background::begin(files, &request).unwrap()),

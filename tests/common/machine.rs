@@ -157,6 +157,7 @@ pub fn save(vm: &Vm, spec: &Spec, dir: &Path, name: &str) -> Snapshot {
         origin: &Origin::Nothing,
         base: None,
         plugged: &vm.plugged(),
+        watch: None,
     })
     .unwrap();
     Snapshot::open(&state, &memory).unwrap()

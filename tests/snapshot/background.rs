@@ -13,20 +13,20 @@ use crate::served::Served;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn create(files: &Files) -> Value {
+pub fn create(files: &Files) -> Value {
     let mut body = files.create();
     body["background"] = json!(true);
     body
 }
 
 /// What is said of the snapshot that was begun last.
-fn status(vm: &mut Served) -> Value {
+pub fn status(vm: &mut Served) -> Value {
     vm.get("/vm/statistics").value()["snapshot"].clone()
 }
 
 /// Waits for the end of what is being written.
 #[track_caller]
-fn ended(vm: &mut Served) -> Value {
+pub fn ended(vm: &mut Served) -> Value {
     let begin = Instant::now();
     loop {
         let status = status(vm);
@@ -39,7 +39,7 @@ fn ended(vm: &mut Served) -> Value {
 }
 
 /// A guest that has said something.
-fn ticking(config: Value) -> (Served, Story) {
+pub fn ticking(config: Value) -> (Served, Story) {
     let mut vm = machine("carry_on", "", config).start();
     let mut story = Story::default();
     story.follow(&mut vm, 3);
@@ -48,7 +48,7 @@ fn ticking(config: Value) -> (Served, Story) {
 
 /// Loads what was saved and checks that its guest goes on as one with this nonce would.
 #[track_caller]
-fn goes_on(files: &Files, nonce: u64) {
+pub fn goes_on(files: &Files, nonce: u64) {
     let (vm, answer) = try_load(files, json!({}));
     answer.done();
     let begin = Instant::now();
@@ -77,7 +77,7 @@ fn children(vm: &Served) -> Vec<Pid> {
 
 /// Begins snapshots until one stands still amid its writing; gives the process that writes it.
 #[track_caller]
-fn stuck(vm: &mut Served, files: &Files) -> Pid {
+pub fn stuck(vm: &mut Served, files: &Files) -> Pid {
     for _ in 0..100 {
         vm.put("/snapshot/create", create(files)).done();
         if let [writer] = children(vm)[..]
@@ -94,7 +94,7 @@ fn stuck(vm: &mut Served, files: &Files) -> Pid {
 }
 
 /// Names in a directory, temporary ones too.
-fn names(dir: &Path) -> Vec<String> {
+pub fn names(dir: &Path) -> Vec<String> {
     let names = fs::read_dir(dir).unwrap();
     let mut names: Vec<_> = names
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -6,6 +6,7 @@
 mod background;
 mod board;
 mod broken;
+mod cancel;
 #[path = "../api/client.rs"]
 mod client;
 #[path = "../common/mod.rs"]

@@ -250,3 +250,60 @@ fn the_end_closes_all_and_removes_the_socket() {
     assert!(client.is_closed());
     assert!(!fixture.path.exists());
 }
+
+#[test]
+fn while_an_answer_is_waited_for_streams_go_on_and_the_end_of_its_caller_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api");
+    let (caller, requests) = channel().unwrap();
+    let api = ApiThread::start(&path, MAX_BODY, caller).unwrap();
+    let connect = || {
+        let stream = UnixStream::connect(&path).unwrap();
+        let patience = Some(Duration::from_secs(20));
+        stream.set_read_timeout(patience).unwrap();
+        Client(stream)
+    };
+    let next = || loop {
+        let mut fds = [PollFd::new(requests.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, 20_000_u16), Ok(1));
+        if let Some(call) = requests.next() {
+            return call;
+        }
+    };
+    let mut listener = connect();
+    listener.send("GET /events HTTP/1.1\r\n\r\n");
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let stream = Stream {
+        content_type: "text/event-stream",
+        end: Arc::new(theirs),
+    };
+    next().answer(Ok(Reply::Stream(stream)));
+    assert_eq!(listener.answer().0, 200);
+    // Nobody answers yet, and the stream passes on what comes.
+    let mut asker = connect();
+    asker.send("GET /version HTTP/1.1\r\n\r\n");
+    let call = next();
+    ours.write_all(b"event").unwrap();
+    let mut heard = [0; 5];
+    listener.0.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"event");
+    let cancelled = || call.cancelled().load(std::sync::atomic::Ordering::SeqCst);
+    // One that sends no more still waits; one that is gone does not.
+    asker.0.shutdown(std::net::Shutdown::Write).unwrap();
+    thread::sleep(Duration::from_millis(20));
+    assert!(!cancelled());
+    drop(asker);
+    let begin = Instant::now();
+    while !cancelled() {
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(1));
+    }
+    call.answer(Ok(Reply::Done));
+    // One that is dropped is an answer as well.
+    let mut other = connect();
+    other.send("GET /version HTTP/1.1\r\n\r\n");
+    drop(next());
+    assert_eq!(other.answer().0, 400);
+    drop((ours, requests, api));
+}

@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::Runtime;
+use super::meter::Meter;
 use crate::control::{
     ActionError, Event, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotState, SnapshotStatistics,
     State, chain,
@@ -23,6 +24,8 @@ use crate::vm::Vm;
 
 /// What the epoll set says of the snapshot that is being written.
 const ENDED: u64 = 5;
+/// Why one failed that nobody wanted any more.
+const CANCELLED: &str = "it was cancelled";
 
 /// The snapshot that is being written, and how the last one went.
 #[derive(Debug, Default)]
@@ -42,13 +45,24 @@ impl Behind {
         self.last.clone()
     }
 
-    /// Takes in that it has ended, if it has.
+    /// Takes in how far it is, and that it has ended.
     fn look(&mut self) -> Option<Event> {
         let now = self.now.as_mut()?;
-        let result = now.ended()?;
+        let result = now.ended();
         let path = now.path().to_owned();
-        self.now = None;
         let last = self.last.as_mut();
+        let Some(result) = result else {
+            let [written_bytes, total_bytes] = now.progress()?;
+            if let Some(last) = last {
+                (last.written_bytes, last.total_bytes) = (written_bytes, total_bytes);
+            }
+            return Some(Event::SnapshotProgress {
+                path,
+                written_bytes,
+                total_bytes,
+            });
+        };
+        self.now = None;
         Some(match result {
             Ok(()) => {
                 if let Some(last) = last {
@@ -65,6 +79,18 @@ impl Behind {
                 Event::SnapshotFailed { path, error }
             }
         })
+    }
+
+    /// Ends what is being written.
+    fn cancel(&mut self) -> Option<Event> {
+        // Its process and its temporary files go with it.
+        let path = self.now.take()?.path().to_owned();
+        let error = CANCELLED.to_owned();
+        if let Some(last) = &mut self.last {
+            last.state = SnapshotState::Failed;
+            last.error = Some(error.clone());
+        }
+        Some(Event::SnapshotFailed { path, error })
     }
 
     /// Waits for the end of what is being written, of a machine that has ended itself; a signal that ends
@@ -92,6 +118,15 @@ impl Behind {
 }
 
 impl Runtime {
+    /// Ends the snapshot that is being written in the background; what was there before stays.
+    pub(super) fn cancel_behind(&mut self) -> Result<Reply, ActionError> {
+        // One that has just ended is not cancelled.
+        self.look_at_snapshot();
+        let event = self.behind.cancel().ok_or(ActionError::NoSnapshot)?;
+        self.events.emit(&event);
+        Ok(Reply::Done)
+    }
+
     /// Tells of the snapshot that was written in the background, if it has come to its end.
     pub(super) fn look_at_snapshot(&mut self) {
         if let Some(event) = self.behind.look() {
@@ -118,12 +153,19 @@ impl Runtime {
             true => vm.pause(PAUSE_PATIENCE),
             false => Ok(()),
         };
+        let cancelled = create.cancellable.then_some(&*self.cancelled);
+        let meter = Meter::new(&create.snapshot_path, cancelled, &mut self.events);
+        let watch = |done, total| meter.watch(done, total);
         let begun = match &stands {
             Ok(()) => self
                 .saver
                 .keep_talk(vm, agent)
-                .and_then(|()| self.saver.begin(vm, &self.config, create, prepared)),
+                .and_then(|()| self.saver.begin(vm, &self.config, create, prepared, &watch)),
             Err(error) => Err(ActionError::Failed { text: chain(error) }),
+        };
+        let begun = match begun {
+            Err(_) if meter.is_cancelled() => Err(ActionError::Cancelled),
+            begun => begun,
         };
         if running {
             vm.start();
@@ -145,6 +187,8 @@ impl Runtime {
             state: SnapshotState::Writing,
             path: path.clone(),
             pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+            written_bytes: 0,
+            total_bytes: 0,
             error: None,
             waited: None,
         };

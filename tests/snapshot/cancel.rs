@@ -1,0 +1,85 @@
+//! Snapshots that nobody wants any more.
+
+use std::fs;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::json;
+
+use crate::background::{create, ended, goes_on, names, status, stuck, ticking};
+use crate::client::{Client, request};
+use crate::saved::Files;
+
+#[test]
+fn one_in_the_background_is_cancelled_and_leaves_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut vm, mut story) = ticking(json!({}));
+    let files = Files::named(dir.path(), "saved");
+    let nothing = |vm: &mut crate::served::Served| {
+        let answer = vm.client.ask("DELETE", "/snapshot/create", "");
+        answer.refused(&["No snapshot is being written"]);
+    };
+    nothing(&mut vm);
+    vm.put("/snapshot/create", create(&files)).done();
+    assert_eq!(ended(&mut vm)["state"], "saved");
+    nothing(&mut vm);
+    let before = fs::read(&files.state).unwrap();
+    let writer = stuck(&mut vm, &files);
+    vm.client.ask("DELETE", "/snapshot/create", "").done();
+    assert!(kill(writer, None).is_err(), "it is gone");
+    let status = status(&mut vm);
+    assert_eq!(
+        (&status["state"], &status["error"]),
+        (&json!("failed"), &json!("it was cancelled"))
+    );
+    assert_eq!(names(dir.path()), ["saved.memory", "saved.state"]);
+    assert_eq!(fs::read(&files.state).unwrap(), before);
+    nothing(&mut vm);
+    assert_eq!(vm.state(), "Running");
+    story.follow(&mut vm, 3);
+    vm.put("/snapshot/create", create(&files)).done();
+    assert_eq!(ended(&mut vm)["state"], "saved");
+    story.check();
+    goes_on(&files, story.nonce());
+}
+
+#[test]
+fn one_whose_caller_goes_leaves_what_was_there_or_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut vm, mut story) = ticking(json!({}));
+    let files = Files::named(dir.path(), "saved");
+    vm.patch("/vm", json!({ "state": "Paused" })).done();
+    vm.put("/snapshot/create", files.create()).done();
+    let mut before = fs::read(&files.state).unwrap();
+    let mut body = files.create();
+    body["cancellable"] = json!(true);
+    let pid = vm.running.pid();
+    let mut cancelled = 0;
+    for _ in 0..100 {
+        // It finds both, the request and the caller's end.
+        kill(pid, Signal::SIGSTOP).unwrap();
+        let mut caller = Client::connect(&vm.socket());
+        caller.send(request("PUT", "/snapshot/create", &body.to_string()).as_bytes());
+        drop(caller);
+        kill(pid, Signal::SIGCONT).unwrap();
+        assert_eq!(vm.state(), "Paused");
+        assert_eq!(names(dir.path()), ["saved.memory", "saved.state"]);
+        let now = fs::read(&files.state).unwrap();
+        cancelled += u32::from(now == before);
+        before = now;
+        if cancelled > 1 {
+            break;
+        }
+    }
+    assert!(cancelled > 1);
+    // Without that word the caller may go.
+    let mut caller = Client::connect(&vm.socket());
+    caller.send(request("PUT", "/snapshot/create", &files.create().to_string()).as_bytes());
+    drop(caller);
+    while fs::read(&files.state).unwrap() == before {
+        assert_eq!(vm.state(), "Paused");
+    }
+    goes_on(&files, story.nonce());
+    vm.patch("/vm", json!({ "state": "Resumed" })).done();
+    story.follow(&mut vm, 3);
+    story.check();
+}
