@@ -22,6 +22,8 @@ pub enum Role {
     Prefetch,
     /// Starts a passt that ended again.
     Passt,
+    /// Writes protected guest memory to a snapshot.
+    Writer,
 }
 
 impl Role {
@@ -34,6 +36,7 @@ impl Role {
             Self::Pager => "pager".to_string(),
             Self::Prefetch => "prefetch".to_string(),
             Self::Passt => "passt".to_string(),
+            Self::Writer => "writer".to_string(),
         }
     }
 }

@@ -551,6 +551,10 @@ impl Runtime {
         vm: &Vm,
         agent: Option<&mut AgentLink>,
     ) -> Result<Reply, ActionError> {
+        if let Some(path) = self.behind.protecting() {
+            let path = path.to_owned();
+            return Err(ActionError::SnapshotBusy { path });
+        }
         let runs = self.instance.state == State::Running;
         let to = &request.uds_path;
         let pause = self.saver.fork((vm, runs), &self.config, agent, to)?;

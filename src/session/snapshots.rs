@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use arch::kernel::KernelImage;
 use arch::state::ClockPolicy;
+use devices::virtio::registry::DeviceHandle;
 
 use super::agent::AgentLink;
 use super::touched;
@@ -18,7 +19,9 @@ use crate::sandbox::reaper::Reaper;
 use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
 use crate::snapshot::image::{Base, Watch};
+use crate::snapshot::protect::{self, Protected};
 use crate::snapshot::ram::{Origin, Part};
+use crate::snapshot::uffd::Uffd;
 use crate::snapshot::working_set::{self, WorkingSet};
 use crate::snapshot::{
     self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Paging, Plugged, Request,
@@ -182,6 +185,8 @@ fn failed(error: &dyn std::error::Error) -> ActionError {
 pub enum Prepared {
     /// Where it goes.
     Files(Files),
+    /// Where it goes, and what protects memory meanwhile.
+    Protected(Files, Uffd),
     /// It cannot be had: the machine stands still while it is written, for this reason.
     Waits(&'static str),
 }
@@ -298,16 +303,52 @@ impl Saver {
     /// # Errors
     /// [`ActionError::Save`] where its files cannot be written.
     pub fn prepare(&self, vm: &Vm, create: &SnapshotCreate) -> Result<Prepared, ActionError> {
-        let shared = matches!(self.ram.origin, Origin::Memfd);
-        let shared = shared.then_some("guest memory is shared (memory_backing memfd)");
-        if let Some(why) = shared.or_else(|| vm.not_copied()) {
+        if let Some(why) = vm.not_copied() {
             return Ok(Prepared::Waits(why));
         }
+        let uffd = match self.protection(vm) {
+            Ok(uffd) => uffd,
+            Err(why) => return Ok(Prepared::Waits(why)),
+        };
         let files = Files::new((&create.snapshot_path, &create.mem_file_path));
         let failed = |error: SnapshotError| ActionError::Save {
             text: chain(&error),
         };
-        Ok(Prepared::Files(files.map_err(failed)?))
+        let files = files.map_err(failed)?;
+        Ok(match uffd {
+            Some(uffd) => Prepared::Protected(files, uffd),
+            None => Prepared::Files(files),
+        })
+    }
+
+    /// What protects memory that another process would share; none where none would be.
+    fn protection(&self, vm: &Vm) -> Result<Option<Uffd>, &'static str> {
+        let shared = matches!(self.ram.origin, Origin::Memfd);
+        if !shared && !vm.is_reserved() {
+            return Ok(None);
+        }
+        let devices = vm.board().devices.list();
+        let mut handles = devices.iter().map(|device| &device.handle);
+        if handles.any(|handle| matches!(handle, DeviceHandle::Balloon(_))) {
+            return Err(
+                "a balloon may give back guest memory that is shared or in reserved huge pages",
+            );
+        }
+        let failed = |error| {
+            log::info!(
+                "a snapshot is not written in the background: {}",
+                chain(&error)
+            );
+            match shared {
+                true => {
+                    "guest memory is shared (memory_backing memfd), and this host's userfaultfd cannot protect it"
+                }
+                false => {
+                    "guest memory is in reserved huge pages, and this host's userfaultfd cannot protect it"
+                }
+            }
+        };
+        protect::open().map(Some).map_err(failed)
     }
 
     /// Begins to save the machine `vm`, which stands still, and may go on after this. What later changes
@@ -324,8 +365,9 @@ impl Saver {
         watch: Watch<'_>,
     ) -> Result<Begun, ActionError> {
         let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
-        let files = match prepared {
-            Prepared::Files(files) => files,
+        let (files, uffd) = match prepared {
+            Prepared::Files(files) => (files, None),
+            Prepared::Protected(files, uffd) => (files, Some(uffd)),
             Prepared::Waits(why) => {
                 self.create(vm, config, create, watch)?;
                 return Ok(Begun::Written(why));
@@ -333,8 +375,17 @@ impl Saver {
         };
         let machine = vm.save().map_err(|e| failed(&e))?;
         let request = self.request((vm, &machine), config, create, (&[], None));
-        let background = Background::begin(files, &request).map_err(|e| failed(&e))?;
-        Ok(Begun::Writing(background))
+        let begun = match uffd {
+            None => Background::begin(files, &request),
+            Some(uffd) => {
+                let page = config.machine_config.huge_pages.reserved_mib();
+                let memory = (vm.memory(), page.map_or(0, |mib| mib << 20));
+                let protected = Protected::new(uffd, memory, &self.ram.origin);
+                let protected = protected.map_err(|e| failed(&e))?;
+                Background::begin_protected(files, &request, protected)
+            }
+        };
+        Ok(Begun::Writing(begun.map_err(|e| failed(&e))?))
     }
 
     /// Saves the paused machine `vm`, made of `config`, as asked, unless `watch` ends it.

@@ -12,6 +12,7 @@ use nix::sys::utsname::uname;
 
 use super::format::Writer;
 use super::image::{Base, Image, ImageWriter, MemoryMap, Watch, belongs, previous};
+use super::protect::Protected;
 use super::publish::Unpublished;
 use super::ram::{self, Part};
 use super::{
@@ -152,6 +153,26 @@ impl Files {
             guest: request.guest,
         };
         self.write(&parts, |file, id| write_memory(request, id, file))
+    }
+
+    /// Writes `parts` and all of `protected` memory, which is no longer protected when that is in the file,
+    /// unless `watch` ends it.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; files that were there before are untouched.
+    pub(super) fn save_protected(
+        self,
+        parts: &Parts<'_>,
+        mut protected: Protected,
+        watch: Watch<'_>,
+    ) -> Result<Created, SnapshotError> {
+        self.write(parts, |file, id| {
+            let mut writer = ImageWriter::new(file, id).watched(Some(watch));
+            protected.write(&mut writer)?;
+            let regions = ram::regions(protected.memory());
+            drop(protected);
+            writer.finish(regions, None)
+        })
     }
 
     fn write(

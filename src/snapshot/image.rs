@@ -342,7 +342,9 @@ impl<'a> ImageWriter<'a> {
     }
 
     /// Writes the trailer behind `regions` and has all of it on the disk.
-    pub fn finish(self, regions: Vec<Region>, base: Option<Base>) -> io::Result<MemoryMap> {
+    pub fn finish(mut self, regions: Vec<Region>, base: Option<Base>) -> io::Result<MemoryMap> {
+        // They may come in any order.
+        self.runs.sort_unstable_by_key(|run| run.offset);
         let mut map = MemoryMap {
             regions,
             runs: self.runs,

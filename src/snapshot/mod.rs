@@ -14,6 +14,7 @@ pub mod image;
 mod merge;
 pub mod own;
 mod pages;
+pub mod protect;
 mod publish;
 pub mod ram;
 mod rebind;

@@ -111,7 +111,7 @@ pub fn dirtied(memory: &GuestMemory, origin: &Origin) -> io::Result<u64> {
 }
 
 /// Where in a region there is something, as offsets in it and lengths, in order.
-fn runs(
+pub(super) fn runs(
     region: &GuestRegionMmap,
     here: Region,
     origin: &Origin,

@@ -29,6 +29,10 @@ const REMOVE: u8 = 0x15;
 pub mod feature {
     /// Says when memory is given back to the host.
     pub const EVENT_REMOVE: u64 = 1 << 3;
+    /// Tells of writes to protected pages.
+    pub const PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+    /// Shared memory and reserved huge pages can be protected, also where there are no pages yet.
+    pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 }
 
 /// No userfaultfd can be had.
@@ -117,12 +121,21 @@ pub struct ZeroArg {
     zeropage: i64,
 }
 
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+pub struct ProtectArg {
+    range: RangeArg,
+    mode: u64,
+}
+
 /// Which faults of a range are told (`UFFDIO_REGISTER_MODE_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Mode {
     /// Of pages that are not there.
     Missing = 1,
+    /// Of writes to pages that are protected.
+    WriteProtected = 2,
 }
 
 nix::ioctl_write_int_bad!(
@@ -158,6 +171,13 @@ nix::ioctl_readwrite!(
     0xaa,
     0x04,
     ZeroArg
+);
+nix::ioctl_readwrite!(
+    /// `UFFDIO_WRITEPROTECT`.
+    writeprotect,
+    0xaa,
+    0x06,
+    ProtectArg
 );
 nix::ioctl_read!(
     /// `UFFDIO_WAKE`.
@@ -210,7 +230,11 @@ impl Uffd {
         let done = unsafe { handshake(fd.as_raw_fd(), &raw mut arg) };
         done.map_err(|errno| UffdError::Unsupported {
             what: "with the features that are needed",
-            since: "5.7",
+            since: if features & feature::WP_HUGETLBFS_SHMEM == 0 {
+                "5.7"
+            } else {
+                "5.19"
+            },
             source: errno.into(),
         })?;
         Ok(Self(fd))
@@ -305,6 +329,24 @@ impl Uffd {
         // SAFETY: as for `copy`.
         let done = unsafe { zeropage(self.0.as_raw_fd(), &raw mut arg) };
         filled(done, arg.zeropage)
+    }
+
+    /// Protects `len` bytes at `address`, whole pages of a range registered for that, from being written, or no
+    /// more: then who waited goes on.
+    ///
+    /// # Errors
+    /// Of memory that is not registered, or no memory for page tables.
+    pub fn protect(&self, address: u64, len: u64, on: bool) -> io::Result<()> {
+        let mut arg = ProtectArg {
+            range: RangeArg {
+                start: address,
+                len,
+            },
+            mode: on.into(),
+        };
+        // SAFETY: the structure is the one that the kernel reads; it changes no content.
+        let done = unsafe { writeprotect(self.0.as_raw_fd(), &raw mut arg) };
+        done.map(drop).map_err(io::Error::from)
     }
 
     /// Has whoever waits for the `len` bytes at `address` look again.

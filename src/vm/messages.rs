@@ -82,16 +82,19 @@ impl Inner {
     ) -> Result<T, kvm_ioctls::Error> {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         let full = || kvm_ioctls::Error::new(libc::ENOSPC);
-        let changed = change(&mut routes).ok_or_else(full)?;
+        let mut changed = routes.clone();
+        let result = change(&mut changed).ok_or_else(full)?;
         let mut entries = match self.irqchip {
             Irqchip::Kernel => (0..PINS).flat_map(pin).collect(),
             Irqchip::Split => Vec::new(),
         };
-        let messages = (PINS..).zip(routes.iter());
+        let messages = (PINS..).zip(changed.iter());
         entries.extend(messages.filter_map(|(gsi, message)| Some(entry(gsi, (*message)?))));
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| full())?;
+        // One that KVM refuses, with an address of the guest's, is not to be in the next table.
         self.vm.set_gsi_routing(&table)?;
-        Ok(changed)
+        *routes = changed;
+        Ok(result)
     }
 }
 

@@ -161,14 +161,17 @@ impl Vm {
         &self.memory
     }
 
-    /// Why a copy of this process would not have all of the guest's memory as it is now, if so; beside that
-    /// of RAM that is shared.
-    pub fn not_copied(&self) -> Option<&'static str> {
+    /// Whether RAM is in reserved huge pages.
+    pub fn is_reserved(&self) -> bool {
         let reserved = |region: &GuestRegionMmap| region.is_hugetlbfs() == Some(true);
+        self.memory.iter().any(reserved)
+    }
+
+    /// Why the guest's memory cannot be written as it is now while the guest goes on, if so; beside RAM that is
+    /// shared or in reserved huge pages.
+    pub fn not_copied(&self) -> Option<&'static str> {
         if self.handler.is_some() {
             Some("the guest's memory is brought when it is touched")
-        } else if self.memory.iter().any(reserved) {
-            Some("guest memory is in reserved huge pages")
         } else if !self.slots.plugged().is_empty() {
             Some("the guest has hot-pluggable memory")
         } else {

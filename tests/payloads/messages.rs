@@ -5,6 +5,7 @@ use arch::capabilities;
 use arch::vm::{IrqchipMode, create_irqchip};
 use bulle::config::Irqchip as Mode;
 use bulle::vm::irq::Irqchip;
+use kvm_bindings::{KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -49,6 +50,20 @@ fn check(mode: Mode, kernels: IrqchipMode) {
     }
     third.write(1).unwrap();
     assert!(is_requested(&vcpu, 0x51));
+
+    // A message that KVM refuses, for its address is no local APIC's, is not in the way of others.
+    let ids = kvm_enable_cap {
+        cap: KVM_CAP_X2APIC_API,
+        args: [KVM_X2APIC_API_USE_32BIT_IDS.into(), 0, 0, 0],
+        ..kvm_enable_cap::default()
+    };
+    vm.enable_cap(&ids).unwrap();
+    let fourth = event();
+    let nowhere = ADDRESS | 1 << 32;
+    assert!(messages.direct(nowhere, 0x71, &fourth).is_none());
+    let _fourth = messages.direct(ADDRESS, 0x72, &fourth).unwrap();
+    fourth.write(1).unwrap();
+    assert!(is_requested(&vcpu, 0x72));
 }
 
 #[test]

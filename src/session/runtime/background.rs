@@ -40,6 +40,12 @@ impl Behind {
         self.now.as_ref().map(Background::path)
     }
 
+    /// As [`path`](Self::path), where memory is protected meanwhile and has to stay as it is mapped.
+    pub fn protecting(&self) -> Option<&Path> {
+        let now = self.now.as_ref().filter(|now| now.is_protecting());
+        now.map(Background::path)
+    }
+
     /// The last one.
     pub fn statistics(&self) -> Option<SnapshotStatistics> {
         self.last.clone()

@@ -238,22 +238,27 @@ impl Pair {
         Ok(())
     }
 
+    /// Has both queues back, the one whatever becomes of the other.
     fn stop(self, index: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
-        let stop = failed("stop vhost-net");
+        let mut result = Ok(());
         for (half, (has, call)) in self.has.iter().zip(&self.calls).enumerate() {
-            if !has {
-                continue;
-            }
-            // Waits for what it is at.
-            self.kernel.set_backend(half, None).map_err(&stop)?;
-            let next = self.kernel.get_vring_base(half).map_err(&stop)?;
-            let queue = 2 * index + half;
-            io.direct(queue, None);
-            io.take_back(queue, next as u16)?;
-            if call.read().is_ok() {
-                io.interrupt(queue);
+            if *has {
+                let queue = 2 * index + half;
+                io.direct(queue, None);
+                result = result.and(self.stop_half(half, queue, io));
+                if call.read().is_ok() {
+                    io.interrupt(queue);
+                }
             }
         }
-        Ok(())
+        result
+    }
+
+    fn stop_half(&self, half: usize, queue: usize, io: &mut Io<'_>) -> Result<(), DeviceError> {
+        let stop = failed("stop vhost-net");
+        // Waits for what it is at.
+        self.kernel.set_backend(half, None).map_err(&stop)?;
+        let next = self.kernel.get_vring_base(half).map_err(&stop)?;
+        io.take_back(queue, next as u16)
     }
 }
