@@ -7,6 +7,7 @@
 mod api;
 #[path = "../api/client.rs"]
 mod client;
+mod clients;
 #[path = "../common/mod.rs"]
 mod common;
 mod console;
