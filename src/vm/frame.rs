@@ -48,6 +48,7 @@ impl Host {
         limits::allow_open_files(machine, files)?;
         let kvm = open_kvm()?;
         log::debug!("{KVM_PATH} is open");
+        arch::xstate::permit_guests();
         let capabilities = arch::capabilities::check_with(&kvm, &cpu.capabilities)?;
         let topology = topology(machine)?;
         limits::check(machine, &capabilities)?;

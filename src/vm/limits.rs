@@ -114,6 +114,7 @@ mod tests {
             manual_dirty_log: false,
             xcrs: false,
             xsave2_size: 0,
+            nested_state: false,
             kvmclock_ctrl: false,
             user_space_msr: false,
             coalesced_pio: false,

@@ -16,9 +16,21 @@ use crate::state_file;
 use crate::vsock::{ECHO, dial};
 
 /// Each round writes to the disk, reads that back past the cache, and says so with a number that only
-/// its memory has, its time and random bytes.
+/// its memory has, its time and random bytes. What it has of hot-pluggable memory takes a file, which it
+/// looks at too.
 const WORK: &str = r#"
     guest-tool serve >/dev/null &
+    kept() { true; }
+    if grep -q virtio_mem /proc/modules; then
+        until [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -gt 250000 ]; do sleep 0.2; done
+        free() { awk '/^Node/ { zone = $4 } zone == "Movable" && $2 == "free" { print $3 }' /proc/zoneinfo; }
+        before=$(free)
+        mkdir /m; mount -t tmpfs none /m
+        dd if=/dev/urandom of=/m/big bs=1M count=32 2>/dev/null
+        [ $((before - $(free))) -gt 7000 ] || echo LOST into other memory: $before $(free)
+        digest=$(md5sum </m/big)
+        kept() { [ "$(md5sum </m/big)" = "$digest" ]; }
+    fi
     random() { hexdump -n $1 -v -e '/1 "%02x"' /dev/urandom; }
     nonce=$(random 8)
     n=0
@@ -29,6 +41,7 @@ const WORK: &str = r#"
         echo 3 >/proc/sys/vm/drop_caches
         dd if=/dev/vda of=/read bs=64k skip=$at count=2 2>/dev/null
         cmp /written /read || echo LOST
+        [ $((n % 4)) != 0 ] || kept || echo LOST memory
         echo round $n $nonce $(date +%s) $(random 32)
         n=$((n + 1))
     done"#;
@@ -97,7 +110,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(flavour: &str, machine: Value) -> Self {
+    fn start(flavour: &str, machine: Value, hotplug: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
@@ -108,13 +121,16 @@ impl Worker {
             true => "virtio_pci",
             false => "virtio_mmio",
         };
-        let modules = [transport, "virtio_blk", "vmw_vsock_virtio_transport"];
+        let mut modules = vec![transport, "virtio_blk", "vmw_vsock_virtio_transport"];
+        if hotplug {
+            modules.push("virtio_mem");
+        }
         let initrd = initrd_with(dir.path(), flavour, &modules, WORK);
         let mut vm = Served::new();
         let source = json!({
             "kernel_image_path": debian_kernel(flavour),
             "initrd_path": initrd,
-            "boot_args": "console=ttyS0 quiet",
+            "boot_args": "console=ttyS0 quiet memhp_default_state=online_movable",
         });
         vm.put("/boot-source", source).done();
         let mut config = json!({ "vcpu_count": 2, "mem_size_mib": 192 });
@@ -129,7 +145,15 @@ impl Worker {
         let path = dir.path().join("v");
         vm.put("/vsock", json!({ "guest_cid": 9, "uds_path": path }))
             .done();
+        if hotplug {
+            let memory = json!({ "total_size_mib": 256 });
+            vm.put("/hotplug/memory", memory).done();
+        }
         let mut vm = vm.start();
+        if hotplug {
+            let more = json!({ "requested_size_mib": 128 });
+            vm.patch("/hotplug/memory", more).done();
+        }
         let mut story = Story::default();
         story.follow(&mut vm, 2);
         Self { dir, vm, story }
@@ -192,9 +216,10 @@ fn dial_soon(socket: &Path) -> UnixStream {
     }
 }
 
-/// Work goes on over pauses and several snapshots, and sockets are there again.
-fn goes_on(flavour: &str, machine: Value) {
-    let mut worker = Worker::start(flavour, machine);
+/// Work goes on over pauses and several snapshots, and sockets are there again; with `hotplug` in memory
+/// that the guest got while it ran.
+fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
+    let mut worker = Worker::start(flavour, machine, hotplug);
     let socket = worker.path("v");
     let mut stream = dial(&socket, ECHO).expect("the guest listens");
     assert!(echoes(&mut stream, "before"));
@@ -235,7 +260,7 @@ fn goes_on(flavour: &str, machine: Value) {
 
 #[test]
 fn a_guest_goes_on_in_another_process_on_mmio() {
-    goes_on("amd64", json!({ "virtio_transport": "mmio" }));
+    goes_on("amd64", json!({ "virtio_transport": "mmio" }), false);
 }
 
 #[test]
@@ -243,6 +268,7 @@ fn a_guest_goes_on_in_another_process_on_pci() {
     goes_on(
         "cloud-amd64",
         json!({ "virtio_transport": "pci", "irqchip": "kernel" }),
+        true,
     );
 }
 
@@ -256,7 +282,7 @@ fn now() -> u64 {
 
 #[test]
 fn clones_have_the_time_that_was_asked_for() {
-    let mut worker = Worker::start("amd64", json!({}));
+    let mut worker = Worker::start("amd64", json!({}), false);
     worker.save("saved");
     let saved = now();
     worker.vm = Served::new();
@@ -286,7 +312,7 @@ fn clones_have_the_time_that_was_asked_for() {
 
 #[test]
 fn clones_do_not_share_their_randomness() {
-    let mut worker = Worker::start("amd64", json!({ "vcpu_count": 1 }));
+    let mut worker = Worker::start("amd64", json!({ "vcpu_count": 1 }), false);
     worker.save("saved");
     worker.vm = Served::new();
     let before = worker.story.rounds().len();

@@ -76,6 +76,8 @@ pub struct Capabilities {
     pub xcrs: bool,
     /// Bytes of the extended state (`KVM_GET_XSAVE2`); 0 when the 4 KiB interface is all there is.
     pub xsave2_size: u32,
+    /// The state of guests of the guest can be read and written (`KVM_CAP_NESTED_STATE`).
+    pub nested_state: bool,
     /// `KVM_KVMCLOCK_CTRL`, which tells a guest that it was stopped.
     pub kvmclock_ctrl: bool,
     /// MSR accesses can be handed to userspace.
@@ -206,6 +208,7 @@ fn from_host(
         )) > 0,
         xcrs: has(Cap::Xcrs),
         xsave2_size: number(Cap::Xsave2),
+        nested_state: has(Cap::NestedState),
         kvmclock_ctrl: has(Cap::KvmclockCtrl),
         user_space_msr: has(Cap::X86UserSpaceMsr),
         coalesced_pio: has(Cap::CoalescedPio),

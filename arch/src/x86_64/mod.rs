@@ -21,3 +21,4 @@ pub mod vcpu;
 pub mod vm;
 pub mod vmclock;
 pub mod vmgenid;
+pub mod xstate;

@@ -7,6 +7,7 @@
     reason = "helpers of tests are not marked as tests"
 )]
 
+mod nested;
 mod state;
 
 use arch::capabilities::{self, Capabilities};

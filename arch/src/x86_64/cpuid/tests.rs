@@ -19,6 +19,7 @@ fn capabilities(tsc_deadline_timer: bool) -> Capabilities {
         manual_dirty_log: false,
         xcrs: true,
         xsave2_size: 0,
+        nested_state: false,
         kvmclock_ctrl: true,
         user_space_msr: true,
         coalesced_pio: true,

@@ -11,6 +11,7 @@
 
 mod check;
 mod msrs;
+mod nested;
 mod raw;
 mod vcpu;
 mod vm;
@@ -108,6 +109,12 @@ pub enum StateError {
         /// Bytes on this host.
         wanted: usize,
     },
+    /// The state of a guest's own virtual machines is none.
+    #[error("vCPU {vcpu} has a state of virtual machines of its own whose length is wrong")]
+    Nested {
+        /// Index of the vCPU.
+        vcpu: u16,
+    },
     /// The TSC has another frequency, and this host cannot change it.
     #[error(
         "the guest's TSC has {saved} kHz, this host's has {host} kHz and KVM cannot change it: use a \
@@ -190,6 +197,7 @@ pub struct Context {
     /// Bytes of the extended state; 0 when the 4 KiB interface is all there is.
     xsave2_size: usize,
     xcrs: bool,
+    nested_state: bool,
     tsc_control: bool,
     get_tsc_khz: bool,
     /// Frequency that a new vCPU's TSC has, once one was asked.
@@ -206,6 +214,7 @@ impl Context {
             msrs: msrs::MsrList::new(crate::msr::indices(kvm)?),
             xsave2_size: usize::try_from(capabilities.xsave2_size).unwrap_or(0),
             xcrs: capabilities.xcrs,
+            nested_state: capabilities.nested_state,
             tsc_control: capabilities.tsc_control,
             get_tsc_khz: capabilities.get_tsc_khz,
             host_tsc_khz: OnceLock::new(),

@@ -42,6 +42,7 @@ fn state(cpuid: Vec<kvm_cpuid_entry2>) -> VcpuState {
         debugregs: Default::default(),
         lapic: Default::default(),
         msrs: Vec::new(),
+        nested: Vec::new(),
     }
 }
 

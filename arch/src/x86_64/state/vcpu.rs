@@ -9,7 +9,7 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
-use super::{ClockShift, Context, StateError, msrs, raw};
+use super::{ClockShift, Context, StateError, msrs, nested, raw};
 use crate::tsc;
 
 /// Bytes of extended state that every host takes (`struct kvm_xsave`).
@@ -82,6 +82,10 @@ pub struct VcpuState {
     /// MSRs but for the TSC, in the order in which they are written.
     #[serde(with = "raw::list")]
     pub msrs: Vec<kvm_msr_entry>,
+    /// `struct kvm_nested_state`, 128 bytes or more; empty where the guest has no virtual machines of its
+    /// own.
+    #[serde(with = "serde_bytes", default, skip_serializing_if = "Vec::is_empty")]
+    pub nested: Vec<u8>,
 }
 
 impl VcpuState {
@@ -105,6 +109,7 @@ impl VcpuState {
         } else {
             kvm_xcrs::default()
         };
+        let sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
         Ok(Self {
             index,
             cpuid: get_cpuid(fd).map_err(failed("KVM_GET_CPUID2"))?,
@@ -112,7 +117,8 @@ impl VcpuState {
             mp_state,
             events,
             regs: fd.get_regs().map_err(failed("KVM_GET_REGS"))?,
-            sregs: fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?,
+            nested: nested::save(fd, index, &sregs, context)?,
+            sregs,
             xcrs,
             xsave: get_xsave(fd, index, context)?,
             debugregs: fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
@@ -176,6 +182,7 @@ impl VcpuState {
         context: &Context,
         shift: &ClockShift,
     ) -> Result<(), StateError> {
+        nested::leave(fd, self, context)?;
         self.give(fd, context, shift, &|_| false)
     }
 
@@ -234,6 +241,7 @@ impl VcpuState {
         }
         fd.set_lapic(&self.lapic).map_err(failed("KVM_SET_LAPIC"))?;
         self.restore_msrs(fd, shift, same_tsc)?;
+        nested::restore(fd, self, context)?;
         if !skip(Part::Events) {
             fd.set_vcpu_events(&self.events)
                 .map_err(failed("KVM_SET_VCPU_EVENTS"))?;
@@ -320,7 +328,10 @@ impl VcpuState {
     }
 }
 
-fn failed(vcpu: u16, ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
+pub(super) fn failed(
+    vcpu: u16,
+    ioctl: &'static str,
+) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Vcpu {
         vcpu,
         ioctl,
