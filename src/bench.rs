@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use arch::state::ClockPolicy;
 use devices::mmds::Mmds;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::board::plan::{PlanError, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
@@ -123,8 +123,8 @@ pub fn line(what: &str, ours: &mut [Duration], all: &mut [Duration]) -> String {
     format!("{what:<40}{figures}")
 }
 
-/// The time that so many percent of the samples are not above.
-fn at(samples: &mut [Duration], percent: usize) -> Option<Duration> {
+/// The time that so many percent of the samples are not above; `None` where there is none.
+pub fn at(samples: &mut [Duration], percent: usize) -> Option<Duration> {
     samples.sort_unstable();
     let index = (samples.len() * percent).div_ceil(100).max(1) - 1;
     samples.get(index).copied()
@@ -164,7 +164,7 @@ impl Cloner {
 
     fn wiring(&self, console: Box<dyn Write + Send>) -> Result<Wiring, BenchError> {
         let end = |out| {
-            let drained = EventFd::new(0);
+            let drained = EventFd::new(EFD_CLOEXEC);
             let drained = drained.map_err(|e| BenchError::Host("create an event descriptor", e))?;
             Ok::<_, BenchError>(SerialEnd { out, drained })
         };
@@ -216,6 +216,17 @@ impl Cloner {
         let begin = Instant::now();
         drop(vm);
         self.closing.push(begin.elapsed());
+    }
+
+    /// How long a new clone takes to its sign of life; `None` where the guest gives none.
+    ///
+    /// # Errors
+    /// What a clone meets.
+    pub fn sample(&mut self, guest: &mut dyn Guest) -> Result<Option<Duration>, BenchError> {
+        let mut samples = Samples::default();
+        let vm = self.clone(None, guest, &mut samples)?;
+        self.close(vm);
+        Ok(samples.all.pop())
     }
 
     /// Takes `count` samples of each way, and writes a line for each.

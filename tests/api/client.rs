@@ -68,7 +68,7 @@ impl Client {
                 }
                 Err(error) => assert!(begin.elapsed() < Duration::from_secs(10), "{error}"),
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 

@@ -1,14 +1,19 @@
-//! Clones of one snapshot in this process, and clones in others (`clone_processes.rs`): `make bench`, or `cargo bench --bench clone`.
+//! Clones of one snapshot in this process, and clones in others (`clone_processes.rs`, `clone_peers.rs`):
+//! `make bench`, or `cargo bench --bench clone`.
 //!
 //! The guest has a random number in its memory and nowhere else. A clone's time goes from before its
 //! devices are opened to the first byte of that number on its serial port. CLONES is the number of
 //! samples, ALIVE that of the clones that live at once.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../api/client.rs"]
+mod client;
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../common/machine.rs"]
 mod machine;
+#[path = "clone_peers.rs"]
+mod peers;
 #[path = "clone_processes.rs"]
 mod processes;
 
@@ -84,6 +89,9 @@ fn bench(mib: u64, devices: bool, count: usize, alive: usize) {
     let mut cloner = Cloner::new(snapshot, alive).unwrap();
     cloner.times(&mut guest, count, &mut print).unwrap();
     cloner.cost(&mut guest, alive, &mut print).unwrap();
+    if mib == 128 && devices {
+        peers::print(&mut cloner, &mut guest, count);
+    }
 }
 
 /// Open files of a clone, with some to spare.
