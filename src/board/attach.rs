@@ -112,12 +112,6 @@ pub enum AttachError {
     /// Only PCI devices come and go while the guest runs.
     #[error("PCI is not enabled: start the microVM with --pci (--enable-pci of bulle api)")]
     NoPci,
-    /// A name that is taken.
-    #[error("Device ID in use: there is a device '{id}' already; give another name")]
-    InUse {
-        /// The name.
-        id: String,
-    },
 }
 
 /// A device cannot go back to an earlier state in place.
@@ -137,7 +131,8 @@ pub struct Attached {
     pub core: Arc<VirtioCore>,
     /// What it takes commands by.
     pub handle: DeviceHandle,
-    kind: &'static str,
+    /// The type of device, as `DeviceConfig::kind` calls it; with `id` it is a name for one device only.
+    pub kind: &'static str,
     pub(super) doorbells: Arc<Doorbells>,
     /// Its PCI function and the slot where it is, with `--pci`.
     pub(super) function: Option<(usize, Arc<VirtioPci>)>,
@@ -227,7 +222,7 @@ impl Devices {
         for plan in plans {
             let endpoint = devices.present().endpoint(&plan.config, &mut spare)?;
             let mut states = saved.virtio.iter();
-            let state = states.find(|state| state.id == plan.id).cloned();
+            let state = states.find(|state| state.is_of(&plan)).cloned();
             slots.push(Slot::new(
                 plan,
                 machine,
@@ -331,7 +326,8 @@ impl Devices {
             source,
         };
         for (index, state) in parts.virtio.iter().enumerate() {
-            let device = present.list.get(index).filter(|d| d.id == state.id);
+            let device = present.list.get(index);
+            let device = device.filter(|d| (d.kind, &d.id) == (state.kind.as_str(), &state.id));
             let Some(device) = device else {
                 return Err(failed(&state.id, core::RestoreError::InPlace));
             };

@@ -16,17 +16,14 @@ use super::attach::{AttachError, Attached, Devices, Machine, Slot};
 use super::plan::Plan;
 
 impl Devices {
-    /// Makes the device of `plan` and puts it on the PCI bus; the guest has to be told.
+    /// Makes the device of `plan`, whose name is free, and puts it on the PCI bus; the guest has to be told.
     ///
     /// # Errors
-    /// No PCI bus, a name that is taken, no free slot, and what the device refuses. Nothing is changed.
+    /// No PCI bus, no free slot, and what the device refuses. Nothing is changed.
     pub fn plug(&self, plan: Plan, machine: &Machine<'_>) -> Result<Arc<Attached>, AttachError> {
         let Some(pci) = &self.pci else {
             return Err(AttachError::NoPci);
         };
-        if self.find(&plan.id).is_some() {
-            return Err(AttachError::InUse { id: plan.id });
-        }
         let mut present = self.present();
         let endpoint = present.endpoint(&plan.config, &mut Vec::new())?;
         let slot = Slot::new(plan, machine, &self.memory, (endpoint, None))?;
@@ -38,9 +35,10 @@ impl Devices {
         Ok(attached)
     }
 
-    /// The device called `id`.
-    pub fn find(&self, id: &str) -> Option<Arc<Attached>> {
-        self.list().into_iter().find(|device| device.id == id)
+    /// The device of type `kind` called `id`; others may be called so too.
+    pub fn find(&self, kind: &str, id: &str) -> Option<Arc<Attached>> {
+        let mut all = self.list().into_iter();
+        all.find(|device| (device.kind, device.id.as_str()) == (kind, id))
     }
 
     /// Asks the guest, which has to be told, to eject `device`.

@@ -17,6 +17,7 @@ use devices::virtio::transport::pci::PciState;
 use serde::{Deserialize, Serialize};
 
 use super::Wiring;
+use super::plan::Plan;
 use crate::config::{Irqchip, Transport};
 
 /// All devices of a machine.
@@ -70,6 +71,11 @@ pub struct VirtioDeviceState {
 }
 
 impl VirtioDeviceState {
+    /// Whether it is of the device of `plan`: devices of different types may have the same name.
+    pub fn is_of(&self, plan: &Plan) -> bool {
+        (self.id.as_str(), self.kind.as_str()) == (&plan.id, plan.config.kind())
+    }
+
     /// A device that no driver has seen.
     pub fn reset(id: &str, kind: &str) -> Self {
         Self {
@@ -178,8 +184,11 @@ impl PartsState {
     /// For each saved device, its index in `wiring`.
     fn order(&self, wiring: &Wiring) -> Result<Vec<usize>, StateError> {
         let mut order: Vec<usize> = Vec::with_capacity(wiring.devices.len());
-        for VirtioDeviceState { id, kind, .. } in &self.virtio {
-            let at = wiring.devices.iter().position(|plan| plan.id == *id);
+        for device in &self.virtio {
+            let VirtioDeviceState { id, kind, .. } = device;
+            let plans = &wiring.devices;
+            let same = plans.iter().position(|plan| device.is_of(plan));
+            let at = same.or_else(|| plans.iter().position(|plan| plan.id == *id));
             // A name that the snapshot has twice has only one device.
             let at = at.filter(|at| !order.contains(at));
             let plan = at.and_then(|at| Some((at, wiring.devices.get(at)?)));
@@ -279,6 +288,16 @@ mod tests {
         let mut wiring = wiring(&["b", "clock", "a"]);
         assert_eq!(arrange(&state, &mut wiring), Ok(()));
         assert_eq!(ids(&wiring), ["a", "clock", "b"]);
+    }
+
+    #[test]
+    fn devices_of_different_types_may_have_the_same_name() {
+        let state = saved(&[("1", "clock"), ("1", "entropy")]);
+        let mut wiring = wiring(&["1", "clock"]);
+        wiring.devices[1].id = "1".to_owned();
+        assert_eq!(arrange(&state, &mut wiring), Ok(()));
+        let kinds = wiring.devices.iter().map(|plan| plan.config.kind());
+        assert_eq!(kinds.collect::<Vec<_>>(), ["clock", "entropy"]);
     }
 
     #[test]

@@ -58,6 +58,12 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
             bail!("--net none adds nothing: name an interface, such as user or tap=NAME");
         };
         let mut net: NetworkInterface = net.clone();
+        if net.fd.is_some() {
+            bail!(
+                "--net fd= names a descriptor of the microVM's own process: give it to `bulle run`, or name a \
+                 tap interface here"
+            );
+        }
         let of = |config: &Config| {
             let all = config.network_interfaces.iter();
             all.map(|net| net.iface_id.clone()).collect()

@@ -183,13 +183,16 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let place = args.place();
     let save = args.save.clone();
     let metadata = args.devices.metadata().map(Path::to_path_buf);
-    let config = args.into_config()?;
+    let mut config = args.into_config()?;
     if print {
         let text = serde_json::to_string_pretty(&config)?;
         writeln!(io::stdout(), "{text}").context("Cannot print the configuration to stdout")?;
         config.validate()?;
         return Ok(0);
     }
+    config
+        .make_paths_absolute()
+        .context("There is no current directory")?;
     if let Some(logger) = &config.logger {
         telemetry::configure(logger)?;
     }

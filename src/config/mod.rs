@@ -9,6 +9,7 @@ mod cpu;
 mod devices;
 mod list;
 mod machine;
+mod paths;
 mod size;
 mod telemetry;
 #[cfg(test)]

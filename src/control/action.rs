@@ -151,6 +151,15 @@ impl PluggedKind {
             Self::Pmem => "pmem",
         }
     }
+
+    /// What its virtio devices are called, as by `DeviceConfig::kind`.
+    pub fn device(self) -> &'static str {
+        match self {
+            Self::Drive => "block",
+            Self::Net => "net",
+            Self::Pmem => "pmem",
+        }
+    }
 }
 
 /// What changes of a disk.

@@ -269,8 +269,7 @@ impl Preboot {
 pub fn startable(config: &Config) -> Result<Spec, ActionError> {
     let mut config = config.clone();
     for net in &mut config.network_interfaces {
-        net.rx_rate_limiter.get_or_insert_default();
-        net.tx_rate_limiter.get_or_insert_default();
+        net.allow_limits();
     }
     for pmem in &mut config.pmem {
         pmem.rate_limiter.get_or_insert_default();

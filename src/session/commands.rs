@@ -133,8 +133,12 @@ pub fn network(
     // Both are looked at before either changes.
     let mut todo = Vec::new();
     for (update, present, limiter) in directions {
-        let (Some(update), Some(limiter)) = (update, limiter) else {
-            continue;
+        let Some(update) = update else { continue };
+        let Some(limiter) = limiter else {
+            return Err(ActionError::Limits {
+                id: id.clone(),
+                why: "with vhost=on the host's kernel moves its frames, without limits",
+            });
         };
         let limits = present.clone().unwrap_or_default();
         todo.push((changes(id, &limits, update)?, update, present, limiter));

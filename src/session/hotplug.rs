@@ -6,8 +6,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::virtio::registry::DeviceHandle;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::timerfd::TimerFd;
 
@@ -26,7 +28,7 @@ pub const HOTPLUG: u64 = 4;
 
 /// Adds a disk to the machine of `config`.
 pub fn add_drive(vm: &Vm, config: &mut Config, drive: &Drive) -> Result<Reply, ActionError> {
-    may_add(vm, &drive.drive_id)?;
+    may_add(vm, PluggedKind::Drive, &drive.drive_id)?;
     if drive.is_root_device {
         return Err(ActionError::SecondRoot { kind: "block" });
     }
@@ -42,21 +44,20 @@ pub fn add_network(
     config: &mut Config,
     net: &NetworkInterface,
 ) -> Result<Reply, ActionError> {
-    may_add(vm, &net.iface_id)?;
+    may_add(vm, PluggedKind::Net, &net.iface_id)?;
     let limits = [net.rx_rate_limiter.as_ref(), net.tx_rate_limiter.as_ref()];
     own_limits(&net.iface_id, limits)?;
     let mut with = config.clone();
     with.network_interfaces.push(net.clone());
     // Limits can come later, as for devices that there were at the start.
     let mut net = net.clone();
-    net.rx_rate_limiter.get_or_insert_default();
-    net.tx_rate_limiter.get_or_insert_default();
+    net.allow_limits();
     add(vm, config, with, Added::Net(&net))
 }
 
 /// Adds persistent memory.
 pub fn add_pmem(vm: &Vm, config: &mut Config, pmem: &Pmem) -> Result<Reply, ActionError> {
-    may_add(vm, &pmem.id)?;
+    may_add(vm, PluggedKind::Pmem, &pmem.id)?;
     if pmem.root_device {
         return Err(ActionError::SecondRoot { kind: "pmem" });
     }
@@ -68,12 +69,12 @@ pub fn add_pmem(vm: &Vm, config: &mut Config, pmem: &Pmem) -> Result<Reply, Acti
     add(vm, config, with, Added::Pmem(&pmem))
 }
 
-fn may_add(vm: &Vm, id: &str) -> Result<(), ActionError> {
+fn may_add(vm: &Vm, kind: PluggedKind, id: &str) -> Result<(), ActionError> {
     let devices = &vm.board().devices;
     if devices.ejected().is_none() {
         return Err(ActionError::NoPci);
     }
-    match devices.find(id) {
+    match devices.find(kind.device(), id) {
         Some(_) => Err(ActionError::IdInUse { id: id.to_owned() }),
         None => Ok(()),
     }
@@ -111,7 +112,8 @@ fn add(vm: &Vm, config: &mut Config, with: Config, added: Added<'_>) -> Result<R
 /// know what came and went.
 fn note_addresses(devices: &Devices, config: &mut Config) {
     for pmem in &mut config.pmem {
-        let memory = devices.find(&pmem.id).and_then(|device| device.memory());
+        let device = devices.find(PluggedKind::Pmem.device(), &pmem.id);
+        let memory = device.and_then(|device| device.memory());
         pmem.address = memory.map(|(address, _)| address).or(pmem.address);
     }
 }
@@ -125,6 +127,7 @@ pub struct Unplugs {
 
 struct Waiting {
     call: Call,
+    kind: PluggedKind,
     id: String,
     deadline: Instant,
 }
@@ -162,6 +165,7 @@ impl Unplugs {
         vm.board().unplug(&device, force);
         self.waiting.push(Waiting {
             call,
+            kind: unplug.kind,
             id: unplug.id.clone(),
             deadline: Instant::now() + EJECT_PATIENCE,
         });
@@ -185,11 +189,11 @@ impl Unplugs {
     }
 
     /// Takes away what is off the bus, also from `config`, and answers; says what it was.
-    pub fn settle(&mut self, vm: &Vm, config: &mut Config, ready: &Epoll) -> Vec<String> {
-        let gone: Vec<_> = vm.take_ejected().iter().map(|d| d.id.clone()).collect();
-        for id in &gone {
-            log::info!("'{id}' was unplugged");
-            forget(config, id);
+    pub fn settle(&mut self, vm: &Vm, config: &mut Config, ready: &Epoll) -> Vec<Arc<Attached>> {
+        let gone = vm.take_ejected();
+        for device in &gone {
+            log::info!("'{}' was unplugged", device.id);
+            forget(config, device);
         }
         if !gone.is_empty() {
             note_addresses(&vm.board().devices, config);
@@ -203,7 +207,10 @@ impl Unplugs {
         }
         let now = Instant::now();
         for waiting in std::mem::take(&mut self.waiting) {
-            if gone.contains(&waiting.id) {
+            let is_it = |device: &Arc<Attached>| {
+                (device.kind, &device.id) == (waiting.kind.device(), &waiting.id)
+            };
+            if gone.iter().any(is_it) {
                 waiting.call.answer(Ok(Reply::Done));
             } else if waiting.deadline <= now {
                 let (id, seconds) = (waiting.id, EJECT_PATIENCE.as_secs());
@@ -224,11 +231,7 @@ impl Unplugs {
 }
 
 /// The device that is to be taken away.
-fn find(
-    vm: &Vm,
-    config: &Config,
-    unplug: &Unplug,
-) -> Result<std::sync::Arc<Attached>, ActionError> {
+fn find(vm: &Vm, config: &Config, unplug: &Unplug) -> Result<Arc<Attached>, ActionError> {
     let id = || unplug.id.clone();
     if vm.board().devices.ejected().is_none() {
         return Err(ActionError::NoPci);
@@ -256,7 +259,7 @@ fn find(
             found.then_some(false)
         }
     };
-    let device = vm.board().devices.find(&unplug.id);
+    let device = vm.board().devices.find(unplug.kind.device(), &unplug.id);
     match (root, device) {
         (Some(false), Some(device)) => Ok(device),
         (Some(true), _) => Err(ActionError::UnplugRoot { id: id() }),
@@ -267,10 +270,18 @@ fn find(
     }
 }
 
-/// The configuration without the device `id`.
-fn forget(config: &mut Config, id: &str) {
-    config.drives.retain(|drive| drive.drive_id != id);
-    config.pmem.retain(|pmem| pmem.id != id);
+/// The configuration without `device`.
+fn forget(config: &mut Config, device: &Attached) {
+    let id = device.id.as_str();
+    match device.handle {
+        DeviceHandle::Block(_) => config.drives.retain(|drive| drive.drive_id != id),
+        DeviceHandle::Pmem(_) => config.pmem.retain(|pmem| pmem.id != id),
+        DeviceHandle::Net(_) => forget_network(config, id),
+        _ => {}
+    }
+}
+
+fn forget_network(config: &mut Config, id: &str) {
     config.network_interfaces.retain(|net| net.iface_id != id);
     if let Some(mmds) = &mut config.mmds_config {
         mmds.network_interfaces.retain(|net| net != id);

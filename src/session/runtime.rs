@@ -28,8 +28,8 @@ use super::{commands, statistics};
 use crate::api::Counts;
 use crate::config::Config;
 use crate::control::{
-    Action, ActionError, Event, ExecRequest, ForkRequest, Instance, PAUSE_PATIENCE, Reply,
-    Requests, SnapshotCreate, SnapshotType, State, VmStatistics, chain, no_balloon,
+    Action, ActionError, Event, ExecRequest, ForkRequest, Instance, PAUSE_PATIENCE, PluggedKind,
+    Reply, Requests, SnapshotCreate, SnapshotType, State, VmStatistics, chain, no_balloon,
 };
 use crate::snapshot::{AgentReady, ram};
 use crate::telemetry::Metrics;
@@ -72,7 +72,9 @@ pub struct Runtime {
 /// Who announces devices that fail, how often each did, and how often its link went down or up.
 struct Alarm {
     event: EventFd,
-    failures: BTreeMap<String, u32>,
+    /// By kind and name.
+    failures: BTreeMap<(&'static str, String), u32>,
+    /// Of network interfaces.
     links: BTreeMap<String, u32>,
 }
 
@@ -198,7 +200,7 @@ impl Runtime {
             Ok(event) => {
                 let failures = devices
                     .iter()
-                    .map(|d| (d.id.clone(), d.core.notifier().failures()))
+                    .map(|d| ((d.kind, d.id.clone()), d.core.notifier().failures()))
                     .collect();
                 let links = BTreeMap::new();
                 self.alarm = Some(Alarm {
@@ -219,7 +221,8 @@ impl Runtime {
         }
         for device in vm.board().devices.list() {
             let failures = device.core.notifier().failures();
-            let known = alarm.failures.insert(device.id.clone(), failures);
+            let name = (device.kind, device.id.clone());
+            let known = alarm.failures.insert(name, failures);
             if known.unwrap_or(0) != failures {
                 let device = device.id.clone();
                 self.events.emit(&Event::DeviceError { device, failures });
@@ -273,9 +276,12 @@ impl Runtime {
     fn settle_unplugs(&mut self, vm: &Vm) {
         for device in self.unplugs.settle(vm, &mut self.config, &self.ready) {
             if let Some(alarm) = &mut self.alarm {
-                alarm.failures.remove(&device);
-                alarm.links.remove(&device);
+                alarm.failures.remove(&(device.kind, device.id.clone()));
+                if device.kind == PluggedKind::Net.device() {
+                    alarm.links.remove(&device.id);
+                }
             }
+            let device = device.id.clone();
             self.events.emit(&Event::DeviceRemoved { device });
         }
     }
@@ -285,10 +291,11 @@ impl Runtime {
         &mut self,
         reply: Result<Reply, ActionError>,
         vm: &Vm,
-        id: &str,
+        (kind, id): (PluggedKind, &str),
     ) -> Result<Reply, ActionError> {
         let reply = reply?;
-        if let (Some(alarm), Some(device)) = (&self.alarm, vm.board().devices.find(id)) {
+        let device = vm.board().devices.find(kind.device(), id);
+        if let (Some(alarm), Some(device)) = (&self.alarm, device) {
             match alarm.event.try_clone() {
                 Ok(event) => device.core.notifier().set_alarm(event),
                 Err(error) => log::warn!("nobody is told when '{id}' fails: {error}"),
@@ -378,15 +385,15 @@ impl Runtime {
             Action::Unplug(_) => Err(ActionError::AfterStart),
             Action::PutDrive(drive) => {
                 let added = hotplug::add_drive(vm, config, drive);
-                self.added(added, vm, &drive.drive_id)
+                self.added(added, vm, (PluggedKind::Drive, &drive.drive_id))
             }
             Action::PutPmem(pmem) => {
                 let added = hotplug::add_pmem(vm, config, pmem);
-                self.added(added, vm, &pmem.id)
+                self.added(added, vm, (PluggedKind::Pmem, &pmem.id))
             }
             Action::PutNetwork(net) => {
                 let added = hotplug::add_network(vm, config, net);
-                self.added(added, vm, &net.iface_id)
+                self.added(added, vm, (PluggedKind::Net, &net.iface_id))
             }
             Action::ReadConsole => Ok(Reply::Stream(self.readers.begin(console, &self.ready)?)),
             Action::GetLog => {

@@ -33,6 +33,9 @@ pub enum VmForkError {
     /// A guest that is ending.
     #[error("the guest's command has just ended, or waits to be given")]
     Ending,
+    /// The paths of its devices.
+    #[error("cannot tell where the files of its devices are")]
+    Paths(#[source] io::Error),
     /// Random numbers.
     #[error("cannot get random numbers for the fork's id")]
     Random(#[source] io::Error),
@@ -68,6 +71,9 @@ impl Vm {
             return Err(VmForkError::HugePages);
         }
         let id = random().map_err(VmForkError::Random)?;
+        // Clones are made in other directories.
+        let mut config = config.clone();
+        config.make_paths_absolute().map_err(VmForkError::Paths)?;
         let begin = Instant::now();
         let stopped = match runs {
             true => self.pause(patience),
@@ -90,7 +96,7 @@ impl Vm {
         let snapshot = Snapshot {
             id,
             path: PathBuf::new(),
-            config: config.clone(),
+            config,
             machine: Arc::new(machine),
             guest,
             layers,

@@ -176,6 +176,21 @@ fn clones_of_a_snapshot_are_processes_with_names() {
 }
 
 #[test]
+fn a_fork_has_its_parents_files_wherever_it_is_asked_for() {
+    let _alone = alone();
+    let place = Place::new();
+    std::fs::write(place.path("disk"), vec![0; 1 << 20]).unwrap();
+    let parent = Bulle::payload("carry_on").args(["--name", "parent", "--memory", "64M"]);
+    let parent = parent.args(["--disk", "path=disk,ro,id=d", "--runtime-dir", "."]);
+    let parent = parent.current_dir(place.0.path()).input(Input::Open);
+    let _parent = parent.start().wait_for("tick");
+    place.bulle(&["fork", "parent", "--name", "kid"]).exits(0);
+    place.lines("kid");
+    let inspected = place.bulle(&["inspect", "kid"]).exits(0);
+    inspected.prints(&place.path("disk"));
+}
+
+#[test]
 fn what_cannot_be_cloned_says_why() {
     let _alone = alone();
     let place = Place::new();

@@ -397,6 +397,11 @@ impl Bulle {
         self.command.args(args);
         self
     }
+    /// Runs in `dir`.
+    pub fn current_dir(mut self, dir: &Path) -> Self {
+        self.command.current_dir(dir);
+        self
+    }
     /// Standard input.
     pub fn input(mut self, input: Input) -> Self {
         self.input = input;

@@ -93,8 +93,8 @@ impl Hotplug {
     /// The function in `slot` is gone, whatever the guest does. It is told to eject it nevertheless, so
     /// that it forgets it.
     pub fn take(&self, slot: usize) {
-        self.bus.remove(slot);
         let mut state = lock(&self.state);
+        self.bus.remove(slot);
         state.added &= !bit(slot);
         state.asked &= !bit(slot);
         state.leaving |= bit(slot);
@@ -105,10 +105,11 @@ impl Hotplug {
         let ejected = state.asked & slots;
         state.asked &= !ejected;
         state.leaving &= !ejected;
-        drop(state);
+        // Under the lock: a slot that was freed otherwise may have another function by now.
         for slot in (0..32).filter(|slot| ejected & bit(*slot) != 0) {
             self.bus.remove(slot);
         }
+        drop(state);
         if ejected != 0 {
             // Only a counter at its maximum refuses, and that is readable.
             let _ = self.ejected.write(1);

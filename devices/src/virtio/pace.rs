@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::device::{DeviceError, Source};
@@ -51,7 +51,7 @@ impl PaceHandle {
 impl Pace {
     /// Limits by `limiter`.
     pub fn new(limiter: Arc<Limiter>) -> io::Result<(Self, PaceHandle)> {
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let wake = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let handle = PaceHandle {
             limiter: Arc::clone(&limiter),
             wake: Arc::clone(&wake),

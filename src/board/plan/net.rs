@@ -157,14 +157,21 @@ pub(super) fn plan(
 }
 
 /// Takes a file descriptor that bulle was started with. bulle's own close on exec, and so does this
-/// one from here on.
+/// one from here on; all but the events of event-manager's loops, which have no file type.
 fn inherited(fd: u32) -> Option<OwnedFd> {
     let fd = i32::try_from(fd).ok().filter(|fd| *fd > 2)?;
+    // SAFETY: the call takes a number and writes to the structure.
+    let mode = unsafe {
+        let mut stat = std::mem::zeroed();
+        (libc::fstat(fd, &raw mut stat) == 0).then_some(stat.st_mode)
+    };
+    mode.filter(|mode| mode & libc::S_IFMT != 0)?;
     // SAFETY: these commands take a number and touch no memory.
     let inherited = unsafe {
         libc::fcntl(fd, libc::F_GETFD) == 0 && libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) == 0
     };
-    // SAFETY: it is open, and nothing in bulle owns it: what bulle opens closes on exec.
+    // SAFETY: it is open, and nothing in bulle owns it: of what has a file type, all that bulle opens
+    // closes on exec.
     inherited.then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

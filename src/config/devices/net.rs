@@ -158,6 +158,15 @@ impl NetworkInterface {
         parse_mac(self.guest_mac.as_deref()?)
     }
 
+    /// Gives it limiters that limit nothing where none were asked for, so that limits can come later.
+    /// vhost-net knows none.
+    pub fn allow_limits(&mut self) {
+        if !self.vhost {
+            self.rx_rate_limiter.get_or_insert_default();
+            self.tx_rate_limiter.get_or_insert_default();
+        }
+    }
+
     /// The network of interface number `index`, in mode `user`.
     pub fn user_network(&self, index: u8) -> Option<UserNetwork> {
         if self.mode != NetMode::User {

@@ -308,7 +308,7 @@ impl Job {
     /// The one grant that goes before everything else, where it is worth a frame.
     pub fn grant(&mut self, out: &mut Outgoing) -> bool {
         // Not for every byte: a frame costs more than it grants. The rest of the window still moves.
-        let due = self.owed >= self.window / 4;
+        let due = self.owed > 0 && self.owed >= self.window / 4;
         if due {
             let owed = std::mem::take(&mut self.owed);
             out.send(self.number, FromHost::Credit(owed));

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::counters::Counters;
@@ -287,7 +287,7 @@ impl Balloon {
         let host = |what| move |source| BalloonError::Host { what, source };
         let timer = TimerFd::new().map_err(io::Error::from);
         let timer = timer.map_err(host("create a timer"))?;
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let wake = Arc::new(wake);
         let interval = options.statistics.unwrap_or_default();
         let space = Arc::new(Space::new(state, pages, interval));

@@ -32,7 +32,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::errno::Error as Errno;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::counters::Counters;
@@ -164,7 +164,7 @@ impl Block {
             return Err(BlockError::Queues { queues, size });
         }
         let host = |what| move |source| BlockError::Host { what, source };
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let sectors = disk.sectors().map_err(host("find the size of the disk"))?;
         state.check(disk.path(), sectors, disk.read_only())?;
         let disk = Arc::new(disk);

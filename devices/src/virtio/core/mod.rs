@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::reg::{Half, Reg, Ring};
 use self::state::DRIVER_BITS;
@@ -108,7 +108,7 @@ impl VirtioCore {
         let kicks = traits
             .queues
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
             .collect::<io::Result<Arc<[EventFd]>>>()
             .map_err(NewError::Kick)?;
         let needs_reset = state.status & NEEDS_RESET != 0;

@@ -23,7 +23,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion, GuestRegionMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::blocks::Blocks;
 use self::counters::Counters;
@@ -284,7 +284,7 @@ impl Mem {
         }
         let plugged = blocks.plugged() * block;
         let space = Arc::new(Space::new([block, address, len], plugged, requested));
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let handle = MemHandle {
             space: Arc::clone(&space),
             counters: Arc::default(),

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::backend::NetBackend;
@@ -214,7 +214,7 @@ impl Net {
         }
         let host = |what| move |source| NetError::Host { what, source };
         let timer = TimerFd::new().map_err(io::Error::from);
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let handle = NetHandle {
             counters: Arc::default(),
             limiters: [rx_limiter, tx_limiter],

@@ -16,7 +16,7 @@ use vhost::vhost_kern::net::Net as Kernel;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Tap;
 use crate::virtio::GuestRam;
@@ -83,7 +83,8 @@ fn failed(what: &'static str) -> impl Fn(vhost::Error) -> DeviceError {
 }
 
 fn event() -> Result<EventFd, DeviceError> {
-    EventFd::new(EFD_NONBLOCK).map_err(|error| super::host_error("create an eventfd", error))
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+        .map_err(|error| super::host_error("create an eventfd", error))
 }
 
 impl Vhost {
