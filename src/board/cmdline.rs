@@ -1,6 +1,8 @@
 //! bulle's own part of the kernel command line.
 
-use super::plan::host_has_ipv6;
+use std::net::IpAddr;
+
+use super::plan::{Families, families};
 use crate::config::{Config, Console, Transport, UserNetwork};
 
 /// Words for the board, then for the agent. The user's are appended after these and so override
@@ -59,7 +61,7 @@ pub fn kernel_words(config: &Config) -> String {
     words.extend(root.as_deref());
     let networks = config.user_networks();
     let networks: Vec<_> = networks
-        .map(|network| network_word(&network, host_has_ipv6()))
+        .map(|network| network_word(&network, families()))
         .collect();
     if config.guest.is_some() {
         words.extend(networks.iter().map(String::as_str));
@@ -73,10 +75,14 @@ pub fn kernel_words(config: &Config) -> String {
 }
 
 /// What the agent gets to know of a network.
-fn network_word(network: &UserNetwork, ipv6: bool) -> String {
+fn network_word(network: &UserNetwork, Families { ipv4, ipv6 }: Families) -> String {
     let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
     let (address, prefix) = (network.address, network.prefix);
-    let (gateway, dns) = (network.gateway, network.dns);
+    let gateway = network.gateway;
+    let dns: IpAddr = match ipv4 {
+        true => network.dns.into(),
+        false => network.dns_ipv6().into(),
+    };
     let mut word = format!("bulle.net={mac},{address}/{prefix},{gateway},{dns}");
     if ipv6 {
         let [address, gateway] = network.ipv6;
@@ -112,8 +118,12 @@ mod tests {
         assert!(words.contains(word), "{words}");
         assert_eq!(words.matches("bulle.net").count(), 1);
         let network = config.user_networks().next().unwrap();
-        let (four, six) = (network_word(&network, false), network_word(&network, true));
-        assert_eq!(six, four + ",fd62:756c:6c65:3::15,fd62:756c:6c65:3::2");
+        let word = |ipv4, ipv6| network_word(&network, Families { ipv4, ipv6 });
+        let (four, both) = (word(true, false), word(true, true));
+        let six = ",fd62:756c:6c65:3::15,fd62:756c:6c65:3::2";
+        assert_eq!(both, four + six);
+        let resolver = format!(",fd62:756c:6c65:3::3{six}");
+        assert!(word(false, true).ends_with(&resolver));
         config.guest = None;
         assert!(!kernel_words(&config).contains("bulle.net"));
     }

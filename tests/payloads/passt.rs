@@ -25,6 +25,28 @@ fn passts(bulle: &Running) -> Vec<Pid> {
     found.collect()
 }
 
+/// Its guest has IPv6 then, whose gateway passt answers for.
+#[test]
+fn a_host_without_ipv4_will_do() {
+    let script = "
+        ip tuntap add dev uplink mode tap; ip link set uplink up; ip link set lo up
+        ip -6 addr add fe80::2/64 dev uplink nodad; ip -6 addr add 2001:db8::2/64 dev uplink nodad
+        ip -6 route add default via 2001:db8::1 dev uplink
+        exec \"$@\"";
+    let outcome = |publish: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--net", "sh", "-ec", script]);
+        command.args(["sh", env!("CARGO_BIN_EXE_bulle"), "run", "--root", "none"]);
+        command.args(["--net", "user", "--publish", publish, "--kernel"]);
+        command.arg(payload("hello"));
+        Running::start(command, Input::Null, Duration::from_secs(60)).finish()
+    };
+    outcome("[::1]:9080:80").exits(7);
+    outcome("9080:80")
+        .exits(125)
+        .complains("passt does IPv4 only on a host with a default route of IPv4");
+}
+
 #[test]
 fn passt_that_dies_is_started_again() {
     let dir = tempfile::tempdir().unwrap();

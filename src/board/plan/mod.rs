@@ -33,7 +33,7 @@ use self::limits::Limiters;
 pub use self::memory_hotplug::RegionError;
 pub use self::net::NetError;
 pub use self::passt::PasstError;
-pub(super) use self::passt::host_has_ipv6;
+pub(super) use self::passt::{Families, families};
 use super::attach;
 use crate::config::{Spec, Transport};
 

@@ -48,12 +48,14 @@ pub enum PasstError {
         #[source]
         source: io::Error,
     },
-    /// A published port of IPv6, which passt does not do here.
+    /// A published port of a family that passt does not do here.
     #[error(
-        "cannot publish port {address} of the host: passt does IPv6 only on a host with a default route of \
-         IPv6; see 'ip -6 route', or publish an IPv4 address"
+        "cannot publish port {address} of the host: passt does {0} only on a host with a default route of {0}; \
+         see 'ip {1} route', or publish an {2} address",
+        family(*address), if address.is_ipv6() { "-6" } else { "-4" },
+        if address.is_ipv6() { "IPv4" } else { "IPv6" }
     )]
-    NoIpv6 {
+    NoRoute {
         /// As given.
         address: SocketAddr,
     },
@@ -69,6 +71,10 @@ pub enum PasstError {
         /// What it said.
         text: String,
     },
+}
+
+fn family(address: SocketAddr) -> &'static str {
+    if address.is_ipv6() { "IPv6" } else { "IPv4" }
 }
 
 fn advice(error: &io::Error) -> &'static str {
@@ -98,12 +104,14 @@ pub(super) fn start(
     mtu: u16,
     publish: &[Publish],
 ) -> Result<Passt, PasstError> {
-    let ipv6 = host_has_ipv6();
-    publish.iter().try_for_each(|port| can_listen(port, ipv6))?;
+    let families = families();
+    publish
+        .iter()
+        .try_for_each(|port| can_listen(port, families))?;
     let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
     let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
     let (complaints, stderr) = pipe2(flags).map_err(|e| PasstError::Start(e.into()))?;
-    let mut command = command(network, ipv6, (mtu, publish), theirs.as_raw_fd());
+    let mut command = command(network, families, (mtu, publish), theirs.as_raw_fd());
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -127,7 +135,7 @@ pub(super) fn start(
     drop(command);
     drop(theirs);
     log::debug!("passt is process {}", child.id());
-    if let Err(error) = wait_until_ready(&ours, network) {
+    if let Err(error) = wait_until_ready(&ours, network, families) {
         end(&mut child);
         let text = text(complaints);
         return Err(match error.kind() {
@@ -155,12 +163,36 @@ fn end(child: &mut Child) {
     }
 }
 
-/// Whether the host has a default route of IPv6 and a link-local address, which passt needs for IPv6.
-pub(in crate::board) fn host_has_ipv6() -> bool {
+/// The families that passt does on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::board) struct Families {
+    pub ipv4: bool,
+    pub ipv6: bool,
+}
+
+/// IPv6 where the host has a default route of it and a link-local address, which passt needs; IPv4 unless the
+/// host has a default route of IPv6 alone.
+pub(in crate::board) fn families() -> Families {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let addresses = read("/proc/net/if_inet6");
-    has_default_route(&read("/proc/net/ipv6_route"))
-        && addresses.lines().any(|line| line.starts_with("fe80"))
+    let ipv6 = has_default_route(&read("/proc/net/ipv6_route"))
+        && addresses.lines().any(|line| line.starts_with("fe80"));
+    let ipv4 = !ipv6 || has_default_route_of_ipv4(&read("/proc/net/route"));
+    Families { ipv4, ipv6 }
+}
+
+/// Fields of a line: interface, destination, gateway, flags, three numbers, mask, ….
+fn has_default_route_of_ipv4(routes: &str) -> bool {
+    const RTF_UP: u32 = 1;
+    const RTF_REJECT: u32 = 0x200;
+    routes.lines().skip(1).any(|line| {
+        let fields: Vec<_> = line.split_ascii_whitespace().collect();
+        let [_, "00000000", _, flags, _, _, _, "00000000", ..] = fields[..] else {
+            return false;
+        };
+        let flags = u32::from_str_radix(flags, 16).unwrap_or(0);
+        flags & (RTF_UP | RTF_REJECT) == RTF_UP
+    })
 }
 
 /// Fields of a line: destination, its prefix, source, its prefix, next hop, metric, …, flags, interface.
@@ -180,7 +212,7 @@ fn has_default_route(routes: &str) -> bool {
 
 fn command(
     network: &UserNetwork,
-    ipv6: bool,
+    Families { ipv4, ipv6 }: Families,
     (mtu, publish): (u16, &[Publish]),
     fd: i32,
 ) -> Command {
@@ -192,14 +224,19 @@ fn command(
     } else {
         command.arg("--ipv4-only");
     }
-    let options = [
-        ("--fd", fd.to_string()),
-        ("--address", network.address.to_string()),
-        ("--netmask", network.prefix.to_string()),
-        ("--gateway", network.gateway.to_string()),
-        ("--dns-forward", network.dns.to_string()),
-        ("--mtu", mtu.to_string()),
-    ];
+    let mut options = vec![("--fd", fd.to_string())];
+    if ipv4 {
+        options.extend([
+            ("--address", network.address.to_string()),
+            ("--netmask", network.prefix.to_string()),
+            ("--gateway", network.gateway.to_string()),
+            ("--dns-forward", network.dns.to_string()),
+        ]);
+    } else {
+        command.arg("--ipv6-only");
+        options.push(("--dns-forward", network.dns_ipv6().to_string()));
+    }
+    options.push(("--mtu", mtu.to_string()));
     for (option, value) in options {
         command.arg(option).arg(value);
     }
@@ -223,10 +260,14 @@ fn command(
 }
 
 /// Says which port cannot be had, and why, better than passt does.
-fn can_listen(publish: &Publish, ipv6: bool) -> Result<(), PasstError> {
+fn can_listen(publish: &Publish, families: Families) -> Result<(), PasstError> {
     let address = SocketAddr::new(publish.host_ip, publish.host_port);
-    if address.is_ipv6() && !ipv6 {
-        return Err(PasstError::NoIpv6 { address });
+    let there = match address {
+        SocketAddr::V4(_) => families.ipv4,
+        SocketAddr::V6(_) => families.ipv6,
+    };
+    if !there {
+        return Err(PasstError::NoRoute { address });
     }
     let bound = bind_to(address, publish.protocol);
     bound.map_err(|errno| PasstError::Port {
@@ -259,18 +300,76 @@ fn bind_to(address: SocketAddr, protocol: Protocol) -> rustix::io::Result<()> {
     listen(&socket, 1)
 }
 
-/// Asks for the gateway's Ethernet address, which passt answers when it is up.
-fn wait_until_ready(mut socket: &UnixStream, network: &UserNetwork) -> io::Result<()> {
-    let mut frame = Vec::with_capacity(46);
-    frame.extend(42_u32.to_be_bytes());
-    frame.extend([0xff; 6]);
+/// ARP (RFC 826): who has the gateway's address.
+fn arp(network: &UserNetwork) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
     frame.extend(network.mac);
-    // ARP: Ethernet, IPv4, a request.
+    // Ethernet, IPv4, a request.
     frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
     frame.extend(network.mac);
     frame.extend(network.address.octets());
     frame.extend([0; 6]);
     frame.extend(network.gateway.octets());
+    frame
+}
+
+/// A neighbour solicitation (RFC 4861, section 4.3): who has the gateway's address of IPv6.
+fn solicitation(network: &UserNetwork) -> Vec<u8> {
+    const ICMP: u8 = 58;
+    let [address, gateway] = network.ipv6.map(|address| address.octets());
+    // Type and code, checksum, reserved, target, and the option with the sender's link-layer address.
+    let mut body = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    body.extend(gateway);
+    body.extend([1, 1]);
+    body.extend(network.mac);
+    let len = body.len() as u16;
+    // The pseudo-header of RFC 8200, section 8.1.
+    let mut summed = [
+        &address[..],
+        &gateway,
+        &[0, 0],
+        &len.to_be_bytes(),
+        &[0, 0, 0, ICMP],
+    ]
+    .concat();
+    summed.extend(&body);
+    let words = summed.chunks(2).map(|word| match *word {
+        [high, low] => u32::from(u16::from_be_bytes([high, low])),
+        _ => 0,
+    });
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let mut frame = vec![0xff; 6];
+    frame.extend(network.mac);
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+    frame.extend(len.to_be_bytes());
+    frame.extend([ICMP, 255]);
+    frame.extend(address);
+    frame.extend(gateway);
+    let checksum = (!(sum as u16)).to_be_bytes();
+    frame.extend(
+        body.iter()
+            .take(2)
+            .chain(&checksum)
+            .chain(body.iter().skip(4)),
+    );
+    frame
+}
+
+/// Asks for the gateway's Ethernet address, which passt answers when it is up.
+fn wait_until_ready(
+    mut socket: &UnixStream,
+    network: &UserNetwork,
+    families: Families,
+) -> io::Result<()> {
+    let question = match families.ipv4 {
+        true => arp(network),
+        false => solicitation(network),
+    };
+    let mut frame = (question.len() as u32).to_be_bytes().to_vec();
+    frame.extend(question);
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.write_all(&frame)?;
     let mut prefix = [0; 4];

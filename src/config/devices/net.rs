@@ -149,6 +149,14 @@ pub struct UserNetwork {
     pub dns: Ipv4Addr,
 }
 
+impl UserNetwork {
+    /// The resolver where there is no IPv4.
+    pub fn dns_ipv6(&self) -> Ipv6Addr {
+        let [_, gateway] = self.ipv6;
+        Ipv6Addr::from_bits(gateway.to_bits() & !0xffff | 3)
+    }
+}
+
 /// Largest packet of an interface in mode `user`: passt's own limit.
 pub const USER_MTU: u16 = 65520;
 

@@ -29,7 +29,8 @@ struct Interface<'a> {
     address: [u8; 4],
     prefix: u8,
     gateway: [u8; 4],
-    dns: [u8; 4],
+    /// Of either family, as it is written to resolv.conf.
+    dns: &'a str,
     /// Address and gateway.
     ipv6: Option<[Ipv6Addr; 2]>,
 }
@@ -69,7 +70,7 @@ fn parse(word: &[u8]) -> Option<Interface<'_>> {
         address: address(network.next()?)?,
         prefix: number(network.next()?)?,
         gateway: address(fields.next()?)?,
-        dns: address(fields.next()?)?,
+        dns: resolver(fields.next()?)?,
         ipv6: None,
     };
     if let Some(field) = fields.next() {
@@ -77,6 +78,12 @@ fn parse(word: &[u8]) -> Option<Interface<'_>> {
         interface.ipv6 = Some([ipv6(field)?, ipv6(fields.next()?)?]);
     }
     (interface.prefix <= 32 && fields.next().is_none()).then_some(interface)
+}
+
+fn resolver(text: &[u8]) -> Option<&str> {
+    let text = core::str::from_utf8(text).ok()?;
+    let sound = address(text.as_bytes()).is_some() || text.parse::<Ipv6Addr>().is_ok();
+    sound.then_some(text)
 }
 
 fn number(text: &[u8]) -> Option<u8> {
@@ -176,10 +183,9 @@ fn wait_for(mac: &[u8]) -> Option<Text<16>> {
 
 /// Names the resolver: a file where the root has none, over the one that it has otherwise, so that
 /// nothing of a root's own is changed.
-fn name_resolver(dns: [u8; 4]) -> Result<(), Errno> {
+fn name_resolver(dns: &str) -> Result<(), Errno> {
     let mut text = Text::<64>::new();
-    let [a, b, c, d] = dns;
-    let _ = writeln!(text, "nameserver {a}.{b}.{c}.{d}");
+    let _ = writeln!(text, "nameserver {dns}");
     let write = |path: &str, more: OFlags| {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | more;
         let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644))?;

@@ -3,6 +3,19 @@ use std::os::fd::OwnedFd;
 
 use super::*;
 
+const FOUR: Families = Families {
+    ipv4: true,
+    ipv6: false,
+};
+const BOTH: Families = Families {
+    ipv4: true,
+    ipv6: true,
+};
+const SIX: Families = Families {
+    ipv4: false,
+    ipv6: true,
+};
+
 fn pipe_with(text: &str) -> OwnedFd {
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
     File::from(write).write_all(text.as_bytes()).unwrap();
@@ -35,21 +48,21 @@ fn ports_that_are_taken_are_told_from_those_that_are_not() {
     };
     let held = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = held.local_addr().unwrap().port();
-    let error = can_listen(&publish(port), false).unwrap_err().to_string();
+    let error = can_listen(&publish(port), FOUR).unwrap_err().to_string();
     assert!(error.contains("choose another port"), "{error}");
     drop(held);
-    can_listen(&publish(port), false).unwrap();
+    can_listen(&publish(port), FOUR).unwrap();
     let nowhere = Publish {
         host_ip: [198, 51, 100, 1].into(),
         ..publish(port)
     };
-    let error = can_listen(&nowhere, false).unwrap_err().to_string();
+    let error = can_listen(&nowhere, FOUR).unwrap_err().to_string();
     assert!(error.contains("no such address"), "{error}");
     let six = Publish {
         host_ip: std::net::Ipv6Addr::LOCALHOST.into(),
         ..publish(port)
     };
-    let error = can_listen(&six, false).unwrap_err().to_string();
+    let error = can_listen(&six, FOUR).unwrap_err().to_string();
     assert!(
         error.contains("default route of IPv6") && error.contains(&format!("[::1]:{port}")),
         "{error}"
@@ -74,12 +87,12 @@ fn the_command_line_of_passt() {
     ]
     .map(|text| text.parse().unwrap())
     .to_vec();
-    let words = |ipv6: bool, publish: &[Publish]| {
-        let command = command(&network, ipv6, (1500, publish), 7);
+    let words = |families, publish: &[Publish]| {
+        let command = command(&network, families, (1500, publish), 7);
         let words = command.get_args().map(|word| word.to_str().unwrap());
         words.collect::<Vec<_>>().join(" ")
     };
-    let all = words(true, &publish);
+    let all = words(BOTH, &publish);
     for part in [
         "--fd 7 ",
         "--address 10.0.2.15 --netmask 24 --gateway 10.0.2.2 --dns-forward 10.0.2.3 --mtu 1500",
@@ -90,8 +103,20 @@ fn the_command_line_of_passt() {
         assert!(all.contains(part), "{all}");
     }
     // What is not published is not listened on.
-    let none = words(false, &[]);
+    let none = words(FOUR, &[]);
     assert!(none.ends_with("--tcp-ports none --udp-ports none"));
+    let six = words(SIX, &[]);
+    assert!(six.contains("--ipv6-only") && six.contains("--dns-forward fd00::3"));
+    assert!(!six.contains("10.0.2"), "{six}");
+    let four = Publish {
+        host_ip: std::net::Ipv4Addr::LOCALHOST.into(),
+        ..publish[0]
+    };
+    let error = can_listen(&four, SIX).unwrap_err().to_string();
+    assert!(
+        error.contains("default route of IPv4; see 'ip -4 route', or publish an IPv6"),
+        "{error}"
+    );
     assert!(!all.contains("ipv4-only") && none.contains("--ipv4-only") && !none.contains("fd00"));
 }
 
@@ -112,4 +137,21 @@ fn the_default_route_of_ipv6() {
     assert!(has_default_route(
         &(reject + &line(&zero, "00", "00000003", "eth0"))
     ));
+}
+
+#[test]
+fn the_default_route_of_ipv4() {
+    let routes = |destination, flags, mask| {
+        format!("Iface Destination …\neth0 {destination} 010200C0 {flags} 0 0 0 {mask} 0 0 0\n")
+    };
+    assert!(!has_default_route_of_ipv4(""));
+    assert!(!has_default_route_of_ipv4(&routes(
+        "000200C0", "0001", "00FFFFFF"
+    )));
+    assert!(!has_default_route_of_ipv4(&routes(
+        "00000000", "0201", "00000000"
+    )));
+    assert!(has_default_route_of_ipv4(&routes(
+        "00000000", "0003", "00000000"
+    )));
 }
