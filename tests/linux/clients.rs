@@ -126,16 +126,29 @@ fn rootfs(dir: &Path) -> PathBuf {
     image
 }
 
-/// bulle under the name `firecracker`, as a copy: clients wait three seconds for its socket, and the lab
+/// bulle under the names `firecracker` and `jailer`, as a copy: clients wait three seconds for its socket, and the lab
 /// takes longer to start a program that it has to read from this machine.
 fn firecracker(dir: &Path) -> PathBuf {
     let path = dir.join("firecracker");
     fs::copy(env!("CARGO_BIN_EXE_bulle"), &path).unwrap();
+    fs::hard_link(&path, dir.join("jailer")).unwrap();
     path
 }
 
+/// Where control groups of version 2 are, if they are the host's only ones.
+const GROUPS: &str = "/sys/fs/cgroup";
+
+/// Whether there are control groups of version 2, and this process may make some.
+fn has_control_groups() -> bool {
+    let probe = Path::new(GROUPS).join("bulle-probe");
+    let controllers = fs::read_to_string(Path::new(GROUPS).join("cgroup.controllers"));
+    controllers.is_ok_and(|all| all.contains("pids"))
+        && fs::create_dir(&probe).is_ok()
+        && fs::remove_dir(probe).is_ok()
+}
+
 /// Runs a client, which gets bulle, the guest, and a directory of its own with the console's file.
-fn drive_by(program: &str, guest: &Guest) -> Outcome {
+fn drive_by(program: &str, guest: &Guest, more: &[&str]) -> Outcome {
     let program = tree().join("target/clients/debug").join(program);
     assert!(program.is_file(), "run tests/clients/build first");
     let dir = tempfile::tempdir().unwrap();
@@ -143,7 +156,7 @@ fn drive_by(program: &str, guest: &Guest) -> Outcome {
     let mut command = Command::new("timeout");
     command.arg("200").arg(program).arg(firecracker(dir.path()));
     command.args([&guest.kernel, &guest.initrd, &guest.rootfs]);
-    command.arg(dir.path());
+    command.arg(dir.path()).args(more);
     let outcome = Running::start(command, Input::Null, PATIENCE).finish();
     let console = fs::read_to_string(dir.path().join("console"));
     assert_eq!(outcome.code, 0, "{outcome:#?}\n{console:?}");
@@ -157,7 +170,7 @@ fn crates_that_drive_firecracker() {
         let dir = tempfile::tempdir().unwrap();
         let guest = Guest::new(dir.path(), "amd64");
 
-        let outcome = drive_by("firecracker_rs_sdk", &guest);
+        let outcome = drive_by("firecracker_rs_sdk", &guest, &[]);
         assert_eq!(outcome.value("version"), "1.17.0");
         assert_eq!(outcome.value("first"), guest.answer("one"));
         assert_eq!(outcome.value("state"), "Paused");
@@ -165,7 +178,16 @@ fn crates_that_drive_firecracker() {
         assert_eq!(outcome.value("interfaces"), "1");
         outcome.prints("stopped\n");
 
-        let outcome = drive_by("fc_sdk", &guest);
+        let limit: &[&str] = if has_control_groups() { &["77"] } else { &[] };
+        let outcome = drive_by("fc_sdk", &guest, limit);
+        if !limit.is_empty() {
+            assert_eq!(outcome.value("group"), "/firecracker/sdk");
+            let group = Path::new(GROUPS).join("firecracker");
+            let max = fs::read_to_string(group.join("sdk/pids.max")).unwrap();
+            fs::remove_dir(group.join("sdk")).unwrap();
+            fs::remove_dir(group).unwrap();
+            assert_eq!(max, "77\n");
+        }
         assert_eq!(outcome.value("version"), "1.17.0");
         assert_eq!(outcome.value("first"), "one");
         assert_eq!(outcome.value("state"), "Paused");

@@ -48,11 +48,6 @@ impl Job {
             dir: next("directory")?,
         })
     }
-
-    /// A file in the client's directory.
-    pub fn file(&self, name: &str) -> String {
-        self.dir.join(name).display().to_string()
-    }
 }
 
 /// What the guest at an address answers to a line.

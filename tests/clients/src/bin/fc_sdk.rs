@@ -1,10 +1,14 @@
-//! The crate fc-sdk: configures, boots, reaches, pauses and stops a microVM.
+//! The crate fc-sdk: configures, boots, reaches, pauses and stops a microVM in a jail, and in a control
+//! group of version 2 if a further argument gives its limit of processes.
 
 use std::error::Error;
+use std::fs::{self, Permissions};
 use std::num::NonZeroU64;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use clients::{Job, ask_by_vsock};
-use fc_sdk::process::FirecrackerProcessBuilder;
+use fc_sdk::process::JailerProcessBuilder;
 use fc_sdk::types::{
     BootSource, Drive, DriveCacheType, DriveIoEngine, MachineConfiguration, SerialDevice, Vsock,
 };
@@ -16,18 +20,43 @@ fn main() -> Result<(), Box<dyn Error>> {
     runtime.block_on(round(&Job::read()?))
 }
 
+/// Makes the jail with what the microVM needs.
+fn furnish(job: &Job) -> Result<PathBuf, Box<dyn Error>> {
+    let root = job.dir.join("jails/firecracker/sdk/root");
+    fs::create_dir_all(&root)?;
+    let copy = |from: &Path, name: &str| {
+        let to = root.join(name);
+        fs::copy(from, &to)?;
+        fs::set_permissions(to, Permissions::from_mode(0o666))
+    };
+    copy(&job.kernel, "kernel")?;
+    copy(&job.initrd, "initrd")?;
+    copy(&job.rootfs, "rootfs")?;
+    Ok(root)
+}
+
 async fn round(job: &Job) -> Result<(), Box<dyn Error>> {
-    let socket = job.file("vsock");
-    let mut process = FirecrackerProcessBuilder::new(&job.firecracker, job.file("api"))
-        .id("sdk")
-        .spawn()
-        .await?;
+    let root = furnish(job)?;
+    let socket = root.join("vsock").display().to_string();
+    let jailer = job.firecracker.with_file_name("jailer");
+    let mut builder = JailerProcessBuilder::new(jailer, &job.firecracker, "sdk", 30_001, 30_002)
+        .chroot_base_dir(job.dir.join("jails"));
+    if let Some(limit) = std::env::args().nth(6) {
+        builder = builder
+            .cgroup_version("2")
+            .cgroup(format!("pids.max={limit}"));
+    }
+    let mut process = builder.spawn().await?;
+    let pid = process.pid().ok_or("no process")?;
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::"));
+    println!("group {}", group.unwrap_or_default());
     let vm = process
         .vm_builder()
         .boot_source(BootSource {
-            kernel_image_path: job.kernel.display().to_string(),
+            kernel_image_path: "/kernel".into(),
             boot_args: Some("console=ttyS0 reboot=k panic=1 pci=off".into()),
-            initrd_path: Some(job.initrd.display().to_string()),
+            initrd_path: Some("/initrd".into()),
         })
         .machine_config(MachineConfiguration {
             vcpu_count: NonZeroU64::MIN,
@@ -39,7 +68,7 @@ async fn round(job: &Job) -> Result<(), Box<dyn Error>> {
         })
         .drive(Drive {
             drive_id: "rootfs".into(),
-            path_on_host: Some(job.rootfs.display().to_string()),
+            path_on_host: Some("/rootfs".into()),
             is_root_device: true,
             is_read_only: Some(false),
             cache_type: DriveCacheType::Unsafe,
@@ -50,11 +79,11 @@ async fn round(job: &Job) -> Result<(), Box<dyn Error>> {
         })
         .vsock(Vsock {
             guest_cid: 3,
-            uds_path: socket.clone(),
+            uds_path: "/vsock".into(),
             vsock_id: None,
         })
         .serial(SerialDevice {
-            serial_out_path: Some(job.file("console")),
+            serial_out_path: Some("/console".into()),
         })
         .start()
         .await?;
