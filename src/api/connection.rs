@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::http::{self, CONTINUE, MAX_HEADERS, MAX_LINE, Parsed, Request, Response};
-use crate::control::Stream;
+use crate::control::{ActionError, Pending, Reply, Stream};
 
 /// Bytes read at once.
 const CHUNK: usize = 16 << 10;
@@ -36,10 +36,26 @@ pub struct Connection {
     limit: usize,
     /// What the client is connected to instead of being answered.
     relay: Option<Relay>,
+    /// What it waits for.
+    waiting: Option<Waiting>,
     /// The client sends nothing more.
     ended: bool,
     /// All is said, and what the client still sends is thrown away.
     linger: Option<Linger>,
+}
+
+/// A request that is not answered yet.
+pub struct Waiting {
+    /// What the vmm thread was asked.
+    pub pending: Pending,
+    /// Index of its endpoint.
+    pub route: usize,
+    /// When it came.
+    pub begin: Instant,
+    /// It says something that will go.
+    pub deprecated: bool,
+    /// The client goes on with this connection.
+    pub keep_alive: bool,
 }
 
 /// How much longer a connection is kept that has ended.
@@ -67,15 +83,24 @@ impl Connection {
             closing: false,
             limit,
             relay: None,
+            waiting: None,
             ended: false,
             linger: None,
         })
     }
 
-    /// What it waits for: of its client, and of the stream that it relays.
-    pub fn poll_fds(&self) -> [PollFd<'_>; 2] {
+    /// What it waits for: of its client, and of the stream that it relays. Nothing happens at `none`.
+    pub fn poll_fds<'a>(&'a self, none: BorrowedFd<'a>) -> [PollFd<'a>; 2] {
         let if_so = |so: bool, flags| if so { flags } else { PollFlags::empty() };
         let (reads, writes) = (self.output.is_empty(), !self.output.is_empty());
+        if let Some(waiting) = &self.waiting {
+            // Only its end is told, and once is enough.
+            let client = PollFd::new(self.as_fd(), PollFlags::empty());
+            return match waiting.pending.is_cancelled() {
+                true => [none, none].map(|none| PollFd::new(none, PollFlags::empty())),
+                false => [client, PollFd::new(none, PollFlags::empty())],
+            };
+        }
         let Some(relay) = &self.relay else {
             let client = if_so(reads, PollFlags::POLLIN) | if_so(writes, PollFlags::POLLOUT);
             let nothing = PollFd::new(self.as_fd(), PollFlags::empty());
@@ -106,9 +131,27 @@ impl Connection {
         self.relay.is_some()
     }
 
-    /// Whether it relays a stream that has not come to its end.
-    pub fn is_passing(&self) -> bool {
-        self.is_relaying() && !self.closing
+    /// Waits for an answer; nothing else of the client's is looked at.
+    pub fn wait(&mut self, waiting: Waiting) {
+        self.waiting = Some(waiting);
+    }
+
+    /// Whether it waits for an answer.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// The client is gone, or will not take the answer.
+    pub fn hang_up(&mut self) {
+        if let Some(waiting) = &self.waiting {
+            waiting.pending.cancel();
+        }
+    }
+
+    /// The answer that it waited for, if it is there.
+    pub fn take_answer(&mut self) -> Option<(Waiting, Result<Reply, ActionError>)> {
+        let result = self.waiting.as_ref()?.pending.take()?;
+        Some((self.waiting.take()?, result))
     }
 
     /// Passes on what there is, both ways, as far as it is taken; never more than a piece of it is held.
@@ -173,7 +216,7 @@ impl Connection {
 
     /// The next request, when the answer to the last is out. Bytes that are none are answered here.
     pub fn next(&mut self) -> Option<Request> {
-        if self.closing || !self.output.is_empty() || self.is_relaying() {
+        if self.closing || !self.output.is_empty() || self.is_relaying() || self.is_waiting() {
             return None;
         }
         match http::parse(&self.input, self.limit) {
@@ -220,10 +263,14 @@ impl Connection {
         }
     }
 
-    /// The client sends nothing more; what waits for it still goes out.
-    pub fn close(&mut self) {
+    /// The client sends nothing more.
+    pub fn ends(&mut self) {
         self.ended = true;
-        self.closing = true;
+    }
+
+    /// Ends with what waits for the client, if it sends nothing more and all of it is answered.
+    pub fn close_if_ended(&mut self) {
+        self.closing |= self.ended && !self.is_waiting() && !self.is_relaying();
     }
 
     /// Sends these bytes and ends.
@@ -240,7 +287,7 @@ impl Connection {
 
     /// Whether nothing more is to be done for it. One that is to end ends the server's side here.
     pub fn is_over(&mut self) -> bool {
-        if !self.closing || !self.output.is_empty() {
+        if !self.closing || !self.output.is_empty() || self.is_waiting() {
             return false;
         }
         if self.ended {

@@ -79,7 +79,8 @@ impl Collector for Machine {
             &[(vec![], ConstGauge::new(seconds(vm.uptime_us)))],
         )?;
         self.vcpus(out)?;
-        let help = "Pages of 4 KiB of RAM that the guest used or, since its snapshot, changed";
+        let help =
+            "Pages of 4 KiB of RAM that the guest used or, where files are mapped, changed since";
         gauge(out, ("memory_dirtied_pages", help, None), vm.dirtied_pages)?;
         self.devices(out)?;
         let process = &vm.process;

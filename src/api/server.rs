@@ -1,7 +1,7 @@
-//! The API thread: a listening socket, at most [`MAX_CONNECTIONS`] clients, one action at a time.
+//! The API thread: a listening socket, at most [`MAX_CONNECTIONS`] clients, of each one action at a time.
 //!
-//! It blocks in poll, also while the vmm thread works on an action, during which only streams go on; it costs
-//! nothing while nobody asks.
+//! It blocks in poll only, and costs nothing while nobody asks. The vmm thread takes actions in turn; one whose
+//! answer takes long holds up neither streams nor, where that thread goes on, other clients.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,12 +15,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::connection::Connection;
+use super::connection::{Connection, Waiting};
 use super::counts::Counts;
 use super::error::ApiError;
 use super::http::{FULL, Request, Response};
 use super::{prometheus, router};
-use crate::control::{Action, ActionError, Caller, Pending, Reply, Stream};
+use crate::control::{ActionError, Caller, Reply, Stream};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 
 /// Clients at a time; one more is turned away.
@@ -146,7 +146,7 @@ impl Server {
     fn run(mut self) {
         let mut end = None;
         while let Some(ready) = self.wait(end) {
-            let [stop, new, old @ ..] = ready.as_slice() else {
+            let [stop, new, answered, old @ ..] = ready.as_slice() else {
                 return;
             };
             for (index, ready) in old.chunks_exact(2).enumerate() {
@@ -154,6 +154,10 @@ impl Server {
                     .iter()
                     .fold(PollFlags::empty(), |all, ready| all | *ready);
                 self.serve(index, all);
+            }
+            if !answered.is_empty() {
+                self.caller.clear();
+                (0..self.connections.len()).for_each(|index| self.answer(index));
             }
             self.connections
                 .retain_mut(|connection| !connection.is_over());
@@ -172,7 +176,7 @@ impl Server {
         }
     }
 
-    /// What the stop event and the listener are ready for, and each connection twice: its client, and the
+    /// What the stop event, the listener and answers are ready for, and each connection twice: its client, and the
     /// stream that it relays. Waits until `end` at most; `None` where waiting fails.
     fn wait(&self, end: Option<Instant>) -> Option<Vec<PollFlags>> {
         // SAFETY: the eventfd is open as long as `self` is, which outlives the borrow.
@@ -187,8 +191,10 @@ impl Server {
         let mut fds = vec![
             PollFd::new(stop, wanted),
             PollFd::new(self.listener.as_fd(), wanted),
+            PollFd::new(self.caller.as_fd(), PollFlags::POLLIN),
         ];
-        fds.extend(self.connections.iter().flat_map(Connection::poll_fds));
+        let connections = self.connections.iter();
+        fds.extend(connections.flat_map(|connection| connection.poll_fds(stop)));
         let lingers = self.connections.iter();
         let lingers = lingers.filter_map(Connection::lingers_until);
         let next = lingers.chain(end).min();
@@ -251,113 +257,103 @@ impl Server {
         if ready.is_empty() || connection.lingers_until().is_some() {
             return;
         }
+        if connection.is_waiting() {
+            return connection.hang_up();
+        }
         if connection.is_relaying() {
             connection.pass(ready);
             return;
         }
-        let mut goes_on = true;
         if connection.is_writing() {
             // Also where the client is gone, which the write finds out.
             connection.write();
-        } else {
-            goes_on = connection.read();
+        } else if !connection.read() {
+            connection.ends();
         }
-        while let Some(request) = self.connection(index).and_then(Connection::next) {
-            let (response, stream) = self.answer(index, &request);
-            let Some(connection) = self.connection(index) else {
-                return;
-            };
-            connection.answer(&response, !request.keep_alive);
-            if let Some(stream) = stream {
-                connection.relay(stream);
+        self.take_requests(index);
+    }
+
+    /// Does what a client asks, until it has to wait.
+    fn take_requests(&mut self, index: usize) {
+        while let Some(connection) = self.connections.get_mut(index)
+            && let Some(request) = connection.next()
+        {
+            match begin(&self.caller, &self.counts, &request) {
+                Ok(waiting) => connection.wait(waiting),
+                Err(response) => connection.answer(&response, !request.keep_alive),
             }
         }
-        if !goes_on && let Some(connection) = self.connection(index) {
-            connection.close();
+        if let Some(connection) = self.connections.get_mut(index) {
+            connection.close_if_ended();
         }
     }
 
-    fn connection(&mut self, index: usize) -> Option<&mut Connection> {
-        self.connections.get_mut(index)
-    }
-
-    /// Asks for an action, for the client with this index, and waits for the answer.
-    fn ask(&mut self, asker: usize, action: Action) -> Result<Reply, ActionError> {
-        let pending = self.caller.send(action)?;
-        loop {
-            if let Some(result) = pending.take() {
-                return result;
-            }
-            self.meanwhile(asker, &pending);
-        }
-    }
-
-    /// Waits for something: the answer, the end of the one who asked, or what streams pass on, which they do
-    /// meanwhile.
-    fn meanwhile(&mut self, asker: usize, pending: &Pending) {
-        let mut fds = vec![PollFd::new(pending.as_fd(), PollFlags::POLLIN)];
-        let asker = self.connections.get(asker);
-        // Nothing is asked of it: only its end is told then. Once is enough.
-        let asker = asker.filter(|_| !pending.is_cancelled());
-        fds.extend(asker.map(|asker| PollFd::new(asker.as_fd(), PollFlags::empty())));
-        let first = fds.len();
-        let streams = |connection: &Connection| connection.is_passing();
-        let passing = self.connections.iter().filter(|c| streams(c));
-        fds.extend(passing.flat_map(Connection::poll_fds));
-        // What goes wrong is found out by the next look.
-        let _ = poll(&mut fds, PollTimeout::NONE);
-        let ready: Vec<_> = fds
-            .iter()
-            .map(|fd| fd.revents().unwrap_or(PollFlags::empty()))
-            .collect();
-        let (ours, theirs) = ready.split_at(first);
-        if ours.get(1).is_some_and(|asker| !asker.is_empty()) {
-            pending.cancel();
-        }
-        let passing = self.connections.iter_mut().filter(|c| streams(c));
-        for (connection, ready) in passing.zip(theirs.chunks_exact(2)) {
-            let all = ready
-                .iter()
-                .fold(PollFlags::empty(), |all, ready| all | *ready);
-            if !all.is_empty() {
-                connection.pass(all);
-            }
-        }
-    }
-
-    /// The answer to a request of the client with this index, and the stream that follows it, if one does.
-    fn answer(&mut self, asker: usize, request: &Request) -> (Response, Option<Stream>) {
-        let begin = Instant::now();
-        let route = match router::find(request) {
-            Ok(route) => route,
-            Err(error) => return (error.response(), None),
+    /// Answers a client whose answer is there.
+    fn answer(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else {
+            return;
         };
-        let mut stream = None;
-        let (result, deprecated) = match router::read(route, request) {
-            Ok(routed) => {
-                let reply = self.ask(asker, routed.action).map_err(ApiError::from);
-                let response = reply.and_then(|reply| match reply {
-                    Reply::Vm(vm) if router::is_metrics(route) => {
-                        Ok(prometheus::response(*vm, &self.counts))
-                    }
-                    reply => {
-                        let response = router::respond(&reply);
-                        if let Reply::Stream(begun) = reply {
-                            stream = Some(begun);
-                        }
-                        response
-                    }
-                });
-                (response, routed.deprecated)
-            }
-            Err(error) => (Err(error), false),
+        let Some((waiting, result)) = connection.take_answer() else {
+            return;
         };
-        let failed = result.is_err();
-        self.counts.add(route, failed, deprecated, begin.elapsed());
-        let mut response = result.unwrap_or_else(|error| error.response());
-        response.deprecated = deprecated;
-        (response, stream)
+        let (response, stream) = respond(&self.counts, &waiting, result);
+        connection.answer(&response, !waiting.keep_alive);
+        if let Some(stream) = stream {
+            connection.relay(stream);
+        }
+        self.take_requests(index);
     }
+}
+
+/// Hands a request over; its answer if there is nothing to wait for.
+fn begin(caller: &Caller, counts: &Counts, request: &Request) -> Result<Waiting, Response> {
+    let begin = Instant::now();
+    let route = router::find(request).map_err(|error| error.response())?;
+    let sent = router::read(route, request).and_then(|routed| {
+        let deprecated = routed.deprecated;
+        Ok((caller.send(routed.action)?, deprecated))
+    });
+    match sent {
+        Ok((pending, deprecated)) => Ok(Waiting {
+            pending,
+            route,
+            begin,
+            deprecated,
+            keep_alive: request.keep_alive,
+        }),
+        Err(error) => {
+            counts.add(route, true, false, begin.elapsed());
+            Err(error.response())
+        }
+    }
+}
+
+/// The answer to a request, and the stream that follows it, if one does.
+fn respond(
+    counts: &Counts,
+    waiting: &Waiting,
+    result: Result<Reply, ActionError>,
+) -> (Response, Option<Stream>) {
+    let &Waiting {
+        route, deprecated, ..
+    } = waiting;
+    let mut stream = None;
+    let result = result
+        .map_err(ApiError::from)
+        .and_then(|reply| match reply {
+            Reply::Vm(vm) if router::is_metrics(route) => Ok(prometheus::response(*vm, counts)),
+            reply => {
+                let response = router::respond(&reply);
+                if let Reply::Stream(begun) = reply {
+                    stream = Some(begun);
+                }
+                response
+            }
+        });
+    counts.add(route, result.is_err(), deprecated, waiting.begin.elapsed());
+    let mut response = result.unwrap_or_else(|error| error.response());
+    response.deprecated = deprecated;
+    (response, stream)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Actions from other threads to the vmm thread: one at a time, answered in turn.
+//! Actions from other threads to the vmm thread, which takes one at a time; an answer may come later.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -51,7 +51,7 @@ impl Drop for Call {
     }
 }
 
-/// The asking end, for one thread, which asks one thing at a time.
+/// The asking end, for one thread.
 #[derive(Debug)]
 pub struct Caller {
     calls: Sender<Call>,
@@ -59,11 +59,10 @@ pub struct Caller {
     answered: Arc<EventFd>,
 }
 
-/// What was asked. Its descriptor is readable when there may be an answer.
+/// What was asked.
 #[derive(Debug)]
 pub struct Pending {
     answer: Receiver<Result<Reply, ActionError>>,
-    answered: Arc<EventFd>,
     cancelled: Arc<AtomicBool>,
 }
 
@@ -76,7 +75,6 @@ impl Caller {
         let (reply, answer) = sync_channel(1);
         let pending = Pending {
             answer,
-            answered: self.answered.clone(),
             cancelled: Arc::default(),
         };
         let call = Call {
@@ -94,11 +92,24 @@ impl Caller {
     }
 }
 
-impl Pending {
-    /// The answer, if it is there. Clears the descriptor.
-    pub fn take(&self) -> Option<Result<Reply, ActionError>> {
-        // Before the look, so that an answer that comes in between is announced again.
+impl Caller {
+    /// Clears the descriptor. Answers that come after this make it readable again.
+    pub fn clear(&self) {
         let _ = self.answered.read();
+    }
+}
+
+/// Readable when there may be an answer to something that was asked.
+impl AsFd for Caller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self`, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.answered.as_raw_fd()) }
+    }
+}
+
+impl Pending {
+    /// The answer, if it is there.
+    pub fn take(&self) -> Option<Result<Reply, ActionError>> {
         match self.answer.try_recv() {
             Ok(result) => Some(result),
             Err(TryRecvError::Empty) => None,
@@ -114,13 +125,6 @@ impl Pending {
     /// Whether that was said.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
-    }
-}
-
-impl AsFd for Pending {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open as long as `self`, which the result borrows.
-        unsafe { BorrowedFd::borrow_raw(self.answered.as_raw_fd()) }
     }
 }
 

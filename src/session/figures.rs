@@ -112,6 +112,8 @@ pub struct FigureWriter {
     timer: TimerFd,
     startup: Startup,
     api: Option<Arc<Counts>>,
+    /// What devices counted that are gone.
+    gone: Figures,
 }
 
 /// What is told beside counters.
@@ -136,6 +138,7 @@ impl FigureWriter {
             timer,
             startup,
             api,
+            gone: Figures::default(),
         })
     }
 
@@ -144,9 +147,20 @@ impl FigureWriter {
         nix::unistd::read(&self.timer, &mut [0; 8]).is_ok()
     }
 
+    /// A device is gone: what it counted stays in the sums of its kind.
+    pub fn gone(&mut self, device: &Attached) {
+        let mut figures = Figures::default();
+        let own = device_figures(device, &mut figures);
+        if let Some(own) = own {
+            self.gone.add(&figures.without(&own));
+            self.metrics.forget(&own);
+        }
+    }
+
     /// Writes a line.
     pub fn write(&mut self, console: Console<'_>, told: &Told<'_>) {
         let mut figures = figures(console);
+        figures.add(&self.gone);
         let Startup { wall_us, cpu_us } = self.startup;
         figures.value("api_server", "process_startup_time_us", wall_us);
         figures.value("api_server", "process_startup_time_cpu_us", cpu_us);
@@ -235,13 +249,12 @@ fn counted(handle: &DeviceHandle) -> Option<(&'static str, Option<&'static str>,
     })
 }
 
-/// What a device counted, for all of its kind and, where there may be several, by its name.
-fn device_figures(device: &Attached, figures: &mut Figures) {
+/// What a device counted, for all of its kind and, where there may be several, by its name: the group of
+/// its own.
+fn device_figures(device: &Attached, figures: &mut Figures) -> Option<String> {
     let notifier = device.core.notifier();
     figures.total("interrupts", "triggers", notifier.triggers());
-    let Some((kind, several, values)) = counted(&device.handle) else {
-        return;
-    };
+    let (kind, several, values) = counted(&device.handle)?;
     let own = format!("{kind}_{}", device.id);
     if let Some(names) = several {
         zeros(figures, &own, names);
@@ -265,4 +278,5 @@ fn device_figures(device: &Attached, figures: &mut Figures) {
             }
         }
     }
+    Some(own)
 }

@@ -275,6 +275,9 @@ impl Runtime {
     /// Takes away the devices that are off the bus.
     fn settle_unplugs(&mut self, vm: &Vm) {
         for device in self.unplugs.settle(vm, &mut self.config, &self.ready) {
+            if let Some(writer) = &mut self.figures {
+                writer.gone(&device);
+            }
             if let Some(alarm) = &mut self.alarm {
                 alarm.failures.remove(&(device.kind, device.id.clone()));
                 if device.kind == PluggedKind::Net.device() {

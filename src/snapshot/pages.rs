@@ -112,6 +112,19 @@ impl Pagemap {
         }
     }
 
+    /// Bytes of such pages, as [`runs`](Self::runs) finds them.
+    ///
+    /// # Errors
+    /// Of reading.
+    pub fn bytes(&self, which: Which, range: (u64, u64)) -> io::Result<u64> {
+        let mut bytes = 0;
+        let add = |_, len| {
+            bytes += len;
+            Ok::<(), io::Error>(())
+        };
+        self.runs(which, range, add).map(|()| bytes)
+    }
+
     /// Has the kernel look for them, which does not take it longer for memory that nobody touched. False
     /// where it cannot (before Linux 6.7).
     fn scan<E: From<io::Error>>(

@@ -103,9 +103,17 @@ pub fn write(
 /// Where the kernel does not tell which pages there are.
 pub fn dirtied(memory: &GuestMemory, origin: &Origin) -> io::Result<u64> {
     let mut bytes = 0;
-    for (region, here) in memory.iter().zip(regions(memory)) {
-        let runs = runs(region, here, origin, Part::Changes)?;
-        bytes += runs.into_iter().map(|(_, len)| len).sum::<u64>();
+    for region in memory.iter() {
+        let range = (region.as_ptr() as u64, region.len());
+        bytes += match origin {
+            Origin::Nothing => Pagemap::open()?.bytes(Which::Populated, range)?,
+            Origin::Files(_) => Pagemap::open()?.bytes(Which::Own, range)?,
+            Origin::Memfd => {
+                let file = region.file_offset().ok_or(io::ErrorKind::InvalidInput)?;
+                let runs = data_runs(file.file(), file.start(), region.len())?;
+                runs.into_iter().map(|(_, len)| len).sum()
+            }
+        };
     }
     Ok(bytes.div_ceil(super::pages::PAGE))
 }

@@ -33,6 +33,21 @@ impl Figures {
         }
     }
 
+    /// Adds the counters of `other`.
+    pub fn add(&mut self, other: &Self) {
+        for ((group, name), figure) in &other.0 {
+            if let Figure::Total(total) = figure {
+                self.total(group, name, *total);
+            }
+        }
+    }
+
+    /// The same without those of a group.
+    pub fn without(mut self, group: &str) -> Self {
+        self.0.retain(|(other, _), _| other != group);
+        self
+    }
+
     /// A value that is no counter.
     pub fn value(&mut self, group: &str, name: &str, value: u64) {
         let key = (group.to_owned(), name.to_owned());
@@ -67,6 +82,11 @@ impl Metrics {
             last: BTreeMap::new(),
             failures: 0,
         })
+    }
+
+    /// What is counted in this group begins anew.
+    pub fn forget(&mut self, group: &str) {
+        self.last.retain(|(other, _), _| other != group);
     }
 
     /// Writes a line. One that cannot be written, as into a full pipe, is counted and its differences

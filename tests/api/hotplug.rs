@@ -10,6 +10,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::stat::fstat;
 use serde_json::{Value, json};
 
+use crate::client::{Client, request};
 use crate::common::{Input, Running};
 use crate::events::Listener;
 use crate::served::{Served, boot};
@@ -49,6 +50,22 @@ fn ids(vm: &mut Served, section: &str, key: &str) -> Vec<String> {
     let list = config[section].as_array().cloned().unwrap_or_default();
     let id = |device: &Value| device[key].as_str().unwrap().to_owned();
     list.iter().map(id).collect()
+}
+
+/// What a disk counted that is gone stays in the sum, and one of its name begins anew.
+fn sums_are_kept(metrics: &str) {
+    let lines: Vec<Value> = metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let reads = |at: usize, group: &str| lines[at][group]["read_count"].as_u64().unwrap_or(0);
+    // The first is that of the start.
+    let [there, gone, end] = [1, 2, 3];
+    assert!(reads(there, "block_a") > 0, "{}", lines[there]);
+    assert_eq!((reads(gone, "block"), reads(gone, "block_a")), (0, 0));
+    assert!((1..100).contains(&reads(end, "block_a")), "{}", lines[end]);
+    let both = reads(end, "block_a") + reads(end, "block_b");
+    assert_eq!(reads(end, "block"), both + reads(end, "block_root"));
 }
 
 #[test]
@@ -129,6 +146,9 @@ fn a_disk_comes_and_goes_and_another_takes_its_place() {
     let mut vm = configured();
     let root = disk(&vm, "root", 1, 0x11);
     vm.put("/drives/root", root).done();
+    let metrics = vm.dir.path().join("metrics");
+    vm.put("/metrics", json!({ "metrics_path": metrics }))
+        .done();
     let mut vm = vm.start().wait_for("ready");
     let a = disk(&vm, "a", 8, 0xa1);
     vm.put("/drives/a", a.clone()).done();
@@ -140,7 +160,9 @@ fn a_disk_comes_and_goes_and_another_takes_its_place() {
     assert_eq!(written[512], 0x77);
 
     // The guest gives it up, and the file with it.
+    vm.action("FlushMetrics").done();
     delete(&mut vm, "/drives/a").done();
+    vm.action("FlushMetrics").done();
     let mut vm = vm.wait_for("slot 2 is to go\nslot 2 is there: false");
     assert_eq!(ids(&mut vm, "drives", "drive_id"), ["root"]);
     delete(&mut vm, "/drives/a").refused(&["Device not found", "'a'"]);
@@ -165,6 +187,8 @@ fn a_disk_comes_and_goes_and_another_takes_its_place() {
             .iter()
             .any(|d| d["id"] == "b" && d["kind"] == "block")
     );
+    vm.action("FlushMetrics").done();
+    sums_are_kept(&std::fs::read_to_string(&metrics).unwrap());
     vm.types("q");
     vm.finish().exits(0);
 }
@@ -223,7 +247,15 @@ fn a_guest_that_holds_on_is_waited_for_or_forced() {
     vm.types("s");
     let mut vm = vm.wait_for("holds on");
     let begin = Instant::now();
-    delete(&mut vm, "/drives/a").refused(&["has not given 'a' up within 5 s"]);
+    // Others are answered meanwhile.
+    vm.client
+        .send(request("DELETE", "/drives/a", "").as_bytes());
+    let mut other = Client::connect(&vm.socket());
+    assert_eq!(other.ask("GET", "/", "").value()["state"], "Running");
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    vm.client
+        .answer()
+        .refused(&["has not given 'a' up within 5 s"]);
     assert!(begin.elapsed() >= Duration::from_secs(5));
     assert_eq!(ids(&mut vm, "drives", "drive_id"), ["a", "b"]);
     // It is taken away when the guest does; nothing else is.

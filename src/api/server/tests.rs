@@ -289,6 +289,11 @@ fn while_an_answer_is_waited_for_streams_go_on_and_the_end_of_its_caller_is_told
     listener.0.read_exact(&mut heard).unwrap();
     assert_eq!(&heard, b"event");
     let cancelled = || call.cancelled().load(std::sync::atomic::Ordering::SeqCst);
+    // Others are served.
+    let mut other = connect();
+    other.send("GET /version HTTP/1.1\r\n\r\n");
+    next().answer(Ok(Reply::Version("1")));
+    assert_eq!(other.answer().0, 200);
     // One that sends no more still waits; one that is gone does not.
     asker.0.shutdown(std::net::Shutdown::Write).unwrap();
     thread::sleep(Duration::from_millis(20));
@@ -301,7 +306,6 @@ fn while_an_answer_is_waited_for_streams_go_on_and_the_end_of_its_caller_is_told
     }
     call.answer(Ok(Reply::Done));
     // One that is dropped is an answer as well.
-    let mut other = connect();
     other.send("GET /version HTTP/1.1\r\n\r\n");
     drop(next());
     assert_eq!(other.answer().0, 400);
