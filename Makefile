@@ -33,7 +33,7 @@ lint: ## Formatting, clippy, licences and sources of dependencies
 bench: ## Start-up against FIRECRACKER, CLOUD_HYPERVISOR and QEMU (paths), and I/O against the host
 	@tests/setup bench
 	@$(MAKE) --no-print-directory build
-	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench clone --bench snapshot --bench io
+	@BULLE=$(abspath $(BULLE)) cargo bench --locked --quiet --bench start --bench api --bench clone --bench snapshot --bench io
 
 install: build ## Install below PREFIX (/usr/local): the binary, links named firecracker and jailer, man pages, completions
 	install -D -m 755 $(BULLE) $(DESTDIR)$(PREFIX)/bin/bulle

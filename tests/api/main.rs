@@ -19,6 +19,7 @@ mod lifecycle;
 mod manage;
 mod many;
 mod mmds;
+mod phases;
 mod served;
 mod snapshot_command;
 mod snapshots;
