@@ -151,7 +151,8 @@ impl Cloner {
         let files = open_files(&plan(&spec, &Arc::new(Mmds::new(0)))?.0);
         let clones = (alive + 2 * POOL) as u64;
         // Each has some of its own beside those of its devices.
-        let host = Host::open(&spec, clones * (files + 16))?;
+        let each = files + 16 + u64::from(spec.machine().vcpu_count);
+        let host = Host::open(&spec, clones * each)?;
         Ok(Self {
             spec,
             host,

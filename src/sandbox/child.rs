@@ -2,7 +2,8 @@
 //!
 //! The kernel copies a page when either side writes to it first, so making the child takes as long as
 //! copying page tables does. The child has one thread and, of all descriptors, those that it is left:
-//! no lock of a disk, no VM. It never logs or prints, since another thread may have held the lock that
+//! no lock of a disk. What is mapped, such as vCPUs' pages, keeps its file open until the child ends, which it
+//! does with its parent. It never logs or prints, since another thread may have held the lock that
 //! this takes; memory it can allocate, which fork(3) of the C library takes care of. The owner is the
 //! thread that made it.
 
@@ -14,7 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork, pipe2};
+use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, pipe2};
 
 /// Most bytes of what a child says at its end, with the byte before it.
 const MAX_TEXT: usize = 4096;
@@ -63,6 +64,7 @@ impl Mouth {
 /// Where the host has no process or no memory for it.
 pub fn start(kept: &[RawFd], body: impl FnOnce(&Mouth) -> Result<(), String>) -> io::Result<Child> {
     let (ours, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let parent = getpid();
     // SAFETY: the child goes no further than `work`, which takes no lock that another thread of this
     // process can hold, see the head of this module.
     match unsafe { fork() }? {
@@ -73,7 +75,16 @@ pub fn start(kept: &[RawFd], body: impl FnOnce(&Mouth) -> Result<(), String>) ->
             progress: None,
             ended: false,
         }),
-        ForkResult::Child => work(kept, theirs, body),
+        ForkResult::Child => {
+            // Also where the parent is killed; it may be gone already.
+            // SAFETY: it takes numbers only.
+            let dies = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } == 0;
+            if !dies || getppid() != parent {
+                // SAFETY: ends the process at once; nothing runs after it.
+                unsafe { libc::_exit(1) }
+            }
+            work(kept, theirs, body)
+        }
     }
 }
 
@@ -134,6 +145,20 @@ impl Child {
             self.said.drain(..PROGRESS_LEN);
         }
         self.said.truncate(MAX_TEXT);
+    }
+
+    /// Ends it, and says how it ended: it may have done so before.
+    pub fn cancel(&mut self) -> Result<(), String> {
+        if let Some(result) = self.ended() {
+            return result;
+        }
+        let _ = kill(self.pid, Signal::SIGKILL);
+        let status = wait(self.pid);
+        self.ended = true;
+        match status {
+            Ok(WaitStatus::Exited(_, 0)) => Ok(()),
+            _ => Err("it was ended".to_owned()),
+        }
     }
 
     /// How it ended, once it has: well, or with a text.

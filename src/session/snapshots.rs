@@ -20,12 +20,12 @@ use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
 use crate::snapshot::image::{Base, Watch};
 use crate::snapshot::protect::{self, Protected};
-use crate::snapshot::ram::{Origin, Part};
+use crate::snapshot::ram::{self, Origin, Part};
 use crate::snapshot::uffd::Uffd;
 use crate::snapshot::working_set::{self, WorkingSet};
 use crate::snapshot::{
-    self, Files, GuestFacts, MachineState, NetworkRebind, Overrides, Paging, Plugged, Request,
-    Snapshot, SnapshotError, Template, socket,
+    self, Files, GuestFacts, Layer, MachineState, NetworkRebind, Overrides, Paging, Plugged,
+    Request, Snapshot, SnapshotError, Template, same_file, socket,
 };
 use crate::vm::Vm;
 
@@ -271,7 +271,10 @@ impl Saver {
             guest: &self.guest,
             memory: vm.memory(),
             origin: &self.ram.origin,
-            base: self.base.clone().filter(|_| changes),
+            base: self.base.clone().filter(|base| {
+                let targets = [&create.snapshot_path, &create.mem_file_path];
+                changes && stays(base, &self.ram.layers, targets.map(|path| path.as_path()))
+            }),
             plugged,
             watch,
         }
@@ -406,7 +409,8 @@ impl Saver {
         let parts = (plugged.as_slice(), Some(watch));
         let created = snapshot::create(&self.request((vm, &machine), config, create, parts));
         let created = created.map_err(|e| failed(&e))?;
-        if config.machine_config.track_dirty_pages || changes {
+        // Reserved huge pages are not given up for the file's.
+        if (config.machine_config.track_dirty_pages || changes) && !vm.is_reserved() {
             // From here on what changes is told by what is no longer the file's.
             let part = match &created.map.base {
                 Some(_) => Part::Changes,
@@ -470,6 +474,23 @@ impl Saver {
         template.send(&socket).map_err(|e| failed(&e))?;
         Ok(fork.pause)
     }
+}
+
+/// Whether changes since `base` can be loaded: it is still where it was, neither it nor what it builds on, `layers`,
+/// is about to be replaced, and the host tells what changed.
+fn stays(base: &Base, layers: &[Arc<Layer>], targets: [&Path; 2]) -> bool {
+    let below = layers.iter().filter_map(|layer| layer.map.base.as_ref());
+    let files = [base].into_iter().chain(below);
+    let files = files.flat_map(|base| [&base.state, &base.memory]);
+    let mut files = files.chain(layers.iter().map(|layer| &layer.image.path));
+    let replaced = files.any(|file| targets.iter().any(|target| same_file(file, target)));
+    let stays = !replaced && base.is_there() && ram::tells_changes();
+    if !stays {
+        log::info!(
+            "all of memory is written, not changes: the snapshot they would build on would be missing"
+        );
+    }
+    stays
 }
 
 /// `guest` with the conversation with `agent` as it is now; `None` where it is just over, or not begun.

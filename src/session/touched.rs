@@ -64,8 +64,11 @@ impl Touched {
             let id = snapshot.id;
             return Self::Recorded { path, id };
         }
-        // Who brings the other pages brings these.
-        let Some(set) = set(snapshot).filter(|_| !lazy) else {
+        if lazy {
+            // Who brings the other pages brings these.
+            return Self::Ignored;
+        }
+        let Some(set) = set(snapshot) else {
             return Self::Ignored;
         };
         match set.prefetch(vm.memory().clone()) {

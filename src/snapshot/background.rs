@@ -187,6 +187,17 @@ impl Background {
         }
     }
 
+    /// Ends it, unless it has just been saved, and says whether it has.
+    pub fn cancel(mut self) -> Result<(), String> {
+        match &mut self.writer {
+            Writer::Child(child) => child.cancel(),
+            Writer::Thread(thread) => {
+                thread.shared.stop.store(true, Ordering::Relaxed);
+                thread.join()
+            }
+        }
+    }
+
     /// Whether it is saved, once that is known.
     pub fn ended(&mut self) -> Option<Result<(), String>> {
         match &mut self.writer {
@@ -209,9 +220,13 @@ impl Thread {
         if !self.shared.over.load(Ordering::SeqCst) {
             return None;
         }
+        Some(self.join())
+    }
+
+    fn join(&mut self) -> Result<(), String> {
         let result = self.handle.take().map(JoinHandle::join);
         let panicked = || Err("the thread that writes it panicked".to_owned());
-        Some(result.and_then(Result::ok).unwrap_or_else(panicked))
+        result.and_then(Result::ok).unwrap_or_else(panicked)
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use arch::memory::GuestMemory;
 use nix::sys::utsname::uname;
 
-use super::format::Writer;
+use super::format::{MAX_FILE, Writer};
 use super::image::{Base, Image, ImageWriter, MemoryMap, Watch, belongs, previous};
 use super::protect::Protected;
 use super::publish::Unpublished;
@@ -185,6 +185,10 @@ impl Files {
         let id = random().map_err(SnapshotError::Random)?;
         let map = fill(self.memory.file(), id).map_err(failed(&memory_path))?;
         let bytes = encode(parts, id, &map).map_err(SnapshotError::Encode)?;
+        let len = bytes.len() as u64;
+        if len > MAX_FILE {
+            return Err(SnapshotError::Scattered { len });
+        }
         io::Write::write_all(self.state.file(), &bytes).map_err(failed(&state_path))?;
         self.state.sync().map_err(failed(&state_path))?;
         let absolute = |path: &Path| std::path::absolute(path).map_err(failed(path));
@@ -226,8 +230,9 @@ fn publish(
     };
     let memory = memory.publish()?;
     state.publish()?;
-    if kept {
-        fs::remove_file(&before)?;
+    if kept && let Err(error) = fs::remove_file(&before) {
+        // Somebody else did, or does: nothing needs it any more.
+        log::debug!("{} is not removed: {error}", before.display());
     }
     // Closing it would do, but it may stay open.
     let _ = memory.unlock();
@@ -276,7 +281,7 @@ fn encode(parts: &Parts<'_>, id: [u8; 16], map: &MemoryMap) -> Result<Vec<u8>, F
 }
 
 /// Whether both are one file, which need not be there yet.
-fn same_file(a: &Path, b: &Path) -> bool {
+pub fn same_file(a: &Path, b: &Path) -> bool {
     let at = |path: &Path| -> Option<(u64, u64)> {
         let metadata = fs::metadata(path).ok()?;
         Some((metadata.dev(), metadata.ino()))

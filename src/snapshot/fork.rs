@@ -135,7 +135,9 @@ impl Frozen {
     fn copied(memory: &GuestMemory, plugged: &[Plugged<'_>], ram: &Ram) -> Result<Self, ForkError> {
         let (part, below) = match (&ram.origin, ram.layers.as_slice()) {
             // With one more it could not be loaded or sent.
-            (Origin::Files(_), layers @ [_, ..]) if layers.len() < MAX_CHAIN => {
+            (Origin::Files(_), layers @ [_, ..])
+                if layers.len() < MAX_CHAIN && ram::tells_changes() =>
+            {
                 (Part::Changes, layers)
             }
             _ => (Part::All, [].as_slice()),
@@ -168,8 +170,9 @@ impl Frozen {
             retired,
         } = self;
         let own = own.unwrap_or_else(|| {
-            if let Some(base) = layers.last_mut() {
-                *base = looked_at(base);
+            // Nobody else has it yet.
+            if let Some(base) = layers.last_mut().and_then(Arc::get_mut) {
+                look_at(base);
             }
             Ram {
                 origin: ram::origin(&layers),
@@ -180,22 +183,11 @@ impl Frozen {
     }
 }
 
-/// The file with what data there are in it; all of it, where the kernel does not tell.
-fn looked_at(base: &Arc<Layer>) -> Arc<Layer> {
-    let regions = &base.map.regions;
+/// Notes what data there are in the file; all of it, where the kernel does not tell.
+fn look_at(base: &mut Layer) {
     let len = base.map.len();
     let runs = ram::data_runs(&base.image.file, 0, len).unwrap_or_else(|_| vec![(0, len)]);
-    let map = MemoryMap {
-        runs: ram::pieces(&runs),
-        ..MemoryMap::of(regions.clone())
-    };
-    match base.image.file.try_clone() {
-        Ok(file) => layer(file, map),
-        Err(error) => {
-            log::warn!("memory that is shared cannot be looked at: {error}");
-            base.clone()
-        }
-    }
+    base.map.runs = ram::pieces(&runs);
 }
 
 /// A file in memory of what `fill` writes and the memory of devices.

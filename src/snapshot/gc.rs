@@ -73,7 +73,9 @@ pub enum GcError {
 /// [`GcError`]: a directory that cannot be read, or one that is to be kept and cannot be loaded.
 pub fn garbage(directory: &Path, keep: Option<&[PathBuf]>) -> Result<Vec<Garbage>, GcError> {
     let mut places = vec![directory.to_owned()];
-    places.extend(entries(directory)?.into_iter().filter(|path| path.is_dir()));
+    // What a link leads to is not below it.
+    let is_dir = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    places.extend(entries(directory)?.into_iter().filter(is_dir));
     let needed = keep.map(|names| needed(directory, names)).transpose()?;
     let mut all = Vec::new();
     for place in &places {

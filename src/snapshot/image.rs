@@ -148,6 +148,13 @@ pub struct Base {
     pub memory: PathBuf,
 }
 
+impl Base {
+    /// Whether it is still where it was.
+    pub fn is_there(&self) -> bool {
+        ids(&self.state, &self.memory) == [Some(self.id); 2]
+    }
+}
+
 /// What is where in a memory file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryMap {
@@ -358,7 +365,11 @@ impl<'a> ImageWriter<'a> {
         self.file.write_all_at(&trailer, map.len())?;
         self.file.sync_all()?;
         map.stamp = Stamp::of(self.file)?;
-        Ok(map)
+        // That may have taken long.
+        match self.watch {
+            Some(watch) if !watch(self.done, self.total) => Err(io::Error::other(Cancelled)),
+            _ => Ok(map),
+        }
     }
 }
 
@@ -457,6 +468,12 @@ fn check_file(file: &File, path: &Path, id: [u8; 16], map: &MemoryMap) -> Result
 
 /// Whether the memory file at `memory` is the one of the state file at `state`, as far as can be read.
 pub fn belongs(state: &Path, memory: &Path) -> bool {
+    let [saved, memory] = ids(state, memory);
+    saved.is_some() && saved == memory
+}
+
+/// Of which snapshot a state file and a memory file are, where they are any.
+fn ids(state: &Path, memory: &Path) -> [Option<[u8; 16]>; 2] {
     let id = |path: &Path, at: fn(u64) -> u64, magic: [u8; 8], from: usize| -> Option<[u8; 16]> {
         let file = File::open(path).ok()?;
         let mut bytes = [0; 64];
@@ -466,7 +483,8 @@ pub fn belongs(state: &Path, memory: &Path) -> bool {
         bytes.starts_with(&magic).then_some(id)
     };
     let saved = id(state, |_| 0, super::format::MAGIC, super::format::ID_AT);
-    saved.is_some() && saved == id(memory, |len| len.saturating_sub(TRAILER_LEN), TRAILER, 8)
+    let memory = id(memory, |len| len.saturating_sub(TRAILER_LEN), TRAILER, 8);
+    [saved, memory]
 }
 
 /// The name that a memory file keeps until the state file of its successor is there.

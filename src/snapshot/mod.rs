@@ -34,7 +34,7 @@ use std::sync::Arc;
 use arch::state::{VcpuState, VmState};
 use serde::{Deserialize, Serialize};
 
-pub use self::create::{Created, Files, Plugged, Request, create};
+pub use self::create::{Created, Files, Plugged, Request, create, same_file};
 use self::format::{FormatError, Kind, MAX_FILE, Reader};
 use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
 pub use self::merge::merge;
@@ -132,6 +132,15 @@ pub enum SnapshotError {
     TooLong {
         /// As named.
         path: PathBuf,
+        /// Bytes.
+        len: u64,
+    },
+    /// Far too much to say of memory.
+    #[error(
+        "a state file of {len} bytes would be needed, since what is written of guest memory is scattered, and it has \
+         at most {MAX_FILE}: save all of it (Full)"
+    )]
+    Scattered {
         /// Bytes.
         len: u64,
     },

@@ -123,7 +123,7 @@ impl WorkingSet {
         }
         let mut behind = 0;
         for (start, len) in &runs {
-            let page = start.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
+            let page = start.is_multiple_of(PAGE) && len.is_multiple_of(PAGE) && *len > 0;
             match start.checked_add(*len) {
                 Some(end) if page && *start >= behind => behind = end,
                 _ => return Err(wrong("its pages are not in order")),

@@ -110,7 +110,8 @@ impl Vm {
             return Err(ResetError::DeviceMemory);
         }
         if self.is_running() {
-            self.pause(patience)?;
+            // Those that did park go on.
+            self.pause(patience).inspect_err(|_| self.start())?;
         }
         // What they finish now writes to RAM, and interrupts.
         self.board.devices.pause();

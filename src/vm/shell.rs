@@ -252,15 +252,16 @@ impl Vm {
             }
         };
         let shell = Shell::around(machine, host, memory, &wiring.devices, None)?;
-        // From here on memory is touched.
+        // Not RAM, and it may take its time.
+        for plugged in shell.frame.slots.plugged() {
+            ram::fill_plugged(snapshot, &plugged)?;
+        }
+        // From here on RAM is touched.
         let watched = match provider {
             Absent::Nobody => None,
             Absent::Lazy(lazy) => Some(Watched::new(lazy, &shell.exit)?),
             Absent::Handler(connected) => Some(Watched::new(connected, &shell.exit)?),
         };
-        for plugged in shell.frame.slots.plugged() {
-            ram::fill_plugged(snapshot, &plugged)?;
-        }
         let mut vm = shell.become_machine(snapshot, policy, wiring)?;
         vm.made_of = watched.is_none().then_some(snapshot.id);
         if let Some(watched) = &watched {

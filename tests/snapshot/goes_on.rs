@@ -110,6 +110,36 @@ fn twenty_changes_load_as_a_chain() {
     });
 }
 
+/// Changes that would replace what they build on could never be loaded.
+#[test]
+fn changes_to_the_names_of_what_they_build_on_are_all_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b] = ["a", "b"].map(|name| Files::named(dir.path(), name));
+    let mut vm = machine("carry_on", "", json!({ "track_dirty_pages": true })).start();
+    let mut story = Story::default();
+    story.follow(&mut vm, 2);
+    vm.patch("/vm", json!({ "state": "Paused" })).done();
+    let layers = |vm: &mut Served, files: &Files, kind: &str| {
+        let mut body = files.create();
+        body["snapshot_type"] = kind.into();
+        vm.put("/snapshot/create", body).done();
+        let snapshot = Snapshot::open(&files.state, &files.memory).unwrap();
+        snapshot.layers.len()
+    };
+    assert_eq!(layers(&mut vm, &a, "Full"), 1);
+    assert_eq!(layers(&mut vm, &a, "Diff"), 1, "over its base");
+    assert_eq!(layers(&mut vm, &b, "Diff"), 2, "beside it");
+    assert_eq!(layers(&mut vm, &a, "Diff"), 1, "over the base of its base");
+    std::fs::remove_file(&a.state).unwrap();
+    assert_eq!(layers(&mut vm, &b, "Diff"), 1, "its base is gone");
+    story.hear_out(&vm);
+    drop(vm);
+    let (mut vm, answer) = try_load(&b, json!({}));
+    answer.done();
+    story.follow(&mut vm, 3);
+    story.check();
+}
+
 #[test]
 fn the_timer_of_the_local_apic_goes_on() {
     for irqchip in IRQCHIPS {

@@ -87,16 +87,22 @@ impl Behind {
         })
     }
 
-    /// Ends what is being written.
+    /// Ends what is being written; its temporary files go with it. It may have been saved all the same.
     fn cancel(&mut self) -> Option<Event> {
-        // Its process and its temporary files go with it.
-        let path = self.now.take()?.path().to_owned();
+        let now = self.now.take()?;
+        let path = now.path().to_owned();
+        let saved = now.cancel().is_ok();
         let error = CANCELLED.to_owned();
         if let Some(last) = &mut self.last {
-            last.state = SnapshotState::Failed;
-            last.error = Some(error.clone());
+            (last.state, last.error) = match saved {
+                true => (SnapshotState::Saved, None),
+                false => (SnapshotState::Failed, Some(error.clone())),
+            };
         }
-        Some(Event::SnapshotFailed { path, error })
+        Some(match saved {
+            true => Event::SnapshotSaved { path },
+            false => Event::SnapshotFailed { path, error },
+        })
     }
 
     /// Waits for the end of what is being written, of a machine that has ended itself; a signal that ends
@@ -110,10 +116,13 @@ impl Behind {
             let waited = poll(&mut fds, PollTimeout::NONE);
             let [_, interrupted] = fds.map(|fd| fd.any().unwrap_or(false));
             if interrupted && signals.ending() || waited.is_err_and(|errno| errno != Errno::EINTR) {
-                let path = now.path().display();
-                return tell(format_args!(
-                    "the snapshot {path} was not saved: interrupted"
-                ));
+                if let Some(Event::SnapshotFailed { path, .. }) = self.cancel() {
+                    let path = path.display();
+                    tell(format_args!(
+                        "the snapshot {path} was not saved: interrupted"
+                    ));
+                }
+                return;
             }
             if let Some(Event::SnapshotFailed { path, error }) = self.look() {
                 let path = path.display();
@@ -130,7 +139,10 @@ impl Runtime {
         self.look_at_snapshot();
         let event = self.behind.cancel().ok_or(ActionError::NoSnapshot)?;
         self.events.emit(&event);
-        Ok(Reply::Done)
+        match event {
+            Event::SnapshotFailed { .. } => Ok(Reply::Done),
+            _ => Err(ActionError::NoSnapshot),
+        }
     }
 
     /// Tells of the snapshot that was written in the background, if it has come to its end.

@@ -273,6 +273,10 @@ impl Lazy {
 }
 
 impl Provider for Lazy {
+    fn always_answers(&self) -> bool {
+        true
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
     }

@@ -80,6 +80,11 @@ pub trait Provider: Send + 'static {
         Ok(false)
     }
 
+    /// Whether it answers every fault unless it says that it is lost, so that nobody has to wait for it.
+    fn always_answers(&self) -> bool {
+        false
+    }
+
     /// What to say where memory that is needed to do `what` does not come within `patience`.
     fn silent(&self, what: &'static str, patience: Duration) -> HandlerLost;
 }
@@ -203,6 +208,9 @@ impl<P: Provider> Watch<P> {
     }
 
     fn end_soon(&mut self) {
+        if self.provider.always_answers() && self.lost.is_none() {
+            return;
+        }
         let at = Instant::now() + END_PATIENCE;
         match &mut self.deadline {
             Some((before, _)) if *before <= at => {}
