@@ -90,22 +90,15 @@ fn things(config: &Config) -> Vec<Thing<'_>> {
     }
     for net in &config.network_interfaces {
         let id = &net.iface_id;
-        if let Some(tap) = &net.host_dev_name {
+        // Of a pattern the kernel makes a new name for each.
+        let tap = net.host_dev_name.as_ref();
+        if let Some(tap) = tap.filter(|tap| !tap.contains("%d")) {
             let what = format!("the tap interface {tap}");
             add("network interface", id, what, "--tap ID=TAP");
         }
         if let Some(fd) = net.fd {
             let what = format!("file descriptor {fd}");
             add("network interface", id, what, "--tap ID=TAP");
-        }
-        for port in &net.publish {
-            let what = format!("port {} of the host", port.host_port);
-            add(
-                "network interface",
-                id,
-                what,
-                "publish in network_overrides",
-            );
         }
     }
     if let Some(vsock) = &config.vsock {
@@ -163,20 +156,17 @@ mod tests {
     }
 
     #[test]
-    fn what_one_machine_has_twice_is_no_other_machines() {
-        let ports: Config = serde_json::from_str(
-            r#"{"boot-source":{"kernel_image_path":"k"},"network-interfaces":[{"iface_id":"n",
-                "mode":"user","publish":[
-                    {"host_port":80,"guest_port":80},
-                    {"host_port":80,"guest_port":80,"protocol":"udp"}]}]}"#,
-        )
-        .unwrap();
-        check(None, std::slice::from_ref(&ports)).unwrap();
-        let error = check(Some(&ports), std::slice::from_ref(&ports)).unwrap_err();
-        assert!(
-            error.to_string().contains("the parent and clone 1"),
-            "{error}"
-        );
+    fn a_tap_interface_is_one_machine_s_unless_it_is_made_for_each() {
+        let with = |tap: &str| -> Config {
+            let net = r#"{"boot-source":{"kernel_image_path":"k"},"network-interfaces":[
+                {"iface_id":"n","host_dev_name":"TAP"}]}"#;
+            serde_json::from_str(&net.replace("TAP", tap)).unwrap()
+        };
+        let made = with("vm%d");
+        check(Some(&made), &[made.clone(), made.clone()]).unwrap();
+        let one = with("tap0");
+        let error = check(Some(&one), std::slice::from_ref(&one)).unwrap_err();
+        assert!(error.to_string().contains("--tap ID=TAP"), "{error}");
     }
 
     #[test]
