@@ -19,8 +19,9 @@ use crate::sandbox::reaper::Reaper;
 use crate::snapshot::background::Background;
 use crate::snapshot::fork::Ram;
 use crate::snapshot::image::{Base, Watch};
+use crate::snapshot::pages::Pagemap;
 use crate::snapshot::protect::{self, Protected};
-use crate::snapshot::ram::{self, Origin, Part};
+use crate::snapshot::ram::{Origin, Part};
 use crate::snapshot::uffd::Uffd;
 use crate::snapshot::working_set::{self, WorkingSet};
 use crate::snapshot::{
@@ -484,7 +485,7 @@ fn stays(base: &Base, layers: &[Arc<Layer>], targets: [&Path; 2]) -> bool {
     let files = files.flat_map(|base| [&base.state, &base.memory]);
     let mut files = files.chain(layers.iter().map(|layer| &layer.image.path));
     let replaced = files.any(|file| targets.iter().any(|target| same_file(file, target)));
-    let stays = !replaced && base.is_there() && ram::tells_changes();
+    let stays = !replaced && base.is_there() && Pagemap::is_there();
     if !stays {
         log::info!(
             "all of memory is written, not changes: the snapshot they would build on would be missing"

@@ -14,6 +14,7 @@ use arch::memory::GuestMemory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::image::{ImageWriter, MAX_CHAIN, MemoryMap};
+use super::pages::Pagemap;
 use super::ram::{self, Origin, Part, Retired};
 use super::{Layer, Plugged};
 
@@ -136,7 +137,7 @@ impl Frozen {
         let (part, below) = match (&ram.origin, ram.layers.as_slice()) {
             // With one more it could not be loaded or sent.
             (Origin::Files(_), layers @ [_, ..])
-                if layers.len() < MAX_CHAIN && ram::tells_changes() =>
+                if layers.len() < MAX_CHAIN && Pagemap::is_there() =>
             {
                 (Part::Changes, layers)
             }

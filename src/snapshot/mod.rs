@@ -13,7 +13,7 @@ pub mod gc;
 pub mod image;
 mod merge;
 pub mod own;
-mod pages;
+pub mod pages;
 pub mod protect;
 mod publish;
 pub mod ram;

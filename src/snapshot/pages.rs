@@ -87,6 +87,11 @@ pub enum Which {
 pub struct Pagemap(File);
 
 impl Pagemap {
+    /// Whether the host tells of pages: not in a jail, which has no /proc.
+    pub fn is_there() -> bool {
+        Self::open().is_ok()
+    }
+
     /// Opens it.
     ///
     /// # Errors

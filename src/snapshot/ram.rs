@@ -148,11 +148,6 @@ pub(super) fn runs(
     Ok(runs)
 }
 
-/// Whether the host tells which pages are not those of a file: not in a jail, which has no /proc.
-pub fn tells_changes() -> bool {
-    Pagemap::open().is_ok()
-}
-
 /// The runs of such pages in a range of addresses; in a jail, which has no /proc to tell, all of it.
 fn pages(
     which: Which,
