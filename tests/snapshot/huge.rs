@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::{Value, json};
 
 use crate::pager::{Pager, Way};
-use crate::saved::{Files, Story, machine, save, try_load};
+use crate::saved::{Files, save, saved_with_changes, try_load};
 
 /// The host's pool of 2 MiB pages, as it was before once this is dropped.
 pub struct Pool(String);
@@ -39,18 +39,7 @@ impl Drop for Pool {
 fn files_and_handlers_fill_huge_pages() {
     let dir = tempfile::tempdir().unwrap();
     let [files, changes, again] = ["a", "b", "c"].map(|name| Files::named(dir.path(), name));
-    let mut story = Story::default();
-    let mut vm = machine("carry_on", "", json!({ "track_dirty_pages": true })).start();
-    story.follow(&mut vm, 3);
-    save(&mut vm, &files);
-    vm.patch("/vm", json!({ "state": "Resumed" })).done();
-    story.follow(&mut vm, 3);
-    vm.patch("/vm", json!({ "state": "Paused" })).done();
-    let mut body = changes.create();
-    body["snapshot_type"] = json!("Diff");
-    vm.put("/snapshot/create", body).done();
-    story.hear_out(&vm);
-    drop(vm);
+    let mut story = saved_with_changes(&files, &changes);
     let huge = json!({ "huge_pages": "2M" });
     let _alone = alone();
     let pool = Pool::of("0");

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::huge::{Pool, alone};
-use crate::saved::{Files, Story, machine, save, try_load};
+use crate::saved::{Files, Story, machine, save, saved_with_changes, try_load};
 use crate::served::Served;
 
 fn lazy(files: &Files) -> Value {
@@ -27,17 +27,7 @@ fn load(files: &Files, more: Value) -> Served {
 /// A guest that was saved after a few ticks, and its changes after some more.
 fn chain(dir: &Path) -> (Files, Story) {
     let [base, top] = ["base", "top"].map(|name| Files::named(dir, name));
-    let mut story = Story::default();
-    let mut vm = machine("carry_on", "", json!({ "track_dirty_pages": true })).start();
-    story.follow(&mut vm, 3);
-    save(&mut vm, &base);
-    vm.patch("/vm", json!({ "state": "Resumed" })).done();
-    story.follow(&mut vm, 3);
-    vm.patch("/vm", json!({ "state": "Paused" })).done();
-    let mut body = top.create();
-    body["snapshot_type"] = json!("Diff");
-    vm.put("/snapshot/create", body).done();
-    story.hear_out(&vm);
+    let story = saved_with_changes(&base, &top);
     (top, story)
 }
 

@@ -150,3 +150,19 @@ fn next(value: u64, tick: u64) -> u64 {
 pub fn value(nonce: u64, tick: u64) -> u64 {
     (0..=tick).fold(nonce, next)
 }
+
+/// Saves a guest after a few ticks to `base`, and its changes after some more to `top`.
+pub fn saved_with_changes(base: &Files, top: &Files) -> Story {
+    let mut story = Story::default();
+    let mut vm = machine("carry_on", "", json!({ "track_dirty_pages": true })).start();
+    story.follow(&mut vm, 3);
+    save(&mut vm, base);
+    vm.patch("/vm", json!({ "state": "Resumed" })).done();
+    story.follow(&mut vm, 3);
+    vm.patch("/vm", json!({ "state": "Paused" })).done();
+    let mut body = top.create();
+    body["snapshot_type"] = json!("Diff");
+    vm.put("/snapshot/create", body).done();
+    story.hear_out(&vm);
+    story
+}
