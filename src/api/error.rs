@@ -42,6 +42,14 @@ pub enum ApiError {
     /// Two names for one thing.
     #[error("The id from the path does not match the id from the body!")]
     IdMismatch,
+    /// Two names for one network interface.
+    #[error("The id from the path [{path}] does not match the id from the body [{body}]!")]
+    InterfaceMismatch {
+        /// In the path.
+        path: String,
+        /// In the body.
+        body: String,
+    },
     /// A body that is not what it should be.
     #[error("An error occurred when deserializing the json body of a request: {0}.")]
     Json(#[from] serde_json::Error),
@@ -65,7 +73,9 @@ impl ApiError {
         match self {
             Self::Unknown { .. } => "unknown-endpoint",
             Self::GetBody | Self::Empty { .. } | Self::Json(_) | Self::Query { .. } => "bad-body",
-            Self::EmptyId | Self::Id | Self::IdMismatch => "bad-id",
+            Self::EmptyId | Self::Id | Self::IdMismatch | Self::InterfaceMismatch { .. } => {
+                "bad-id"
+            }
             Self::Action(error) => error.code(),
         }
     }

@@ -142,6 +142,17 @@ impl Input<'_> {
         }
     }
 
+    /// The same of a network interface, of which Firecracker says both names where they differ.
+    pub fn interface<T: DeserializeOwned>(&self, name: fn(&T) -> &String) -> Result<T, ApiError> {
+        let path = self.name()?.to_owned();
+        let body = self.parse()?;
+        if *name(&body) != path {
+            let body = name(&body).clone();
+            return Err(ApiError::InterfaceMismatch { path, body });
+        }
+        Ok(body)
+    }
+
     /// A whole machine.
     pub fn machine(&mut self) -> Result<MachineUpdate, ApiError> {
         let machine: MachineUpdate = self.parse()?;

@@ -82,12 +82,12 @@ pub const ROUTES: &[Route] = &[
         unplug(input, PluggedKind::Pmem)
     }),
     route(Put, "/network-interfaces/{iface_id}", |input| {
-        let net = input.named(|n: &NetworkInterface| &n.iface_id)?;
+        let net = input.interface(|n: &NetworkInterface| &n.iface_id)?;
         Ok(Action::PutNetwork(Box::new(net)))
     }),
     route(Patch, "/network-interfaces/{iface_id}", |input| {
         Ok(Action::PatchNetwork(
-            input.named(|n: &NetworkUpdate| &n.iface_id)?,
+            input.interface(|n: &NetworkUpdate| &n.iface_id)?,
         ))
     }),
     route(Delete, "/network-interfaces/{iface_id}", |input| {

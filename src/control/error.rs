@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use arch::cmdline::CmdlineError;
 use devices::mmds::MmdsError;
 use devices::virtio::balloon::BalloonError;
 use devices::virtio::mem::MemError;
@@ -35,6 +36,9 @@ pub enum ActionError {
     /// No such initial RAM disk.
     #[error("The initrd file cannot be opened due to invalid path or invalid permissions. {0}")]
     Initrd(#[source] io::Error),
+    /// Words for the kernel that no kernel takes.
+    #[error("The kernel command line is invalid: {0}")]
+    CommandLine(#[source] CmdlineError),
     /// No such image.
     #[error("Unable to create the virtio {kind} device '{id}': cannot open {}: {source}", path.display())]
     File {
@@ -256,7 +260,9 @@ impl ActionError {
             Self::BeforeStart => "not-started",
             Self::AfterStart | Self::LoadAfterConfig => "started",
             Self::NoKernel => "no-kernel",
-            Self::Config(_) | Self::Machine(_) | Self::LoadMemory => "bad-config",
+            Self::Config(_) | Self::Machine(_) | Self::CommandLine(_) | Self::LoadMemory => {
+                "bad-config"
+            }
             Self::Kernel(_) | Self::Initrd(_) | Self::File { .. } | Self::LogFile(_) => "no-file",
             Self::NoDevice { .. } => "no-device",
             Self::IdInUse { .. } => "id-in-use",

@@ -213,6 +213,9 @@ impl Preboot {
         if let Some(initrd) = &boot.initrd_path {
             can_open(initrd).map_err(ActionError::Initrd)?;
         }
+        let words = boot.boot_args.as_deref().unwrap_or_default();
+        arch::cmdline::build("", words, arch::layout::ELF_CMDLINE_MAX_SIZE - 1)
+            .map_err(ActionError::CommandLine)?;
         self.device(|config| config.boot_source = boot)?;
         self.has_kernel = true;
         Ok(Reply::Done)

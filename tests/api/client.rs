@@ -38,6 +38,14 @@ impl Answer {
         self.refused_as(400, words)
     }
 
+    /// The same, for a reason that programs call `code`.
+    #[track_caller]
+    pub fn refused_with(self, code: &str, words: &[&str]) {
+        let body: Value = serde_json::from_str(&self.body).unwrap();
+        assert_eq!(body["code"], code, "{self:#?}");
+        self.refused(words);
+    }
+
     /// The same, with another status.
     #[track_caller]
     pub fn refused_as(self, status: u16, words: &[&str]) -> Self {

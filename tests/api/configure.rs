@@ -2,11 +2,7 @@
 
 use serde_json::json;
 
-use crate::common;
 use crate::served::{Served, boot};
-
-const AFTER: &str = "The requested operation is not supported after starting the microVM.";
-const BEFORE: &str = "The requested operation is not supported before starting the microVM.";
 
 #[test]
 fn a_new_microvm_says_who_it_is() {
@@ -148,34 +144,4 @@ fn what_nobody_has_is_refused() {
         .ask("PUT", "/actions", "{")
         .refused(&["An error occurred when deserializing the json body of a request: EOF"]);
     vm.action("Dance").refused(&["unknown variant `Dance`"]);
-}
-
-#[test]
-fn each_phase_has_its_requests() {
-    let mut vm = Served::payload("spin_forever");
-    vm.action("SendCtrlAltDel").refused(&[BEFORE]);
-    vm.patch("/vm", json!({ "state": "Paused" }))
-        .refused(&[BEFORE]);
-    vm.patch("/vm", json!({ "state": "Resumed" }))
-        .refused(&[BEFORE]);
-    let mut vm = vm.start();
-    let disk = vm.file("disk", &[0; 4096]);
-    let payload = boot(&common::payload("hello"));
-    vm.put("/boot-source", payload).refused(&[AFTER]);
-    vm.put(
-        "/machine-config",
-        json!({ "vcpu_count": 1, "mem_size_mib": 64 }),
-    )
-    .refused(&[AFTER]);
-    vm.patch("/machine-config", json!({ "vcpu_count": 1 }))
-        .refused(&[AFTER]);
-    vm.put(
-        "/drives/a",
-        json!({ "drive_id": "a", "path_on_host": disk }),
-    )
-    .refused(&["PCI is not enabled"]);
-    vm.put("/entropy", json!({})).refused(&[AFTER]);
-    vm.action("InstanceStart").refused(&[AFTER]);
-    assert_eq!(vm.get("/machine-config").value()["vcpu_count"], 1);
-    assert_eq!(vm.state(), "Running");
 }

@@ -12,18 +12,18 @@ use crate::served::{Served, boot};
 
 const METHODS: [&str; 4] = ["get", "put", "patch", "delete"];
 
-type Names = BTreeSet<String>;
+pub type Names = BTreeSet<String>;
 
-struct Description(Yaml);
+pub struct Description(Yaml);
 
-struct Operation<'a> {
-    method: String,
-    path: &'a str,
-    yaml: &'a Yaml,
+pub struct Operation<'a> {
+    pub method: String,
+    pub path: &'a str,
+    pub yaml: &'a Yaml,
 }
 
 impl Description {
-    fn read() -> Self {
+    pub fn read() -> Self {
         let text = fs::read_to_string(common::tree().join("resources/api/openapi.yaml")).unwrap();
         let mut documents = YamlLoader::load_from_str(&text).unwrap();
         assert_eq!(documents.len(), 1);
@@ -35,7 +35,7 @@ impl Description {
         paths.map(|(path, item)| (path.as_str().unwrap(), item))
     }
 
-    fn operations(&self) -> impl Iterator<Item = Operation<'_>> {
+    pub fn operations(&self) -> impl Iterator<Item = Operation<'_>> {
         self.paths().flat_map(|(path, item)| {
             let there = METHODS
                 .iter()
@@ -46,6 +46,15 @@ impl Description {
                 yaml: &item[*method],
             })
         })
+    }
+
+    /// The codes of errors.
+    pub fn codes(&self) -> Names {
+        let code = &self.0["components"]["schemas"]["Error"]["properties"]["code"];
+        let codes = code["enum"].as_vec().unwrap().iter();
+        codes
+            .map(|code| code.as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// Follows a reference, if it is one.
@@ -92,7 +101,7 @@ impl Description {
 }
 
 /// A path with a name in it.
-fn filled(path: &str) -> String {
+pub fn filled(path: &str) -> String {
     path.replace("{drive_id}", "a")
         .replace("{id}", "a")
         .replace("{iface_id}", "a")

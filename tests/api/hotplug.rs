@@ -255,7 +255,7 @@ fn a_guest_that_holds_on_is_waited_for_or_forced() {
     assert!(begin.elapsed() < Duration::from_secs(5));
     vm.client
         .answer()
-        .refused(&["has not given 'a' up within 5 s"]);
+        .refused_with("guest-busy", &["has not given 'a' up within 5 s"]);
     assert!(begin.elapsed() >= Duration::from_secs(5));
     assert_eq!(ids(&mut vm, "drives", "drive_id"), ["a", "b"]);
     // It is taken away when the guest does; nothing else is.
@@ -265,7 +265,7 @@ fn a_guest_that_holds_on_is_waited_for_or_forced() {
     }
     // While it is paused it cannot.
     vm.patch("/vm", json!({ "state": "Paused" })).done();
-    delete(&mut vm, "/drives/b").refused(&["paused"]);
+    delete(&mut vm, "/drives/b").refused_with("paused", &["paused"]);
     delete(&mut vm, "/drives/b?force=true").done();
     vm.patch("/vm", json!({ "state": "Resumed" })).done();
     let mut vm = vm.wait_for("slot 1 is to go\nslot 2 is to go\n");

@@ -19,7 +19,7 @@ mod lifecycle;
 mod manage;
 mod many;
 mod mmds;
-mod phases;
+mod rows;
 mod served;
 mod snapshot_command;
 mod snapshots;

@@ -176,7 +176,8 @@ fn one_at_a_time_and_one_that_dies_leaves_what_was_there() {
     story.follow(&mut vm, 3);
     let other = Files::named(dir.path(), "other");
     let busy = ["one is being written to", "saved.state"];
-    vm.put("/snapshot/create", create(&other)).refused(&busy);
+    vm.put("/snapshot/create", create(&other))
+        .refused_with("busy", &busy);
     vm.patch("/vm", json!({ "state": "Paused" })).done();
     vm.put("/snapshot/create", other.create()).refused(&busy);
     vm.patch("/vm", json!({ "state": "Resumed" })).done();
@@ -298,6 +299,19 @@ fn protected(config: Value) {
 #[test]
 fn shared_memory_is_protected_while_it_is_written() {
     protected(json!({ "memory_backing": "memfd" }));
+    // Memory that is protected stays where it is.
+    let dir = tempfile::tempdir().unwrap();
+    let (mut vm, _) = ticking(json!({ "memory_backing": "memfd" }));
+    let files = Files::named(dir.path(), "a");
+    let fork = json!({ "uds_path": "/nowhere" });
+    let refused = (0..100).any(|_| {
+        vm.put("/snapshot/create", create(&files)).done();
+        let answer = vm.put("/fork", fork.clone());
+        let busy = answer.body.contains(r#""code":"busy""#);
+        ended(&mut vm);
+        busy
+    });
+    assert!(refused);
 }
 
 #[test]

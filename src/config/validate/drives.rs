@@ -43,7 +43,9 @@ pub enum DriveError {
         partuuid: String,
     },
     /// Several root drives.
-    #[error("drives '{first}' and '{second}' are both the root device: leave it to one")]
+    #[error(
+        "A root block device already exists! Drives '{first}' and '{second}' are both the root device: leave it to one"
+    )]
     Roots {
         /// One of them.
         first: String,

@@ -61,7 +61,10 @@ pub enum ConfigError {
         mib: u64,
     },
     /// Memory is no multiple of the page size.
-    #[error("{mib} MiB of memory is not a multiple of the {page_mib} MiB pages asked for")]
+    #[error(
+        "The memory size (MiB) is either 0, or not a multiple of the configured page size. {mib} MiB of memory is not a \
+         multiple of the {page_mib} MiB pages asked for"
+    )]
     MemoryPages {
         /// As asked, in MiB.
         mib: u64,

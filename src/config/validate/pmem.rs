@@ -18,7 +18,9 @@ pub enum PmemError {
         id: String,
     },
     /// Several roots.
-    #[error("'{first}' and '{second}' are both the root device: leave it to one")]
+    #[error(
+        "A root device already exists! '{first}' and '{second}' are both the root device: leave it to one"
+    )]
     Roots {
         /// One of them.
         first: String,
