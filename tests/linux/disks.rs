@@ -110,16 +110,6 @@ fn disks_on_mmio_amd64() {
 }
 
 #[test]
-fn disks_on_mmio_cloud() {
-    disks("cloud-amd64", &[]);
-}
-
-#[test]
-fn disks_on_pci_amd64() {
-    disks("amd64", &["--pci"]);
-}
-
-#[test]
 fn disks_on_pci_cloud() {
     disks("cloud-amd64", &["--pci"]);
 }
@@ -193,20 +183,18 @@ fn fsck(image: &Path) {
 
 #[test]
 fn an_image_as_root_is_left_as_it_is() {
-    for flavour in ["amd64", "cloud-amd64"] {
-        let dir = tempfile::tempdir().unwrap();
-        let image = root_image(dir.path());
-        let before = md5(&image);
-        let script = "busybox cat /etc/motd; busybox echo new > /etc/motd; busybox cat /etc/motd;
-            busybox ls -d /proc/1 /sys/block /dev/null; busybox ls /.bulle 2>/dev/null || busybox echo no trace";
-        let bulle = linux(flavour).arg("--root").arg(&image);
-        let outcome = bulle.command(["/bin/sh", "-c", script]).outcome().exits(0);
-        assert_eq!(
-            outcome.stdout,
-            "hello from the image\nnew\n/dev/null\n/proc/1\n/sys/block\nno trace\n"
-        );
-        assert_eq!(md5(&image), before);
-    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = root_image(dir.path());
+    let before = md5(&image);
+    let script = "busybox cat /etc/motd; busybox echo new > /etc/motd; busybox cat /etc/motd;
+        busybox ls -d /proc/1 /sys/block /dev/null; busybox ls /.bulle 2>/dev/null || busybox echo no trace";
+    let bulle = linux("cloud-amd64").arg("--root").arg(&image);
+    let outcome = bulle.command(["/bin/sh", "-c", script]).outcome().exits(0);
+    assert_eq!(
+        outcome.stdout,
+        "hello from the image\nnew\n/dev/null\n/proc/1\n/sys/block\nno trace\n"
+    );
+    assert_eq!(md5(&image), before);
 }
 
 #[test]
