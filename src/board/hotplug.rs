@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use devices::pci::PciFunction;
 use devices::virtio::core::Reg;
 use devices::virtio::registry::DeviceHandle;
 use vmm_sys_util::eventfd::EventFd;
@@ -61,6 +60,13 @@ impl Devices {
         self.pci.as_ref().map(|pci| pci.hotplug.ejected())
     }
 
+    /// Whether a device is off the bus that was not taken away yet.
+    pub fn has_ejected(&self) -> bool {
+        let present = self.present();
+        let pci = self.pci.as_ref();
+        pci.is_some_and(|pci| !present.list.iter().all(|device| pci.has(device)))
+    }
+
     /// Takes away the devices that are off the bus, their I/O finished and their files closed.
     pub fn take_ejected(&self) -> Vec<Arc<Attached>> {
         let Some(pci) = &self.pci else {
@@ -68,15 +74,8 @@ impl Devices {
         };
         // Emptied before the look.
         let _ = pci.hotplug.ejected().read();
-        let is_there = |device: &Arc<Attached>| match &device.function {
-            Some((slot, function)) => {
-                let function: Arc<dyn PciFunction> = function.clone();
-                pci.bus().holds(*slot, &function)
-            }
-            None => true,
-        };
         let mut present = self.present();
-        let (list, gone) = present.list.drain(..).partition(is_there);
+        let (list, gone) = present.list.drain(..).partition(|device| pci.has(device));
         present.list = list;
         drop(present);
         for device in &gone {

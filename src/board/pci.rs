@@ -9,7 +9,7 @@ use arch::acpi::{PciHost, Window};
 use arch::layout;
 use devices::bus::{BusDevice, BusError};
 use devices::pci::hotplug::{Hotplug, HotplugState};
-use devices::pci::{ConfigPorts, Ecam, PciBus, PciWindow};
+use devices::pci::{ConfigPorts, Ecam, PciBus, PciFunction, PciWindow};
 use devices::virtio::transport::pci::{BAR_LEN, PciInterrupt, VirtioPci};
 
 use super::attach::{AttachError, Attached, Buses, Machine, Pin, Slot};
@@ -83,6 +83,14 @@ impl Pci {
     /// The bus.
     pub(super) fn bus(&self) -> &PciBus {
         self.hotplug.bus()
+    }
+
+    /// Whether `device` is on the bus still, if it ever was.
+    pub(super) fn has(&self, device: &Attached) -> bool {
+        device.function.as_ref().is_none_or(|(slot, function)| {
+            let function: Arc<dyn PciFunction> = function.clone();
+            self.bus().holds(*slot, &function)
+        })
     }
 
     /// Has the registers go back.

@@ -12,6 +12,7 @@ use nix::sys::utsname::uname;
 
 use super::format::{MAX_FILE, Writer};
 use super::image::{Base, Image, ImageWriter, MemoryMap, Watch, belongs, previous};
+use super::plugged::{self, Plugged};
 use super::protect::Protected;
 use super::publish::Unpublished;
 use super::ram::{self, Part};
@@ -45,17 +46,6 @@ pub struct Request<'a> {
     pub plugged: &'a [Plugged<'a>],
     /// Who is told how far it is.
     pub watch: Option<Watch<'a>>,
-}
-
-/// Memory of a device, in a file in memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Plugged<'a> {
-    /// Guest physical address.
-    pub address: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Its content; nothing is where nothing is plugged.
-    pub file: &'a fs::File,
 }
 
 /// A snapshot that was written.
@@ -246,7 +236,7 @@ fn write_memory(request: &Request<'_>, id: [u8; 16], file: &fs::File) -> io::Res
         None => Part::All,
     };
     ram::write(request.memory, request.origin, part, &mut writer)?;
-    let regions = ram::write_all_plugged(request.memory, request.plugged, &mut writer)?;
+    let regions = plugged::write_all(request.memory, request.plugged, &mut writer)?;
     writer.finish(regions, request.base.clone())
 }
 

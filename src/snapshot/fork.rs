@@ -13,10 +13,11 @@ use std::sync::Arc;
 use arch::memory::GuestMemory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::Layer;
 use super::image::{ImageWriter, MAX_CHAIN, MemoryMap};
 use super::pages::Pagemap;
+use super::plugged::{self, Plugged};
 use super::ram::{self, Origin, Part, Retired};
-use super::{Layer, Plugged};
 
 /// Longest chain that RAM is moved onto. Once it is there, each fork copies what changed since then.
 const MAX_LAYERS: usize = 32;
@@ -113,9 +114,8 @@ impl Frozen {
         let mut retired = Vec::new();
         let mut freeze = || {
             for (region, here) in memory.iter().zip(&regions) {
-                retired.extend(Retired::move_away(region));
-                // SAFETY: all of one region's mapping; no vCPU runs and devices are at rest.
-                unsafe { ram::overlay(region.as_ptr(), here.len, &file, here.offset) }?;
+                // SAFETY: no vCPU runs and devices are at rest.
+                retired.extend(unsafe { Retired::replace(region, &file, here.offset) }?);
             }
             seal(&file)
         };
@@ -200,7 +200,7 @@ fn write(
     let file = memory_file(c"bulle-forked-memory").map_err(failed("make a file for"))?;
     let mut writer = ImageWriter::in_memory(&file);
     let written = fill(&mut writer).and_then(|()| {
-        let regions = ram::write_all_plugged(memory, plugged, &mut writer)?;
+        let regions = plugged::write_all(memory, plugged, &mut writer)?;
         let map = writer.into_map(regions);
         file.set_len(map.len())?;
         seal(&file)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::create::{Parts, write};
 use super::image::{ImageWriter, MAX_RUN, Region};
-use super::ram::copy;
+use super::plugged::copy;
 use super::{Snapshot, SnapshotError};
 
 /// Writes `snapshot` to two files of its own, with all of its memory.

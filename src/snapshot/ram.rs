@@ -18,7 +18,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
 use super::image::{ImageError, ImageWriter, MAX_RUN, MemoryMap, Region, Run};
 use super::pages::{Pagemap, Which};
 pub use super::retired::Retired;
-use super::{Layer, Plugged, Snapshot};
+use super::{Layer, Snapshot, retired};
 use crate::config::MachineConfig;
 use crate::vm::memory::{MemoryError, advise};
 
@@ -421,9 +421,13 @@ pub fn rebase(
         }
         _ => {
             for (region, here) in memory.iter().zip(regions(memory)) {
-                retired.extend(Retired::move_away(region));
-                // SAFETY: all of one region's mapping, as above.
-                unsafe { overlay(region.as_ptr(), here.len, file, here.offset) }?;
+                // SAFETY: as above.
+                retired.extend(unsafe { Retired::replace(region, file, here.offset) }?);
+            }
+            if matches!(origin, Origin::Memfd)
+                && let Err(error) = retired::give_up(memory)
+            {
+                log::warn!("memory that guest RAM was in is not given back: {error}");
             }
             Ok(Origin::Files(join(map.runs.iter())))
         }
@@ -463,94 +467,6 @@ fn join<'a>(runs: impl Iterator<Item = &'a Run>) -> Arc<[Run]> {
         crc: 0,
     })
     .collect()
-}
-
-/// Writes the memory of a device, which has its place in the file at `offset`.
-fn write_plugged(
-    plugged: &Plugged<'_>,
-    offset: u64,
-    writer: &mut ImageWriter<'_>,
-) -> io::Result<()> {
-    let mut buffer = vec![0; MAX_RUN as usize];
-    let runs = data_runs(plugged.file, 0, plugged.len)?;
-    writer.expect(runs.iter().map(|(_, len)| len).sum());
-    for (start, len) in runs {
-        copy(plugged.file, (start, len), &mut buffer, |at, data| {
-            writer.write(offset + at, data, true)
-        })?;
-    }
-    Ok(())
-}
-
-/// Writes the memory of devices behind `memory`, and says where all is in the file.
-///
-/// # Errors
-/// Of either file.
-pub fn write_all_plugged(
-    memory: &GuestMemory,
-    all: &[Plugged<'_>],
-    writer: &mut ImageWriter<'_>,
-) -> io::Result<Vec<Region>> {
-    let mut regions = regions(memory);
-    for plugged in all {
-        let offset = regions.last().map_or(0, |last| last.offset + last.len);
-        write_plugged(plugged, offset, writer)?;
-        regions.push(Region {
-            address: plugged.address,
-            len: plugged.len,
-            offset,
-        });
-    }
-    Ok(regions)
-}
-
-/// Fills the memory of a device, which is empty, from `snapshot`.
-///
-/// # Errors
-/// Where the snapshot has no such memory, or of either file.
-pub fn fill_plugged(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), MapError> {
-    // Whole in every file of a chain.
-    let layer = snapshot.layers.first().ok_or(MapError::Layout)?;
-    let mut regions = layer.map.regions.iter();
-    let fits = |r: &&Region| (r.address, r.len) == (plugged.address, plugged.len);
-    let here = regions.find(fits).ok_or(MapError::Layout)?;
-    let mut buffer = vec![0; MAX_RUN as usize];
-    for run in &layer.map.runs {
-        let Some(start) = run
-            .offset
-            .checked_sub(here.offset)
-            .filter(|at| *at < here.len)
-        else {
-            continue;
-        };
-        let range = (run.offset, run.len.min(here.len - start));
-        let copied = copy(&layer.image.file, range, &mut buffer, |at, data| {
-            plugged.file.write_all_at(data, at - here.offset)
-        });
-        copied.map_err(|source| {
-            let path = layer.image.path.clone();
-            MapError::Image(ImageError::Read { path, source })
-        })?;
-    }
-    Ok(())
-}
-
-/// Reads `len` bytes of `file` from `start` on, in pieces, each given to `f` with its offset.
-pub(super) fn copy(
-    file: &File,
-    (start, len): (u64, u64),
-    buffer: &mut [u8],
-    mut f: impl FnMut(u64, &[u8]) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut at = start;
-    while at < start + len {
-        let piece = (start + len - at).min(buffer.len() as u64);
-        let data = buffer.get_mut(..piece as usize).unwrap_or_default();
-        file.read_exact_at(data, at)?;
-        f(at, data)?;
-        at += piece;
-    }
-    Ok(())
 }
 
 /// RAM cannot be had from a snapshot.

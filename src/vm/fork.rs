@@ -33,6 +33,9 @@ pub enum VmForkError {
     /// A guest that is ending.
     #[error("the guest's command has just ended, or waits to be given")]
     Ending,
+    /// A guest that has ejected a device.
+    #[error("a device is just being taken away: try again")]
+    Ejecting,
     /// The paths of its devices.
     #[error("cannot tell where the files of its devices are")]
     Paths(#[source] io::Error),
@@ -80,6 +83,9 @@ impl Vm {
             false => Ok(()),
         };
         let frozen = stopped.map_err(VmForkError::from).and_then(|()| {
+            if self.board.devices.has_ejected() {
+                return Err(VmForkError::Ejecting);
+            }
             let machine = self.save()?;
             let guest = facts().ok_or(VmForkError::Ending)?;
             self.rebased();

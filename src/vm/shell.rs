@@ -22,7 +22,7 @@ use crate::io::IoThread;
 use crate::snapshot::uffd::handler::{self, Connected};
 use crate::snapshot::uffd::lazy::{self, Lazy};
 use crate::snapshot::uffd::watch::Watched;
-use crate::snapshot::{Paging, Snapshot, ram};
+use crate::snapshot::{Paging, Snapshot, plugged, ram};
 use crate::vcpu::{Given, Reach, VcpuHandle};
 
 /// A snapshot is not of a machine of the shell's shape.
@@ -254,7 +254,7 @@ impl Vm {
         let shell = Shell::around(machine, host, memory, &wiring.devices, None)?;
         // Not RAM, and it may take its time.
         for plugged in shell.frame.slots.plugged() {
-            ram::fill_plugged(snapshot, &plugged)?;
+            plugged::fill(snapshot, &plugged)?;
         }
         // From here on RAM is touched.
         let watched = match provider {

@@ -171,6 +171,8 @@ impl Runtime {
             true => vm.pause(PAUSE_PATIENCE),
             false => Ok(()),
         };
+        // What the guest has just ejected is not part of it.
+        self.settle_unplugs(vm);
         let cancelled = create.cancellable.then_some(&*self.cancelled);
         let meter = Meter::new(&create.snapshot_path, cancelled, &mut self.events);
         let watch = |done, total| meter.watch(done, total);
