@@ -7,13 +7,16 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use devices::mmds::DEFAULT_LIMIT;
+use nix::poll::PollTimeout;
 use serde_json::json;
 
+use self::create::{Bar, Interrupts, SIGNAL_BASE};
 use super::api::parse_id;
 use super::metadata;
 use super::rebind::RebindArgs;
@@ -25,6 +28,7 @@ use crate::remote::Remote;
 use crate::session;
 use crate::snapshot::gc::{MEMORY, STATE};
 use crate::snapshot::{Snapshot, merge};
+use crate::telemetry::tell;
 
 /// Arguments of `bulle snapshot`.
 #[derive(Debug, Args)]
@@ -189,7 +193,27 @@ fn restore(args: RestoreArgs) -> Result<u8> {
     load.record_working_set = args.record;
     let place = args.runtime.place(args.name);
     let mmds = metadata::read(None, DEFAULT_LIMIT)?;
-    Ok(session::launch_saved(&load, args.command, &mmds, place)?)
+    let (bar, interrupts) = (Bar::new(), Interrupts::new()?);
+    let cancelled = Arc::new(OnceLock::new());
+    let by = cancelled.clone();
+    let on_read = move |read, total| {
+        bar.show(read, total);
+        match interrupts.wait([], PollTimeout::ZERO) {
+            Ok([]) => true,
+            Err(signal) => {
+                by.get_or_init(|| signal);
+                false
+            }
+        }
+    };
+    let ended = session::launch_saved(&load, Box::new(on_read), args.command, &mmds, place);
+    match (ended, cancelled.get()) {
+        (Err(_), Some(signal)) => {
+            tell("loading the snapshot was cancelled");
+            Ok(SIGNAL_BASE + *signal as u8)
+        }
+        (ended, _) => Ok(ended?),
+    }
 }
 
 fn info(args: &InfoArgs) -> Result<u8> {

@@ -320,6 +320,9 @@ pub struct SnapshotLoad {
     /// brought early. bulle's own.
     #[serde(default)]
     pub record_working_set: bool,
+    /// It is ended by the end of the connection that asked for it. bulle's own.
+    #[serde(default)]
+    pub cancellable: bool,
 }
 
 impl SnapshotLoad {
@@ -340,6 +343,7 @@ impl SnapshotLoad {
             clock_realtime: true,
             huge_pages: None,
             record_working_set: false,
+            cancellable: false,
         }
     }
 }

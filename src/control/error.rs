@@ -203,6 +203,9 @@ pub enum ActionError {
     /// Its caller is gone.
     #[error("The snapshot was cancelled; what was there before still is")]
     Cancelled,
+    /// The caller of a load is gone.
+    #[error("Loading the snapshot was cancelled; another may be loaded")]
+    LoadCancelled,
     /// A microVM of which there is something already.
     #[error("Loading a microVM snapshot not allowed after configuring boot-specific resources.")]
     LoadAfterConfig,
@@ -288,7 +291,7 @@ impl ActionError {
             Self::SnapshotRunning => "not-paused",
             Self::SnapshotBusy { .. } => "busy",
             Self::NoSnapshot => "no-snapshot",
-            Self::Cancelled => "cancelled",
+            Self::Cancelled | Self::LoadCancelled => "cancelled",
             Self::Start { .. } => "start-failed",
             Self::Load { .. } => "load-failed",
             Self::Save { .. } | Self::WorkingSet { .. } => "save-failed",

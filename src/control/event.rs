@@ -51,6 +51,15 @@ pub enum Event {
         /// Bytes of memory that will be.
         total_bytes: u64,
     },
+    /// A snapshot is being read, of which a machine is made; at most ten times a second, and at the end.
+    LoadProgress {
+        /// Its state file.
+        path: PathBuf,
+        /// Bytes of memory that are read.
+        read_bytes: u64,
+        /// Bytes of memory that will be.
+        total_bytes: u64,
+    },
     /// A snapshot that was written in the background is there.
     SnapshotSaved {
         /// Its state file.
@@ -99,6 +108,7 @@ impl Event {
             Self::LinkDown { .. } => "link_down",
             Self::LinkUp { .. } => "link_up",
             Self::SnapshotProgress { .. } => "snapshot_progress",
+            Self::LoadProgress { .. } => "load_progress",
             Self::SnapshotSaved { .. } => "snapshot_saved",
             Self::SnapshotFailed { .. } => "snapshot_failed",
             Self::DeviceAdded { .. } => "device_added",

@@ -40,7 +40,7 @@ use crate::config::{Config, Console, RateLimiter, Spec};
 use crate::control::{Instance, SnapshotCreate, SnapshotLoad, State, channel, startable};
 use crate::guest::prepare::prepare;
 use crate::registry::Place;
-use crate::snapshot::{GuestFacts, ram};
+use crate::snapshot::{GuestFacts, OnRead, ram};
 use crate::telemetry::{Metrics, tell};
 use crate::vm::build::Initrd;
 use crate::vm::{Host, Shell, Vm};
@@ -73,14 +73,16 @@ pub fn save_ready(
 }
 
 /// Makes a machine of the snapshot that `load` names and runs it to its end, as [`launch`] does, with
-/// `command` in it where bulle's agent waits for one.
+/// `command` in it where bulle's agent waits for one. `on_read` is told how far it is before that.
 pub fn launch_saved(
     load: &SnapshotLoad,
+    on_read: OnRead,
     command: Vec<String>,
     mmds: &Arc<Mmds>,
     place: Option<Place>,
 ) -> Result<u8, LaunchError> {
-    let (saved, mut config) = Saved::open(load, &Config::new(PathBuf::new()))?;
+    let (mut saved, mut config) = Saved::open(load, &Config::new(PathBuf::new()))?;
+    saved.snapshot.watch(on_read);
     give_command(&mut config, &saved, command)?;
     let spec = startable(&config)?;
     launch_with(spec, mmds, place, After::default(), |spec| {

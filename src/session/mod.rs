@@ -21,6 +21,7 @@ mod hvc;
 mod input;
 mod launch;
 mod launch_error;
+mod load_meter;
 mod managed;
 mod outcome;
 mod output;

@@ -6,6 +6,7 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use devices::mmds::Mmds;
@@ -15,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::events::Events;
 use super::figures::Startup;
 use super::launch::{LaunchError, Prepared, Session, block_signals};
+use super::load_meter::LoadMeter;
 use super::managed::Door;
 use super::outcome::Outcome;
 use super::runtime::{FigureParts, Runtime};
@@ -169,17 +171,28 @@ fn build(preboot: &Preboot) -> Result<Session, ActionError> {
 }
 
 /// The machine of a snapshot, whose configuration becomes that of `preboot`.
-fn load(preboot: &mut Preboot, load: &SnapshotLoad) -> Result<Session, ActionError> {
+fn load(
+    preboot: &mut Preboot,
+    load: &SnapshotLoad,
+    meter: &Arc<LoadMeter>,
+) -> Result<Session, ActionError> {
     preboot.may_load(load)?;
     let failed = |error: LaunchError| ActionError::Load {
         text: chain(&error),
     };
-    let (saved, config) = Saved::open(load, preboot.config())?;
+    let (mut saved, config) = Saved::open(load, preboot.config())?;
+    let watching = meter.clone();
+    saved
+        .snapshot
+        .watch(Box::new(move |read, total| watching.watch(read, total)));
     let spec = startable(&config).map_err(|error| ActionError::Load {
         text: chain(&error),
     })?;
     let prepared = Prepared::load(spec, saved, preboot.mmds()).map_err(failed)?;
     let session = Session::build(prepared).map_err(failed)?;
+    if meter.is_cancelled() {
+        return Err(ActionError::LoadCancelled);
+    }
     preboot.adopt(config);
     Ok(session)
 }
@@ -237,7 +250,7 @@ impl Serving {
                 let begin = Instant::now();
                 let built = match &call.action {
                     Action::InstanceStart => build(&self.preboot),
-                    Action::LoadSnapshot(asked) => load(&mut self.preboot, asked),
+                    Action::LoadSnapshot(asked) => self.load(asked, call.cancelled()),
                     Action::Listen => {
                         let state = self.preboot.instance().state;
                         let stream = self.events.listen(&Event::State { state });
@@ -260,6 +273,24 @@ impl Serving {
                     Err(error) => call.answer(Err(error)),
                 }
             }
+        }
+    }
+
+    /// Makes the machine of a snapshot, unless its caller goes meanwhile and said that this ends it. All that was opened
+    /// for it is closed then.
+    fn load(
+        &mut self,
+        asked: &SnapshotLoad,
+        cancelled: Arc<AtomicBool>,
+    ) -> Result<Session, ActionError> {
+        let cancelled = asked.cancellable.then_some(cancelled);
+        let events = std::mem::take(&mut self.events);
+        let meter = Arc::new(LoadMeter::new(&asked.snapshot_path, cancelled, events));
+        let loaded = load(&mut self.preboot, asked, &meter);
+        self.events = meter.take_events();
+        match loaded {
+            Err(_) if meter.is_cancelled() => Err(ActionError::LoadCancelled),
+            loaded => loaded,
         }
     }
 

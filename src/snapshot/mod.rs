@@ -18,6 +18,7 @@ pub mod plugged;
 pub mod protect;
 mod publish;
 pub mod ram;
+mod reading;
 mod rebind;
 mod retired;
 pub mod socket;
@@ -40,6 +41,7 @@ use self::format::{FormatError, Kind, MAX_FILE, Reader};
 use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
 pub use self::merge::merge;
 pub use self::plugged::Plugged;
+pub use self::reading::{OnRead, Reading};
 pub use self::rebind::{NetworkRebind, Overrides, RebindError};
 pub use self::template::Template;
 use self::working_set::WorkingSet;
@@ -249,6 +251,8 @@ pub struct Snapshot {
     pub paging: Paging,
     /// Where it was taken.
     pub origin: Option<Origin>,
+    /// Who watches what is read of it.
+    pub reading: Option<Reading>,
 }
 
 /// What is read of a state file before its memory is opened.
@@ -296,7 +300,19 @@ impl Snapshot {
             layers,
             paging,
             origin: parts.origin,
+            reading: None,
         }
+    }
+
+    /// Has `on_read` told what is read before a machine of this is there, which it can end. Configuration and paging are
+    /// what they will be.
+    pub fn watch(&mut self, on_read: OnRead) {
+        self.reading = Some(Reading::new(self, on_read));
+    }
+
+    /// So many bytes more are read.
+    fn read(&self, bytes: u64) -> Result<(), ram::MapError> {
+        self.reading.as_ref().map_or(Ok(()), |r| r.add(bytes))
     }
 
     /// What a snapshot of the changes since this one would build on.

@@ -86,6 +86,7 @@ pub fn fill(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), MapError> 
             let path = layer.image.path.clone();
             MapError::Image(ImageError::Read { path, source })
         })?;
+        snapshot.read(range.1)?;
     }
     Ok(())
 }

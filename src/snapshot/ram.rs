@@ -18,13 +18,13 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
 use super::image::{ImageError, ImageWriter, MAX_RUN, MemoryMap, Region, Run};
 use super::pages::{Pagemap, Which};
 pub use super::retired::Retired;
-use super::{Layer, Snapshot, retired};
+use super::{Layer, Snapshot, reading, retired};
 use crate::config::MachineConfig;
 use crate::vm::memory::{MemoryError, advise};
 
 /// Runs of changes up to this size are copied when they are loaded: a mapping of its own would cost
 /// more, and a process has only some 65,000.
-const COPIED: u64 = 64 << 10;
+pub(super) const COPIED: u64 = 64 << 10;
 
 /// Where the content of RAM that nobody wrote comes from.
 #[derive(Clone, Debug, Default)]
@@ -162,7 +162,7 @@ fn pages(
 }
 
 /// What of `run` is in the `len` bytes from `first` on, relative to that.
-fn within(run: &Run, first: u64, len: u64) -> Option<(u64, u64)> {
+pub(super) fn within(run: &Run, first: u64, len: u64) -> Option<(u64, u64)> {
     let start = run.offset.max(first);
     let end = (run.offset + run.len).min(first + len);
     (start < end).then(|| (start - first, end - start))
@@ -210,7 +210,7 @@ pub(super) fn data_runs(file: &File, start: u64, len: u64) -> io::Result<Vec<(u6
 /// [`MapError`].
 pub fn map(snapshot: &Snapshot, config: &MachineConfig) -> Result<(GuestMemory, Origin), MapError> {
     if config.huge_pages.reserved_mib().is_some() {
-        return Ok((copied(snapshot, config)?, Origin::Nothing));
+        return Ok((reading::copied(snapshot, config)?, Origin::Nothing));
     }
     let (base, changes) = snapshot.layers.split_last().ok_or(MapError::Layout)?;
     let wanted = ram_regions(config.mem_size_mib << 20);
@@ -224,36 +224,9 @@ pub fn map(snapshot: &Snapshot, config: &MachineConfig) -> Result<(GuestMemory, 
     let memory = GuestMemory::from_regions(regions).map_err(MemoryError::Regions)?;
     for layer in changes.iter().rev() {
         lay_over(&memory, layer)?;
+        snapshot.read(reading::small(layer, memory.num_regions()))?;
     }
     Ok((memory, origin(&snapshot.layers)))
-}
-
-/// RAM with the data of all files of `snapshot`, the oldest first.
-fn copied(snapshot: &Snapshot, config: &MachineConfig) -> Result<GuestMemory, MapError> {
-    let memory = crate::vm::memory::map(config)?;
-    for layer in snapshot.layers.iter().rev() {
-        let regions = &layer.map.regions;
-        for (index, region) in memory.iter().enumerate() {
-            let fits = |r: &&Region| r.address == region.start_addr().0 && r.len == region.len();
-            let here = regions.get(index).filter(fits).ok_or(MapError::Layout)?;
-            let runs = layer.map.runs.iter();
-            for (start, len) in runs.filter_map(|run| within(run, here.offset, here.len)) {
-                // SAFETY: within the region's mapping, as just checked, which nobody uses yet.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts_mut(
-                        region.as_ptr().add(start as usize),
-                        len as usize,
-                    )
-                };
-                let read = layer.image.file.read_exact_at(bytes, here.offset + start);
-                read.map_err(|source| {
-                    let path = layer.image.path.clone();
-                    MapError::Image(ImageError::Read { path, source })
-                })?;
-            }
-        }
-    }
-    Ok(memory)
 }
 
 /// Where RAM comes from that is a private mapping of `layers`.
@@ -487,6 +460,9 @@ pub enum MapError {
     /// The file.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Nobody wants it any more.
+    #[error("it was cancelled")]
+    Cancelled,
 }
 
 #[cfg(test)]

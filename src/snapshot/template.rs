@@ -222,6 +222,7 @@ fn decode(bytes: &[u8], files: Vec<File>) -> Result<Snapshot, TemplateError> {
         guest: reader.value(GUEST)?,
         layers,
         paging: Paging::Mapped,
+        reading: None,
         origin: None,
     })
 }

@@ -107,6 +107,7 @@ impl Vm {
             guest,
             layers,
             paging: Paging::Mapped,
+            reading: None,
             origin: None,
         };
         Ok(Fork {

@@ -110,6 +110,40 @@ fn what_cannot_be_is_said_in_a_line() {
 }
 
 #[test]
+fn an_interrupt_ends_a_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("run");
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let parent = echoing(&base, "parent");
+    bulle(&base, &["snapshot", "create", "--diff", "parent", &at("0")]).exits(0);
+    let parent = parent.types("de").wait_for("de");
+    let changes = ["snapshot", "create", "--diff", "--kill", "parent", &at("1")];
+    bulle(&base, &changes).exits(0);
+    parent.finish();
+    let restore = ["snapshot", "restore", &at("1")];
+    // It may be loaded before the signal comes, which ends the guest then.
+    let cancelled = (0..100).any(|_| {
+        let command = command(&base, &restore, Input::Open);
+        let status = format!("/proc/{}/status", command.pid());
+        let blocks = || {
+            let status = std::fs::read_to_string(&status).unwrap();
+            let (_, mask) = status.split_once("SigBlk:\t").unwrap();
+            u64::from_str_radix(&mask[..16], 16).unwrap() & 2 != 0
+        };
+        while !blocks() {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let outcome = command.signal(Signal::SIGINT).finish().exits(130);
+        outcome
+            .stderr
+            .contains("loading the snapshot was cancelled")
+    });
+    assert!(cancelled);
+    let copy = command(&base, &restore, Input::Open);
+    copy.types("f\n").finish().exits(0).prints("6 bytes");
+}
+
+#[test]
 fn an_interrupt_cancels_and_lets_the_guest_go_on() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("run");

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::events::Listener;
 use crate::served::Served;
 
 const BEFORE: &str = "not supported before starting the microVM";
@@ -118,7 +119,17 @@ fn changes_alone_are_saved_and_load_with_what_they_build_on() {
     assert!(size("3") < 1 << 20, "{}", size("3"));
     for (name, count) in [("0", 3), ("1", 4), ("2", 6), ("3", 9)] {
         let mut copy = Served::new();
+        let mut listener = Listener::new(&copy.socket());
         copy.put("/snapshot/load", load(dir.path(), name)).done();
+        // What a chain has of small changes is read.
+        listener.next();
+        if name != "0" {
+            let told = listener.next();
+            assert_eq!(told["event"], "load_progress", "{told}");
+            let path = dir.path().join(format!("{name}.state"));
+            assert_eq!(told["path"], path.to_str().unwrap());
+        }
+        while listener.next()["event"] != "started" {}
         copy.types("\n");
         copy.finish().exits(0).prints(&format!("{count} bytes"));
     }

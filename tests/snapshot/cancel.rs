@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::background::{create, ended, goes_on, names, status, stuck, ticking};
 use crate::client::{Client, request};
-use crate::saved::Files;
+use crate::saved::{Files, saved_with_changes};
+use crate::served::Served;
 
 #[test]
 fn one_in_the_background_is_cancelled_and_leaves_what_was_there() {
@@ -85,4 +86,58 @@ fn one_whose_caller_goes_leaves_what_was_there_or_is_whole() {
     vm.patch("/vm", json!({ "state": "Resumed" })).done();
     story.follow(&mut vm, 3);
     story.check();
+}
+
+/// Asks for a load that its caller does not wait for: the process finds both, the request and the caller's end.
+fn load_and_go(vm: &Served, body: &serde_json::Value) {
+    let mut caller = Client::connect(&vm.socket());
+    caller.ask("GET", "/", "").value();
+    kill(vm.running.pid(), Signal::SIGSTOP).unwrap();
+    caller.send(request("PUT", "/snapshot/load", &body.to_string()).as_bytes());
+    drop(caller);
+    kill(vm.running.pid(), Signal::SIGCONT).unwrap();
+}
+
+#[test]
+fn a_load_ends_with_its_caller_and_another_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, changes] = ["base", "changes"].map(|name| Files::named(dir.path(), name));
+    let mut story = saved_with_changes(&base, &changes);
+    let mut body = changes.load();
+    body["cancellable"] = json!(true);
+    let count = |vm: &Served, what: &str| {
+        let all = fs::read_dir(format!("/proc/{}/{what}", vm.running.pid()));
+        all.unwrap().count()
+    };
+    let mut cancelled = 0;
+    for _ in 0..100 {
+        let mut vm = Served::new();
+        assert_eq!(vm.state(), "Not started");
+        let before = ["fd", "task"].map(|what| count(&vm, what));
+        load_and_go(&vm, &body);
+        // The first question may come before the load.
+        vm.state();
+        if vm.state() != "Not started" {
+            continue;
+        }
+        // Two callers have gone, and the first may be unnoticed yet.
+        let after = ["fd", "task"].map(|what| count(&vm, what));
+        assert!(
+            after[0] <= before[0] + 2 && after[1] == before[1],
+            "{before:?}, {after:?}"
+        );
+        cancelled += 1;
+        if cancelled == 3 {
+            vm.put("/snapshot/load", body).done();
+            story.follow(&mut vm, 5);
+            break;
+        }
+    }
+    assert_eq!(cancelled, 3);
+    story.check();
+    // Without that word the caller may go.
+    let mut vm = Served::new();
+    load_and_go(&vm, &changes.load());
+    vm.state();
+    assert_eq!(vm.state(), "Running");
 }

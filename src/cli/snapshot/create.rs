@@ -27,7 +27,7 @@ pub const PATIENCE: Duration = Duration::from_secs(600);
 /// Time between two looks at a snapshot that is being written.
 const LOOK_EVERY: u16 = 20;
 /// Added to the number of a signal, as shells do.
-const SIGNAL_BASE: u8 = 128;
+pub const SIGNAL_BASE: u8 = 128;
 
 #[derive(Debug, Args)]
 pub struct CreateArgs {
@@ -51,10 +51,11 @@ pub struct CreateArgs {
 }
 
 /// How far a snapshot is, where somebody looks.
-struct Bar(ProgressBar);
+pub struct Bar(ProgressBar);
 
 impl Bar {
-    fn new() -> Self {
+    /// Nothing yet.
+    pub fn new() -> Self {
         if !io::stderr().is_terminal() {
             return Self(ProgressBar::hidden());
         }
@@ -66,7 +67,8 @@ impl Bar {
         Self(bar)
     }
 
-    fn show(&self, written: u64, total: u64) {
+    /// So many bytes of all.
+    pub fn show(&self, written: u64, total: u64) {
         self.0.set_length(total);
         self.0.set_position(written);
     }
@@ -79,10 +81,11 @@ impl Drop for Bar {
 }
 
 /// The signals that cancel, which end nothing else from here on.
-struct Interrupts(SignalFd);
+pub struct Interrupts(SignalFd);
 
 impl Interrupts {
-    fn new() -> nix::Result<Self> {
+    /// Blocks them.
+    pub fn new() -> nix::Result<Self> {
         let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
         set.thread_block()?;
         SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map(Self)
@@ -90,7 +93,7 @@ impl Interrupts {
 
     /// Waits for one of them or for another descriptor, for so long; which of the others are readable, or the
     /// signal.
-    fn wait<const N: usize>(
+    pub fn wait<const N: usize>(
         &self,
         others: [BorrowedFd<'_>; N],
         patience: PollTimeout,
