@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use arch::state::ClockPolicy;
@@ -63,8 +62,9 @@ pub trait Guest {
     fn console(&mut self) -> Box<dyn Write + Send>;
     /// Asks a machine that is not started for a sign of life.
     fn ask(&mut self, vm: &Vm);
-    /// Waits for the sign, and says when it came; `None`: it does not.
-    fn answer(&mut self, vm: &Vm, exits: u64) -> Option<Instant>;
+    /// Waits for the sign, and says when it came; `None`: it does not. Its vCPUs were told to run at
+    /// `start`.
+    fn answer(&mut self, vm: &Vm, start: Instant) -> Option<Instant>;
     /// Has a machine that runs write to memory.
     fn dirty(&mut self, vm: &Vm);
 }
@@ -80,15 +80,14 @@ impl Guest for AnyGuest {
 
     fn ask(&mut self, _: &Vm) {}
 
-    fn answer(&mut self, vm: &Vm, before: u64) -> Option<Instant> {
-        let begin = Instant::now();
-        while exits(vm) == before {
-            if begin.elapsed() > Duration::from_millis(20) {
-                return None;
+    fn answer(&mut self, vm: &Vm, start: Instant) -> Option<Instant> {
+        loop {
+            let answer = first_exit(vm, start);
+            if answer.is_some() || start.elapsed() > Duration::from_millis(20) {
+                return answer;
             }
-            std::hint::spin_loop();
+            std::thread::sleep(Duration::from_micros(20));
         }
-        Some(Instant::now())
     }
 
     fn dirty(&mut self, _: &Vm) {
@@ -96,30 +95,39 @@ impl Guest for AnyGuest {
     }
 }
 
-/// Exits of all vCPUs so far.
-fn exits(vm: &Vm) -> u64 {
-    let vcpus = vm.vcpus().iter().map(|vcpu| vcpu.counts());
-    let counts = vcpus.flat_map(|c| [&c.io_in, &c.io_out, &c.mmio_read, &c.mmio_write]);
-    counts.map(|count| count.load(Ordering::Relaxed)).sum()
+/// When the first exit of any vCPU behind `start` was answered, if there was one.
+fn first_exit(vm: &Vm, start: Instant) -> Option<Instant> {
+    let exits = vm.vcpus().iter().map(|vcpu| vcpu.counts().first());
+    exits.flatten().filter(|when| *when > start).min()
 }
 
-/// Times of one way, each until the vCPUs are told to run and until the guest's sign of life.
+/// Times of one way, each until the vCPUs are told to run, until the guest's first exit and until its sign of
+/// life.
 #[derive(Debug, Default)]
 pub struct Samples {
     /// bulle's part.
     ours: Vec<Duration>,
+    /// Until the guest has run.
+    entered: Vec<Duration>,
     /// All of it, where the guest gave a sign.
     all: Vec<Duration>,
 }
 
-/// One line of the report: bulle's part of the times, and all of them.
-pub fn line(what: &str, ours: &mut [Duration], all: &mut [Duration]) -> String {
+impl Samples {
+    fn line(&mut self, what: &str) -> String {
+        line(what, [&mut self.ours, &mut self.entered], &mut self.all)
+    }
+}
+
+/// One line of the report: times until the vCPUs are told to run and until the guest's first exit, and all.
+pub fn line(what: &str, parts: [&mut [Duration]; 2], all: &mut [Duration]) -> String {
     let micros = |time: Option<Duration>| match time {
         Some(time) => format!("{:>10.1}", time.as_secs_f64() * 1e6),
         None => format!("{:>10}", "-"),
     };
-    let (ours, all) = ([50].map(|p| at(ours, p)), [50, 99, 100].map(|p| at(all, p)));
-    let figures: String = ours.into_iter().chain(all).map(micros).collect();
+    let parts = parts.map(|times| at(times, 50));
+    let all = [50, 99, 100].map(|p| at(all, p));
+    let figures: String = parts.into_iter().chain(all).map(micros).collect();
     format!("{what:<40}{figures}")
 }
 
@@ -245,6 +253,8 @@ impl Cloner {
         let origin = Origin::new(&self.snapshot)?;
         let shell = self.shell()?;
         let looped = self.clone(Some(shell), guest, &mut Samples::default())?;
+        // It is not to take the others' processor.
+        looped.pause(PATIENCE)?;
         let mut resets = Ok(());
         for round in 0..count + WARM_UP {
             if round == WARM_UP {
@@ -263,21 +273,21 @@ impl Cloner {
                 resets = reset(&looped, &origin, guest, (paused, pausing));
             }
         }
-        out(line("new", &mut new.ours, &mut new.all));
-        out(line("pooled", &mut pooled.ours, &mut pooled.all));
+        out(new.line("new"));
+        out(pooled.line("pooled"));
         match resets {
             Ok(()) => {
-                out(line("reset in place", &mut paused.ours, &mut paused.all));
-                out(line("  pausing it before", &mut pausing.ours, &mut []));
+                out(paused.line("reset in place"));
+                out(pausing.line("  pausing it before"));
             }
             Err(error) => out(format!("reset in place: {error}")),
         }
-        out(line(
-            "  making one for the pool",
-            &mut self.filling,
-            &mut [],
-        ));
-        out(line("  closing a clone", &mut self.closing, &mut []));
+        for (what, times) in [
+            ("  making one for the pool", &mut self.filling),
+            ("  closing a clone", &mut self.closing),
+        ] {
+            out(line(what, [times, &mut []], &mut []));
+        }
         Ok(())
     }
 
@@ -328,9 +338,10 @@ impl Cloner {
 /// The heading of the lines of [`Cloner::times`].
 pub fn heading(count: usize) -> String {
     format!(
-        "{:<40}{:>10}{:>10}{:>10}{:>10}",
+        "{:<40}{:>10}{:>10}{:>10}{:>10}{:>10}",
         format!("µs, {count} samples"),
         "ours p50",
+        "exit p50",
         "p50",
         "p99",
         "max"
@@ -339,12 +350,14 @@ pub fn heading(count: usize) -> String {
 
 fn start(vm: &Vm, guest: &mut dyn Guest, begin: Instant, samples: &mut Samples) {
     guest.ask(vm);
-    let before = exits(vm);
     // A vCPU may take this thread's processor before it returns.
-    samples.ours.push(begin.elapsed());
+    let start = Instant::now();
     vm.start();
-    let answer = guest.answer(vm, before);
-    samples.all.extend(answer.map(|when| when - begin));
+    let answer = guest.answer(vm, start);
+    samples.ours.push(start - begin);
+    let since = |when: Option<Instant>| when.map(|when| when - begin);
+    samples.entered.extend(since(first_exit(vm, start)));
+    samples.all.extend(since(answer));
 }
 
 fn reset(
@@ -353,6 +366,7 @@ fn reset(
     guest: &mut dyn Guest,
     (paused, pausing): (&mut Samples, &mut Samples),
 ) -> Result<(), BenchError> {
+    vm.start();
     guest.dirty(vm);
     let begin = Instant::now();
     vm.pause(PATIENCE)?;
@@ -360,6 +374,7 @@ fn reset(
     let begin = Instant::now();
     vm.reset(origin, ClockPolicy::Advance, PATIENCE)?;
     start(vm, guest, begin, paused);
+    vm.pause(PATIENCE)?;
     Ok(())
 }
 

@@ -4,6 +4,8 @@
 //! few are logged.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use arch::report::VcpuReport;
 use devices::bus::{Bus, Effect};
@@ -40,9 +42,21 @@ pub struct ExitCounts {
     pub failures: AtomicU64,
     /// Times that the guest's clock was not told of a pause: it does not use it.
     pub clock_failures: AtomicU64,
+    /// When the first one since it was told to run was answered.
+    first: Mutex<Option<Instant>>,
 }
 
 impl ExitCounts {
+    /// When the first exit since the vCPU was last told to run was answered; before that, of the time before.
+    pub fn first(&self) -> Option<Instant> {
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// That was now.
+    pub fn ran(&self) {
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
     /// What went wrong, by the names of Firecracker's metrics.
     pub fn failures(&self) -> [(&'static str, u64); 2] {
         [

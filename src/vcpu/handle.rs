@@ -58,8 +58,19 @@ pub struct Given {
     pub shift: ClockShift,
     /// Whether the vCPU has the state's CPUID already.
     pub same_cpuid: bool,
-    /// Whether the vCPU has run.
-    pub ran: bool,
+    /// What of it the vCPU has.
+    pub has: Has,
+}
+
+/// What a vCPU has of a state that it is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Has {
+    /// Nothing, and it is new.
+    Nothing,
+    /// Another one: it has run, or was prepared for that.
+    Another,
+    /// All that does not go with time ([`VcpuHandle::prepare`]).
+    Prepared,
 }
 
 /// All that a vCPU thread works with.
@@ -101,6 +112,12 @@ pub enum Command {
     Pause(SyncSender<()>),
     /// Say how the vCPU is.
     Save(Arc<Context>, SyncSender<Result<VcpuState, StateError>>),
+    /// Take what does not go with time of a saved state.
+    Prepare(
+        Arc<MachineState>,
+        Arc<Context>,
+        SyncSender<Result<(), StateError>>,
+    ),
     /// Take a saved state.
     Give(Box<Given>, SyncSender<Result<(), StateError>>),
     /// Reach these devices from now on.
@@ -219,6 +236,18 @@ impl VcpuHandle {
         let (reply, state) = sync_channel(1);
         self.send(Command::Save(context.clone(), reply));
         state.recv().ok()
+    }
+
+    /// Gives the vCPU, which is parked and new, what does not go with time of its state of `machine`, whose
+    /// memory is in place, and has KVM do what it does before the first instruction.
+    pub fn prepare(
+        &self,
+        machine: &Arc<MachineState>,
+        context: &Arc<Context>,
+    ) -> Receiver<Result<(), StateError>> {
+        let (reply, answer) = sync_channel(1);
+        self.send(Command::Prepare(machine.clone(), context.clone(), reply));
+        answer
     }
 
     /// Gives the vCPU, which is parked, its state of `given`; the answer says whether it has it.

@@ -18,7 +18,8 @@ thread_local! {
     static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
 }
 
-fn signal_number() -> i32 {
+/// The signal of a kick.
+pub fn signal_number() -> i32 {
     libc::SIGRTMIN()
 }
 

@@ -2,14 +2,15 @@
 //!
 //! `handle` is what the rest of bulle holds, `thread` is what runs, `exit` answers one KVM exit,
 //! `failure` describes an end that the guest did not ask for, `kick` gets a thread out of
-//! KVM_RUN.
+//! KVM_RUN, `warm` enters KVM_RUN before there is a guest to run.
 
 pub mod exit;
 pub mod failure;
 pub mod handle;
 mod kick;
 mod thread;
+mod warm;
 
 pub use exit::ExitCounts;
 pub use failure::{Failure, FailureCause};
-pub use handle::{Given, Reach, Vcpu, VcpuHandle};
+pub use handle::{Given, Has, Reach, Vcpu, VcpuHandle};

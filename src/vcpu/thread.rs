@@ -2,11 +2,13 @@
 
 use std::sync::mpsc::Receiver;
 
-use arch::state::{StateError, VcpuState};
+use arch::state::{Context, StateError, VcpuState};
 
 use super::exit::{Handled, complete, handle, tell_clock};
-use super::handle::{Command, Flags, Given, Vcpu};
+use super::handle::{Command, Flags, Given, Has, Vcpu};
 use super::kick::Registration;
+use super::warm;
+use crate::snapshot::MachineState;
 use crate::vm::VmExit;
 
 /// Why a vCPU no longer runs.
@@ -35,6 +37,9 @@ pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
                 let state = VcpuState::save(&vcpu.fd, vcpu.index, &context);
                 let _ = reply.send(state);
             }
+            Command::Prepare(machine, context, reply) => {
+                let _ = reply.send(prepare(&mut vcpu, &machine, &context));
+            }
             Command::Give(given, reply) => {
                 let _ = reply.send(take(&vcpu, &given));
             }
@@ -42,6 +47,18 @@ pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
             Command::Stop => return,
         }
     }
+}
+
+/// Takes what does not go with time of the vCPU's part of a saved machine.
+fn prepare(vcpu: &mut Vcpu, machine: &MachineState, context: &Context) -> Result<(), StateError> {
+    let state = machine.vcpus.get(usize::from(vcpu.index));
+    let state = state.ok_or(StateError::NoVcpu { vcpu: vcpu.index })?;
+    state.prepare(&vcpu.fd, context)?;
+    // Without it, its first entry takes longer.
+    if let Err(error) = warm::enter(vcpu) {
+        log::debug!("vCPU {} is not entered beforehand: {error}", vcpu.index);
+    }
+    Ok(())
 }
 
 /// Takes the vCPU's part of a saved machine.
@@ -52,9 +69,10 @@ fn take(vcpu: &Vcpu, given: &Given) -> Result<(), StateError> {
         state.set_cpuid(&vcpu.fd)?;
     }
     let (context, shift) = (&given.context, &given.shift);
-    match given.ran {
-        true => state.reset_registers(&vcpu.fd, context, shift)?,
-        false => state.restore_registers(&vcpu.fd, context, shift)?,
+    match given.has {
+        Has::Nothing => state.restore_registers(&vcpu.fd, context, shift)?,
+        Has::Another => state.reset_registers(&vcpu.fd, context, shift)?,
+        Has::Prepared => state.start_clocks(&vcpu.fd, context, shift)?,
     }
     tell_clock(vcpu);
     Ok(())
@@ -62,8 +80,13 @@ fn take(vcpu: &Vcpu, given: &Given) -> Result<(), StateError> {
 
 /// Runs the guest until it ends or is asked to leave.
 fn running(vcpu: &mut Vcpu, flags: &Flags) -> Left {
+    let mut first = true;
     while !flags.leave() {
-        match handle(vcpu) {
+        let handled = handle(vcpu);
+        if std::mem::take(&mut first) {
+            vcpu.counts.ran();
+        }
+        match handled {
             Handled::Continue | Handled::Interrupted => {}
             Handled::End(exit) => return ended(vcpu, exit),
         }

@@ -20,7 +20,7 @@ use crate::board;
 use crate::snapshot::own::OwnPages;
 use crate::snapshot::ram::{self, MapError};
 use crate::snapshot::{MachineState, Snapshot};
-use crate::vcpu::Given;
+use crate::vcpu::{Given, Has};
 
 /// A machine does not go back in place.
 #[derive(Debug, thiserror::Error)]
@@ -122,7 +122,7 @@ impl Vm {
             context: self.host.context()?,
             shift,
             same_cpuid: true,
-            ran: true,
+            has: Has::Another,
         };
         // The vCPU threads do that while memory and devices go back here.
         let vcpus = self.vcpus.iter();

@@ -2,14 +2,15 @@
 //! a guest in it.
 //!
 //! A [`Shell`] has KVM's objects, memory slots over a reservation of addresses, vCPU threads that are
-//! parked, with their CPUID, and I/O threads. [`Shell::adopt`] lays the memory of a snapshot over the
+//! parked, with their CPUID, and I/O threads. Of the snapshot that it is made for, it also has the memory
+//! in place and the vCPUs' registers, all but clocks. [`Shell::adopt`] lays the memory of a snapshot over the
 //! reservation, gives the vCPUs their state while it makes the devices, and has a machine: no slot is
 //! registered, nothing is as long as the memory is. Owned by the thread that makes the machine.
 
 use std::sync::Arc;
 
 use arch::memory::GuestMemory;
-use arch::state::{ClockPolicy, Context};
+use arch::state::{ClockPolicy, Context, VcpuState};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use super::build::{BuildError, random};
@@ -22,8 +23,8 @@ use crate::io::IoThread;
 use crate::snapshot::uffd::handler::{self, Connected};
 use crate::snapshot::uffd::lazy::{self, Lazy};
 use crate::snapshot::uffd::watch::Watched;
-use crate::snapshot::{Paging, Snapshot, plugged, ram};
-use crate::vcpu::{Given, Reach, VcpuHandle};
+use crate::snapshot::{MachineState, Paging, Snapshot, plugged, ram};
+use crate::vcpu::{Given, Has, Reach, VcpuHandle};
 
 /// A snapshot is not of a machine of the shell's shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -79,6 +80,8 @@ pub struct Shell {
     cpuid: Option<Vec<kvm_cpuid_entry2>>,
     /// The snapshot whose memory is in place already.
     laid: Option<[u8; 16]>,
+    /// What the vCPUs have of the state of that one.
+    has: Has,
 }
 
 impl Shell {
@@ -105,7 +108,10 @@ impl Shell {
             false => memory::map(&machine)?,
         };
         let mut shell = Self::around(&machine, host, memory, &[], Some(snapshot))?;
-        shell.laid = simple.then_some(snapshot.id);
+        if simple {
+            shell.laid = Some(snapshot.id);
+            shell.prepare(&snapshot.machine)?;
+        }
         if snapshot.machine.board.has_virtio() {
             shell.io.push(IoThread::start(0)?);
         }
@@ -141,7 +147,25 @@ impl Shell {
             io: Vec::new(),
             cpuid: states.first().map(|state| state.cpuid.clone()),
             laid: None,
+            has: Has::Nothing,
         })
+    }
+
+    /// Gives the vCPUs what does not go with time, so that it is not to be done when they are needed.
+    fn prepare(&mut self, machine: &Arc<MachineState>) -> Result<(), BuildError> {
+        if !machine.vcpus.iter().all(VcpuState::can_wait) {
+            return Ok(());
+        }
+        let vcpus = self.vcpus.iter();
+        let answers: Vec<_> = vcpus
+            .map(|vcpu| vcpu.prepare(machine, &self.context))
+            .collect();
+        for (index, answer) in answers.into_iter().enumerate() {
+            let answer = answer.recv();
+            answer.map_err(|_| BuildError::VcpuEnded { index })??;
+        }
+        self.has = Has::Prepared;
+        Ok(())
     }
 
     /// Becomes the machine of `snapshot`, parked, with the host's side of `wiring`. Its clocks do as
@@ -150,7 +174,7 @@ impl Shell {
     /// # Errors
     /// A snapshot of another shape, and what the host refuses.
     pub fn adopt(
-        self,
+        mut self,
         snapshot: &Snapshot,
         policy: ClockPolicy,
         mut wiring: Wiring,
@@ -161,6 +185,9 @@ impl Shell {
         state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
         if self.laid != Some(snapshot.id) {
             ram::lay(&self.frame.memory, &snapshot.layers)?;
+            if self.has == Has::Prepared {
+                self.has = Has::Another;
+            }
         }
         let mut vm = self.become_machine(snapshot, policy, wiring)?;
         vm.made_of = Some(snapshot.id);
@@ -182,7 +209,7 @@ impl Shell {
             context: self.context.clone(),
             shift,
             same_cpuid: self.cpuid.as_ref() == saved.vcpus.first().map(|state| &state.cpuid),
-            ran: false,
+            has: self.has,
         };
         // The vCPU threads do that while the devices are made here.
         let vcpus = self.vcpus.iter();

@@ -44,7 +44,7 @@ impl Guest for Nonce {
         machine::types(vm, b"n");
     }
 
-    fn answer(&mut self, _: &Vm, _: u64) -> Option<Instant> {
+    fn answer(&mut self, _: &Vm, _: Instant) -> Option<Instant> {
         let (bytes, first) = self.output.take(8);
         assert_eq!(bytes, self.nonce.to_be_bytes());
         Some(first)

@@ -165,10 +165,13 @@ pub fn print(cloner: &mut Cloner, guest: &mut Nonce, count: usize) {
                 .for_each(|(all, time)| all.push(time));
         }
     }
-    println!("  {}", line("clone in this process", &mut [], &mut clones));
+    println!(
+        "  {}",
+        line("clone in this process", [&mut [], &mut []], &mut clones)
+    );
     for (program, times) in programs.iter().zip(&mut loads) {
         let what = format!("{}: start, load", program.name);
-        println!("  {}", line(&what, &mut [], times));
+        println!("  {}", line(&what, [&mut [], &mut []], times));
         let middle = |times: &mut [Duration]| at(times, 50).unwrap().as_secs_f64();
         let ratio = middle(times) / middle(&mut clones);
         println!("    {ratio:.1} times a clone in this process");

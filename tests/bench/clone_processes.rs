@@ -47,7 +47,7 @@ fn parent(mib: u64, backing: &str, disk: &std::path::Path) -> Parent {
 }
 
 fn print(what: &str, times: &mut [Duration]) {
-    println!("  {}", line(what, &mut [], times));
+    println!("  {}", line(what, [&mut [], &mut []], times));
 }
 
 /// From the order to the guest's number on the process's standard output, which takes the guest three exits

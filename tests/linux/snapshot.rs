@@ -4,12 +4,13 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{self, debian_kernel};
+use crate::common::{self, Input, Running, debian_kernel};
 use crate::machine::initrd_with;
 use crate::served::Served;
 use crate::state_file;
@@ -88,12 +89,18 @@ impl Story {
         }
     }
 
-    /// The guest lost nothing, said everything once, and its kernel has nothing to complain of.
+    /// The guest lost nothing, and its kernel has nothing to complain of.
     #[track_caller]
-    fn check(&self) {
+    fn sound(&self) {
         for word in ["LOST", "lockup", "BUG", "stall", "I/O error", "Call Trace"] {
             assert!(!self.0.contains(word), "{word}: {}", self.0);
         }
+    }
+
+    /// The guest lost nothing, said everything once, and its kernel has nothing to complain of.
+    #[track_caller]
+    fn check(&self) {
+        self.sound();
         let rounds = self.rounds();
         for (number, round) in (0..).zip(&rounds) {
             assert_eq!(round.number, number, "{}", self.0);
@@ -331,6 +338,44 @@ fn clones_do_not_share_their_randomness() {
     // One that was on its way to the console when the guest was saved may be the same.
     for (one, other) in first.iter().zip(second).skip(1) {
         assert_eq!((one.number, &one.nonce), (other.number, &other.nonce));
+        assert_ne!(one.random, other.random, "{clones:#?}");
+    }
+    in_waiting_processes(&worker, &first[0].nonce);
+}
+
+/// Clones whose processes had the saved registers before they were told what to become.
+fn in_waiting_processes(worker: &Worker, nonce: &str) {
+    let place = tempfile::tempdir().unwrap();
+    for (from, to) in [("saved.state", "state"), ("saved.memory", "memory")] {
+        fs::hard_link(worker.path(from), worker.path(to)).unwrap();
+    }
+    let bulle = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+        command.args(words).env("BULLE_RUNTIME_DIR", place.path());
+        Running::start(command, Input::Null, Duration::from_secs(100)).finish()
+    };
+    for number in ["1", "2"] {
+        fs::copy(worker.path("disk"), worker.path(&format!("disk{number}"))).unwrap();
+    }
+    let directory = worker.path("").display().to_string();
+    let (disk, vsock) = (format!("d={directory}/disk%n"), format!("{directory}/v%n"));
+    let words = ["clone", &directory, "--count", "2", "--name", "waited"];
+    let rebind = ["--drive", &disk, "--vsock", &vsock];
+    bulle(&[&words[..], &rebind].concat()).exits(0);
+    let clones = ["waited-1", "waited-2"].map(|name| {
+        let mut story = Story::default();
+        let begin = Instant::now();
+        while story.rounds().len() < 3 {
+            assert!(begin.elapsed() < Duration::from_secs(200), "{}", story.0);
+            std::thread::sleep(Duration::from_millis(200));
+            story = Story(bulle(&["logs", name]).exits(0).stdout);
+        }
+        story.sound();
+        bulle(&["kill", name]).exits(0);
+        story.rounds()
+    });
+    for (one, other) in clones[0].iter().zip(&clones[1]).skip(1) {
+        assert_eq!((&one.nonce[..], &other.nonce[..]), (nonce, nonce));
         assert_ne!(one.random, other.random, "{clones:#?}");
     }
 }

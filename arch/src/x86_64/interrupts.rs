@@ -11,6 +11,8 @@ use crate::vm::IrqchipMode;
 const LVT_LINT0: usize = 0x350;
 /// Local vector table entry of pin LINT1.
 const LVT_LINT1: usize = 0x360;
+/// Initial count of the timer.
+const TIMER_COUNT: usize = 0x380;
 /// The entry is masked.
 const MASKED: u32 = 1 << 16;
 /// Delivery mode NMI.
@@ -35,6 +37,12 @@ pub fn set_local_pins(lapic: &mut kvm_lapic_state, mode: IrqchipMode) -> bool {
     write(lapic, LVT_LINT0, after.0);
     write(lapic, LVT_LINT1, after.1);
     before != after
+}
+
+/// What the timer counts down from; 0: it does not count, though it may wait for a TSC deadline.
+#[must_use]
+pub fn timer_count(lapic: &kvm_lapic_state) -> u32 {
+    read(lapic, TIMER_COUNT)
 }
 
 fn read(lapic: &kvm_lapic_state, offset: usize) -> u32 {

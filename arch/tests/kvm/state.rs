@@ -138,8 +138,18 @@ fn check_round_trip(kvm: &Kvm, mode: IrqchipMode, vcpus: u16) {
     }
     vm.restore(&target.vm, &shift).unwrap();
     let again = save(&target, &context);
-    for (saved, again) in saved.iter().zip(&again) {
+    // And in two steps.
+    let waited = machine(kvm, mode, topology);
+    for (state, vcpu) in saved.iter().zip(&waited.vcpus) {
+        assert!(state.can_wait());
+        state.set_cpuid(vcpu).unwrap();
+        state.prepare(vcpu, &context).unwrap();
+        state.start_clocks(vcpu, &context, &shift).unwrap();
+    }
+    let waited = save(&waited, &context);
+    for ((saved, again), waited) in saved.iter().zip(&again).zip(&waited) {
         assert_eq!(still(saved), still(again), "vCPU {}", saved.index);
+        assert_eq!(still(saved), still(waited), "vCPU {}", saved.index);
         assert!(saved.msrs.iter().any(|e| e.index == LSTAR));
     }
     assert_eq!(VmState::save(&target.vm, mode).unwrap().chips, vm.chips);
@@ -213,6 +223,7 @@ fn clocks_and_timers_go_on_where_they_were_or_jump() {
     let saved = VcpuState::save(vcpu, 0, &context).unwrap();
     let done = Instant::now();
     let left = lapic_register(&saved.lapic, TIMER_CURRENT);
+    assert!(!saved.can_wait(), "it would go off meanwhile");
     assert!((u32::MAX / 2..u32::MAX).contains(&left), "{left:#x}");
 
     std::thread::sleep(Duration::from_millis(300));
@@ -276,6 +287,19 @@ fn a_deadline_survives_since_it_is_written_behind_the_tsc() {
         .restore(&target.vcpus[0], &context, &vm.shift(ClockPolicy::Frozen))
         .unwrap();
     assert_eq!(msr(&target.vcpus[0], TSC_DEADLINE), deadline);
+
+    let waited = machine(&kvm, mode, topology);
+    let vcpu = &waited.vcpus[0];
+    assert!(saved.can_wait());
+    saved.prepare(vcpu, &context).unwrap();
+    assert_eq!(
+        msr(vcpu, TSC_DEADLINE),
+        0,
+        "nothing goes off before it runs"
+    );
+    let shift = vm.shift(ClockPolicy::Frozen);
+    saved.start_clocks(vcpu, &context, &shift).unwrap();
+    assert_eq!(msr(vcpu, TSC_DEADLINE), deadline);
 }
 
 /// A guest counts; its copy counts on in another VM, from where the first one was.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::{ClockShift, Context, StateError, msrs, nested, raw};
-use crate::tsc;
+use crate::{interrupts, tsc};
 
 /// Bytes of extended state that every host takes (`struct kvm_xsave`).
 const XSAVE_SIZE: usize = size_of::<kvm_xsave>();
@@ -169,7 +169,40 @@ impl VcpuState {
         context: &Context,
         shift: &ClockShift,
     ) -> Result<(), StateError> {
-        self.give(fd, context, shift, &|part| self.is_new(part))
+        self.give(fd, context, Some(shift), &|part| self.is_new(part))
+    }
+
+    /// Give all that does not go with time to a new vCPU that has the same CPUID already, long before it
+    /// runs: [`start_clocks`](Self::start_clocks) brings the rest.
+    ///
+    /// # Errors
+    /// As [`restore_registers`](Self::restore_registers).
+    pub fn prepare(&self, fd: &VcpuFd, context: &Context) -> Result<(), StateError> {
+        self.give(fd, context, None, &|part| self.is_new(part))
+    }
+
+    /// Whether a vCPU can be [prepared](Self::prepare): no timer of its local APIC counts down, which
+    /// would go off meanwhile, and its guest has no virtual machines, whose registers it may be at.
+    #[must_use]
+    pub fn can_wait(&self) -> bool {
+        interrupts::timer_count(&self.lapic) == 0 && self.nested.is_empty()
+    }
+
+    /// Give the TSC, and what compares with it, to a vCPU that was [prepared](Self::prepare) and has not
+    /// run.
+    ///
+    /// # Errors
+    /// As [`restore_registers`](Self::restore_registers).
+    pub fn start_clocks(
+        &self,
+        fd: &VcpuFd,
+        context: &Context,
+        shift: &ClockShift,
+    ) -> Result<(), StateError> {
+        let same_tsc = self.set_tsc_khz(fd, context)?;
+        let deadline = |entry: &&kvm_msr_entry| is_deadline(entry) && entry.data != 0;
+        let deadline: Vec<_> = self.msrs.iter().filter(deadline).copied().collect();
+        self.set_tsc(fd, shift, same_tsc, &deadline)
     }
 
     /// [`restore_registers`](Self::restore_registers) for a vCPU that has run since.
@@ -183,7 +216,7 @@ impl VcpuState {
         shift: &ClockShift,
     ) -> Result<(), StateError> {
         nested::leave(fd, self, context)?;
-        self.give(fd, context, shift, &|_| false)
+        self.give(fd, context, Some(shift), &|_| false)
     }
 
     /// Whether a part is as a new vCPU has it.
@@ -211,12 +244,12 @@ impl VcpuState {
         }
     }
 
-    /// `skip` says which parts the vCPU has already.
+    /// `skip` says which parts the vCPU has already. Without `shift`, clocks and timers stay as they are.
     fn give(
         &self,
         fd: &VcpuFd,
         context: &Context,
-        shift: &ClockShift,
+        shift: Option<&ClockShift>,
         skip: &dyn Fn(Part) -> bool,
     ) -> Result<(), StateError> {
         let failed = |ioctl| failed(self.index, ioctl);
@@ -240,7 +273,14 @@ impl VcpuState {
                 .map_err(failed("KVM_SET_DEBUGREGS"))?;
         }
         fd.set_lapic(&self.lapic).map_err(failed("KVM_SET_LAPIC"))?;
-        self.restore_msrs(fd, shift, same_tsc)?;
+        match shift {
+            Some(shift) => self.set_tsc(fd, shift, same_tsc, &self.msrs)?,
+            None => {
+                let timeless = self.msrs.iter().filter(|entry| !is_deadline(entry));
+                let timeless: Vec<_> = timeless.copied().collect();
+                msrs::write(fd, &timeless, self.index)?;
+            }
+        }
         nested::restore(fd, self, context)?;
         if !skip(Part::Events) {
             fd.set_vcpu_events(&self.events)
@@ -281,24 +321,25 @@ impl VcpuState {
         Ok(false)
     }
 
-    /// The TSC before the deadline. By its distance from the host's where that is possible: all
+    /// The TSC before `rest`, which has the deadline. By its distance from the host's where that is possible: all
     /// vCPUs are then in step to the cycle, and KVM does not take a small value for an attempt to
     /// start in step with other vCPUs, as it does with the MSR before Linux 6.7.
-    fn restore_msrs(
+    fn set_tsc(
         &self,
         fd: &VcpuFd,
         shift: &ClockShift,
         same_tsc: bool,
+        rest: &[kvm_msr_entry],
     ) -> Result<(), StateError> {
         let Tsc { khz, value, offset } = self.tsc;
         let offset = offset.filter(|_| same_tsc);
         let by_offset =
             offset.is_some_and(|saved| tsc::set_offset(fd, shift.tsc_offset(saved, khz)).is_ok());
         if by_offset {
-            return msrs::write(fd, &self.msrs, self.index);
+            return msrs::write(fd, rest, self.index);
         }
         let tsc = msrs::entry(msrs::TSC, shift.tsc(value, khz));
-        let msrs = [&[tsc], &self.msrs[..]].concat();
+        let msrs = [&[tsc], rest].concat();
         msrs::write(fd, &msrs, self.index)
     }
 
@@ -326,6 +367,10 @@ impl VcpuState {
         }
         Ok(xsave)
     }
+}
+
+fn is_deadline(entry: &kvm_msr_entry) -> bool {
+    entry.index == msrs::TSC_DEADLINE
 }
 
 pub(super) fn failed(
