@@ -245,6 +245,15 @@ impl Running {
         String::from_utf8_lossy(&all).into_owned()
     }
 
+    /// Kills it; what it has written to stdout until then and nobody has waited for.
+    pub fn last_output(&mut self) -> String {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // To the end of the pipe, however late its reader is.
+        let all: Vec<u8> = self.seen.iter().flatten().collect();
+        String::from_utf8_lossy(&all).into_owned()
+    }
+
     /// Its standard input, for a test that writes to it now and then.
     pub fn take_stdin(&mut self) -> std::process::ChildStdin {
         self.child.stdin.take().unwrap()

@@ -16,7 +16,7 @@ fn saved(dir: &Path, name: &str) -> (Files, Story) {
     let mut story = Story::default();
     story.follow(&mut vm, 2);
     save(&mut vm, &files);
-    story.hear_out(&vm);
+    story.hear_out(vm);
     (files, story)
 }
 

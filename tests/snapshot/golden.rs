@@ -62,7 +62,7 @@ fn make(to: &Path) {
     story.follow(&mut vm, 5);
     let files = Files::named(dir.path(), "golden");
     save(&mut vm, &files);
-    story.hear_out(&vm);
+    story.hear_out(vm);
     story.check();
     fs::create_dir_all(to).unwrap();
     fs::copy(&files.state, to.join("state")).unwrap();

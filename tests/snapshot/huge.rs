@@ -56,8 +56,7 @@ fn files_and_handlers_fill_huge_pages() {
     assert_eq!(vm.get("/machine-config").value()["huge_pages"], "2M");
     story.follow(&mut vm, 20);
     save(&mut vm, &again);
-    story.hear_out(&vm);
-    drop(vm);
+    story.hear_out(vm);
     // From a handler, in the pages that the snapshot's machine had.
     let socket = dir.path().join("socket");
     let pager = Pager::start(&socket, &again.memory, Way::Serve);

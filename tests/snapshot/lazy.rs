@@ -66,8 +66,7 @@ fn pages_of_a_chain_come_when_they_are_touched() {
     // What is saved of it is whole.
     let again = Files::named(dir.path(), "again");
     save(&mut vm, &again);
-    story.hear_out(&vm);
-    drop(vm);
+    story.hear_out(vm);
     let mut vm = load(&again, json!({}));
     story.follow(&mut vm, 20);
     story.check();
@@ -183,8 +182,7 @@ fn memory_that_can_be_plugged_is_there() {
     let mut vm = vm.start();
     story.follow(&mut vm, 5);
     save(&mut vm, &files);
-    story.hear_out(&vm);
-    drop(vm);
+    story.hear_out(vm);
     let mut vm = load(&files, json!({}));
     assert_eq!(vm.get("/hotplug/memory").value()["total_size_mib"], 128);
     story.follow(&mut vm, 20);

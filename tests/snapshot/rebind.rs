@@ -38,7 +38,7 @@ fn saved(dir: &Path, transport: &str) -> (Files, Story) {
     story.follow(&mut vm, 3);
     let files = Files::named(dir, "saved");
     save(&mut vm, &files);
-    story.hear_out(&vm);
+    story.hear_out(vm);
     (files, story)
 }
 

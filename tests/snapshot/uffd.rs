@@ -18,7 +18,7 @@ fn saved(dir: &Path) -> (Files, Story) {
     let mut vm = machine("carry_on", "", json!({})).start();
     story.follow(&mut vm, 5);
     save(&mut vm, &files);
-    story.hear_out(&vm);
+    story.hear_out(vm);
     (files, story)
 }
 
@@ -39,9 +39,8 @@ fn pages_come_from_the_handler_when_they_are_touched() {
     // What is saved of it is whole, though most of it was never touched.
     let again = Files::named(dir.path(), "again");
     save(&mut vm, &again);
-    story.hear_out(&vm);
     let faults = pager.faults.load(Ordering::SeqCst);
-    drop(vm);
+    story.hear_out(vm);
     let mappings = pager.end();
     let size: u64 = mappings.iter().map(|mapping| mapping.size).sum();
     assert_eq!(size, 64 << 20);

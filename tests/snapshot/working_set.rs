@@ -36,8 +36,7 @@ fn what_was_touched_is_there_the_next_time() {
     let mut vm = machine("carry_on", "", json!({})).start();
     story.follow(&mut vm, 3);
     save(&mut vm, &files);
-    story.hear_out(&vm);
-    drop(vm);
+    story.hear_out(vm);
     let loaded = |more| {
         let (vm, answer) = try_load(&files, more);
         answer.done();
@@ -81,8 +80,7 @@ fn it_is_recorded_of_a_microvm_that_runs() {
     let record = |vm: &mut Served| vm.put("/snapshot/working-set", json!(null));
     record(&mut vm).refused(&["Record working set error", "was not made of a snapshot"]);
     save(&mut vm, &files);
-    story.hear_out(&vm);
-    drop(vm);
+    story.hear_out(vm);
     let lazy = json!({ "mem_backend": { "backend_type": "Lazy", "backend_path": files.memory } });
     for more in [json!({}), lazy] {
         let (mut vm, answer) = try_load(&files, more);

@@ -11,8 +11,8 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to wait for a lock that no process holds.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long to wait for a lock that no process holds; on a busy host the kernel takes its time.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts.
 const RETRY: Duration = Duration::from_millis(2);
 
