@@ -8,6 +8,7 @@ mod common;
 mod forks;
 #[path = "../common/machine.rs"]
 mod machine;
+mod many;
 mod processes;
 mod resets;
 
@@ -22,9 +23,6 @@ use machine::Output;
 
 /// Held by each test, since files and threads are the whole process's.
 static ALONE: Mutex<()> = Mutex::new(());
-
-/// As many as show a leak of one file or thread each.
-const MANY: usize = 300;
 
 struct Parent {
     spec: Spec,
@@ -83,29 +81,6 @@ fn alone() -> MutexGuard<'static, ()> {
 
 fn entries(path: &str) -> usize {
     std::fs::read_dir(path).unwrap().count()
-}
-
-#[test]
-fn many_clones_are_right_and_leave_nothing() {
-    let _alone = alone();
-    for machine in MACHINES {
-        let dir = tempfile::tempdir().unwrap();
-        let parent = parent(
-            dir.path(),
-            &format!(r#"{{"machine-config":{{{machine}}}}}"#),
-        );
-        let count = |what: &str| entries(&format!("/proc/self/{what}"));
-        let one = || {
-            let shell = Shell::new(parent.host.clone(), &parent.snapshot).unwrap();
-            let (vm, output) = parent.adopt(shell);
-            parent.proves(&vm, &output);
-        };
-        // What is made once is made now.
-        one();
-        let (files, threads) = (count("fd"), count("task"));
-        (0..MANY).for_each(|_| one());
-        assert_eq!((count("fd"), count("task")), (files, threads), "{machine}");
-    }
 }
 
 #[test]
