@@ -1,10 +1,12 @@
-//! What of the host a microVM has otherwise than the one that it is made of.
+//! What a microVM has otherwise than the one that it is made of: resources of the host, and addresses.
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use devices::virtio::net::random_mac;
 
+use crate::config::parse_mac;
 use crate::control::{
     DriveOverride, NetworkOverride, PmemOverride, ShareOverride, SnapshotLoad, VsockOverride,
 };
@@ -33,6 +35,10 @@ pub struct RebindArgs {
     /// Another tap interface for a network interface
     #[arg(long, value_name = "ID=TAP", value_parser = pair)]
     tap: Vec<(String, PathBuf)>,
+    /// Another Ethernet address for a network interface, or 'random' for one that nobody has; the guest is to
+    /// take it itself
+    #[arg(long, value_name = "ID=ADDRESS", value_parser = mac)]
+    mac: Vec<(String, Address)>,
     /// Another path for the sockets of the vsock device
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
@@ -65,8 +71,14 @@ impl RebindArgs {
             load.network_overrides.push(NetworkOverride {
                 iface_id,
                 host_dev_name: Some(tap.to_owned()),
-                fd: None,
-                publish: None,
+                ..NetworkOverride::default()
+            });
+        }
+        for (iface_id, address) in self.mac.iter().cloned() {
+            load.network_overrides.push(NetworkOverride {
+                iface_id,
+                guest_mac: Some(address.text()?),
+                ..NetworkOverride::default()
             });
         }
         let vsock = self.vsock.clone();
@@ -89,9 +101,43 @@ impl RebindArgs {
             pmem: pairs(&self.pmem),
             share: pairs(&self.share),
             tap: pairs(&self.tap),
+            mac: self.mac.clone(),
             vsock: self.vsock.as_ref().map(path),
             ..*self
         }
+    }
+}
+
+/// An Ethernet address.
+#[derive(Clone, Debug)]
+enum Address {
+    This(String),
+    Random,
+}
+
+impl Address {
+    fn text(self) -> Result<String> {
+        match self {
+            Self::This(text) => Ok(text),
+            Self::Random => {
+                let mac = random_mac().context("Cannot get random numbers for an address")?;
+                Ok(mac.map(|byte| format!("{byte:02x}")).join(":"))
+            }
+        }
+    }
+}
+
+fn mac(text: &str) -> Result<(String, Address), String> {
+    let (id, address) = text.split_once('=').unwrap_or_default();
+    let address = match address {
+        "random" => Some(Address::Random),
+        text => parse_mac(text).map(|_| Address::This(text.to_owned())),
+    };
+    match address {
+        Some(address) if !id.is_empty() => Ok((id.to_owned(), address)),
+        _ => Err(format!(
+            "'{text}' is not of the form ID=ADDRESS: such as net0=02:00:00:00:00:01, or net0=random"
+        )),
     }
 }
 

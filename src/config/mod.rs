@@ -28,7 +28,7 @@ pub use devices::{
     AGENT_PORT, Balloon, CacheType, Drive, Entropy, Format, IoEngine, LeapSeconds, MemoryHotplug,
     MmdsConfig, MmdsVersion, NetMode, NetworkInterface, Pmem, Port, PortTo, Protocol, Publish,
     RateLimiter, Rtc, Serial, Share, ShareCache, ShareOwnership, TokenBucket, Transport, USER_MTU,
-    UserNetwork, Vsock, Watchdog, WatchdogAction, parse_net,
+    UserNetwork, Vsock, Watchdog, WatchdogAction, parse_mac, parse_net,
 };
 pub use list::{ListError, parse_list};
 pub use machine::{

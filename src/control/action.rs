@@ -383,8 +383,8 @@ pub enum MemoryBackendType {
     Uffd,
 }
 
-/// Another interface of the host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Another interface of the host, or another address of the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkOverride {
     /// The device.
     pub iface_id: String,
@@ -392,6 +392,8 @@ pub struct NetworkOverride {
     pub host_dev_name: Option<String>,
     /// An inherited file descriptor of one. bulle's own.
     pub fd: Option<u32>,
+    /// The guest's Ethernet address. bulle's own.
+    pub guest_mac: Option<String>,
     /// Ports of the host, with user-mode networking. bulle's own.
     pub publish: Option<Vec<Publish>>,
 }

@@ -154,6 +154,7 @@ pub fn overrides(load: &SnapshotLoad) -> Overrides {
         iface_id: net.iface_id.clone(),
         host_dev_name: net.host_dev_name.clone(),
         fd: net.fd,
+        guest_mac: net.guest_mac.clone(),
         publish: net.publish.clone(),
     });
     let drives = load.drive_overrides.iter();

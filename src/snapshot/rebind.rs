@@ -20,7 +20,7 @@ pub struct Overrides {
     pub vsock: Option<PathBuf>,
 }
 
-/// Another host's side of a network interface; what is absent stays.
+/// Another host's side of a network interface, or another address; what is absent stays.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetworkRebind {
     /// The interface.
@@ -29,6 +29,8 @@ pub struct NetworkRebind {
     pub host_dev_name: Option<String>,
     /// An inherited file descriptor.
     pub fd: Option<u32>,
+    /// The guest's Ethernet address, which its driver has only once it looks.
+    pub guest_mac: Option<String>,
     /// Ports of the host, in mode `user`.
     pub publish: Option<Vec<Publish>>,
 }
@@ -131,6 +133,9 @@ impl NetworkRebind {
                 interface.publish.clear();
             }
             (None, None) => {}
+        }
+        if self.guest_mac.is_some() {
+            interface.guest_mac.clone_from(&self.guest_mac);
         }
         if let Some(publish) = &self.publish {
             interface.publish.clone_from(publish);

@@ -292,6 +292,22 @@ fn only_devices_that_are_there_are_given_others() {
         net.apply(&mut config),
         Err(RebindError::NoDevice { .. })
     ));
+    // An address without another host's side, and what it had before stays.
+    let tap = serde_json::from_str(r#"{"iface_id":"n","host_dev_name":"tap0"}"#);
+    config.network_interfaces = vec![tap.unwrap()];
+    let mac = Some("02:00:00:00:00:07".to_owned());
+    let net = Overrides {
+        networks: vec![NetworkRebind {
+            iface_id: "n".to_owned(),
+            guest_mac: mac.clone(),
+            ..NetworkRebind::default()
+        }],
+        ..Overrides::default()
+    };
+    net.apply(&mut config).unwrap();
+    let interface = &config.network_interfaces[0];
+    assert_eq!(interface.guest_mac, mac);
+    assert_eq!(interface.host_dev_name.as_deref(), Some("tap0"));
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Network interfaces: taps opened, file descriptors taken, passt started.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -132,10 +131,6 @@ pub(super) fn plan(
             (NetBackend::Tap(tap), interface.mac())
         }
     };
-    let mac = match mac {
-        Some(mac) => mac,
-        None => random_mac().map_err(host("get random numbers"))?,
-    };
     let vhost = interface.vhost.then(Vhost::new).transpose();
     let vhost = vhost.map_err(|source| NetError::Vhost {
         id: id.clone(),
@@ -179,12 +174,4 @@ fn inherited(fd: u32) -> Option<OwnedFd> {
 fn is_socket(fd: &impl AsFd) -> bool {
     use nix::sys::socket::{SockType, getsockopt, sockopt};
     getsockopt(&fd.as_fd(), sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream)
-}
-
-/// An address of nobody's: unicast, locally administered.
-fn random_mac() -> io::Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    File::open("/dev/urandom")?.read_exact(&mut mac)?;
-    mac[0] = mac[0] & 0xfc | 2;
-    Ok(mac)
 }

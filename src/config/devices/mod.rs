@@ -24,7 +24,9 @@ pub use balloon::Balloon;
 pub use drive::{CacheType, Drive, Format, IoEngine};
 pub use memory_hotplug::MemoryHotplug;
 pub use mmds::{MmdsConfig, MmdsVersion};
-pub use net::{NetMode, NetworkInterface, Protocol, Publish, USER_MTU, UserNetwork, parse_net};
+pub use net::{
+    NetMode, NetworkInterface, Protocol, Publish, USER_MTU, UserNetwork, parse_mac, parse_net,
+};
 pub use pmem::Pmem;
 pub use port::{AGENT_PORT, Port, PortTo};
 pub use rtc::{LeapSeconds, Rtc};

@@ -1,5 +1,5 @@
 //! Commands of the driver on the control queue (section 5.1.6.5): how many pairs of queues it uses,
-//! and which work on received frames it takes.
+//! which work on received frames it takes, and that it has announced itself.
 //!
 //! The device passes every frame, so it has no commands for filters: a driver that had them would
 //! send some, and wait for each, whenever its interface goes up or joins a group.
@@ -30,6 +30,8 @@ enum Command {
     Pairs(u16),
     /// Take this work on received frames.
     Offloads(u64),
+    /// It has seen that it is to announce itself (section 5.1.6.5.4).
+    Announced,
 }
 
 impl Net {
@@ -49,6 +51,20 @@ impl Net {
         used.map_err(|error| host_error("use the queues of a tap interface", error))?;
         self.host_active = active;
         Ok(())
+    }
+
+    /// Has a driver that was loaded tell the network where it is now, and look at its configuration.
+    pub(super) fn ask_announcement(&mut self, io: &mut Io<'_>) {
+        let moved = std::mem::take(&mut self.moved);
+        if moved && io.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.space.set_announces(true) {
+            io.config_changed();
+        }
+    }
+
+    /// The driver has nothing to announce.
+    pub(super) fn stay(&mut self) {
+        self.moved = false;
+        self.space.set_announces(false);
     }
 
     /// Answers what is on the control queue, then does it.
@@ -74,6 +90,9 @@ impl Net {
                     self.offloads = Some(offloads);
                     self.mode = None;
                     self.begin(io)?;
+                }
+                Some(Command::Announced) => {
+                    self.space.set_announces(false);
                 }
                 None => {}
             }
@@ -103,6 +122,9 @@ impl Net {
                 let fits = io.has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) && value & !negotiated == 0;
                 fits.then_some(Command::Offloads(value))
             }
+            (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, 0) => io
+                .has(VIRTIO_NET_F_GUEST_ANNOUNCE)
+                .then_some(Command::Announced),
             _ => None,
         }
     }

@@ -8,7 +8,6 @@ use vmm_sys_util::eventfd::EventFd;
 use super::counters::{Counters, Traffic};
 use super::space::Space;
 use crate::counters::Values;
-use crate::virtio::device::ConfigSpace;
 use crate::virtio::limiter::Limiter;
 
 /// The side of a network device that the VMM keeps.
@@ -33,7 +32,7 @@ impl NetHandle {
 
     /// How often the link went down or up; it was up first.
     pub fn link_changes(&self) -> u32 {
-        self.space.generation()
+        self.space.link_changes()
     }
 
     /// The limiters for receiving and sending; after [`Limiter::set`] call

@@ -45,8 +45,8 @@ use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
 use self::renew::Slot;
 pub use self::renew::{Keeper, Renewal};
 use self::rx::{Rx, RxMode};
-pub use self::space::Mac;
 use self::space::Space;
+pub use self::space::{Mac, random_mac};
 pub use self::stream::Stream;
 pub use self::tap::{Tap, TapError};
 pub use self::vhost::{Vhost, VhostError};
@@ -73,8 +73,8 @@ const WRITABLE: u32 = TIMER + 2;
 pub struct NetOptions {
     /// The host's end.
     pub backend: NetBackend,
-    /// The guest's address.
-    pub mac: Mac,
+    /// The guest's address; absent: the one that it had when it was saved, or else a random one.
+    pub mac: Option<Mac>,
     /// Largest packet that the guest is told to send, in bytes; absent: it is not told.
     pub mtu: Option<u16>,
     /// Limits of what the guest receives.
@@ -99,17 +99,6 @@ pub enum NetError {
         /// As wanted, or as saved.
         pairs: u16,
     },
-    /// Not the address that the saved driver has.
-    #[error(
-        "a network device has the address {}, and had {} when the machine was saved",
-        text(.now), text(.saved)
-    )]
-    Mac {
-        /// In the saved state.
-        saved: Mac,
-        /// As configured.
-        now: Mac,
-    },
     /// The host failed.
     #[error("cannot {what} for a network device")]
     Host {
@@ -119,10 +108,6 @@ pub enum NetError {
         #[source]
         source: io::Error,
     },
-}
-
-fn text(mac: &Mac) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// What is saved of a network device.
@@ -176,6 +161,8 @@ pub struct Net {
     host_active: u16,
     /// As in [`NetState`].
     offloads: Option<u64>,
+    /// The driver was saved and loaded since, and is to say where it is now.
+    moved: bool,
     /// The backend fits the negotiated features.
     mode: Option<RxMode>,
     /// Sending waits for the host.
@@ -209,10 +196,11 @@ impl Net {
         if !(1..=pairs).contains(&state.pairs) {
             return Err(NetError::Pairs { pairs: state.pairs });
         }
-        if let Some(saved) = state.mac.filter(|saved| *saved != mac) {
-            return Err(NetError::Mac { saved, now: mac });
-        }
         let host = |what| move |source| NetError::Host { what, source };
+        let mac = match mac.or(state.mac) {
+            Some(mac) => mac,
+            None => random_mac().map_err(host("get random numbers"))?,
+        };
         let timer = TimerFd::new().map_err(io::Error::from);
         let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let handle = NetHandle {
@@ -224,6 +212,7 @@ impl Net {
                 pairs,
                 mtu: mtu.unwrap_or(0),
                 changes: AtomicU32::new(0),
+                announcements: AtomicU32::new(0),
             }),
         };
         let net = Self {
@@ -235,6 +224,7 @@ impl Net {
             active: state.pairs,
             host_active: pairs,
             offloads: state.offloads,
+            moved: state.mac.is_some(),
             mode: None,
             blocked: false,
             timer: timer.map_err(host("create a timer"))?,
@@ -263,6 +253,7 @@ impl Net {
         if let (Some(vhost), NetBackend::Tap(tap)) = (&mut self.vhost, &self.backend) {
             vhost.start(io, tap)?;
         }
+        self.ask_announcement(io);
         let mode = RxMode::new(io, self.space.mtu, csum);
         self.mode = Some(mode);
         Ok(mode)
@@ -449,7 +440,7 @@ impl VirtioDevice for Net {
         }
         let commands = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
         if features & commands != 0 {
-            features |= 1 << VIRTIO_NET_F_CTRL_VQ;
+            features |= 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
             queues.push(CONTROL_SIZE);
         }
         Traits {
@@ -556,6 +547,7 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.active = 1;
         self.offloads = None;
+        self.stay();
         if let Some(detour) = &mut self.detour {
             detour.reset();
         }
@@ -581,6 +573,7 @@ impl VirtioDevice for Net {
         }
         self.active = state.pairs;
         self.offloads = state.offloads;
+        self.stay();
         self.mode = None;
         true
     }

@@ -1,3 +1,4 @@
+mod announce;
 mod detour;
 mod limits;
 mod stream;
@@ -35,7 +36,7 @@ pub fn on_socket() -> (NetOptions, UnixStream) {
 pub fn with_backend(backend: NetBackend) -> NetOptions {
     NetOptions {
         backend,
-        mac: MAC,
+        mac: Some(MAC),
         mtu: None,
         rx_limiter: None,
         tx_limiter: None,

@@ -138,7 +138,7 @@ pub fn net(data: &[u8]) {
         *peer.borrow_mut() = Some(theirs);
         let options = NetOptions {
             backend: NetBackend::stream(ours.into()).expect("a socket"),
-            mac: [2, 0, 0, 0, 0, 1],
+            mac: Some([2, 0, 0, 0, 0, 1]),
             mtu: Some(mtu).filter(|mtu| *mtu >= 68),
             rx_limiter: None,
             tx_limiter: None,
