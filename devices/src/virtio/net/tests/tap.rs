@@ -246,6 +246,55 @@ fn a_driver_switches_what_it_takes() {
     assert_eq!(rig.core.save().device, saved(None));
 }
 
+/// A UDP datagram over IPv4 with `payload` bytes, whose checksum is left to the host.
+fn datagram(payload: usize) -> Vec<u8> {
+    let mut bytes = vec![0xff; 6];
+    bytes.extend(MAC);
+    bytes.extend([8, 0]);
+    let (ip, udp) = ((28 + payload) as u16, (8 + payload) as u16);
+    bytes.extend([0x45, 0]);
+    bytes.extend(ip.to_be_bytes());
+    bytes.extend([0, 1, 0, 0, 64, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+    bytes.extend([0x12, 0x34, 0x56, 0x78]);
+    bytes.extend(udp.to_be_bytes());
+    bytes.extend([0, 0]);
+    bytes.extend(frame(payload));
+    bytes
+}
+
+#[test]
+fn udp_segments_pass_a_tap_that_takes_them() {
+    let Some(tap) = tap(1) else { return };
+    let uso = [
+        VIRTIO_NET_F_GUEST_USO4,
+        VIRTIO_NET_F_GUEST_USO6,
+        VIRTIO_NET_F_HOST_USO,
+    ];
+    let offered = uso.map(|bit| tap.features() >> bit & 1 != 0);
+    assert!(offered == [true; 3] || offered == [false; 3]);
+    if !offered[0] {
+        return;
+    }
+    let mut socket = packet_socket(tap.name());
+    let csum = 1 << VIRTIO_NET_F_CSUM;
+    let both = csum | 1 << VIRTIO_NET_F_HOST_USO;
+    let mut guest = Guest::new(with_backend(NetBackend::Tap(tap)), Some(both));
+    // GSO_UDP_L4 in pieces of 1000 bytes, the checksum 6 bytes into what begins at 34.
+    let header = [1, 5, 42, 0, 0xe8, 3, 34, 0, 6, 0, 0, 0];
+    let sent = datagram(3500);
+    guest.send(header, &sent);
+    assert_eq!(guest.vqs[1].used().len(), 1);
+    let mut bytes = vec![0; 65600];
+    let len = loop {
+        let len = socket.read(&mut bytes).unwrap();
+        if bytes[12..14] == [8, 0] && bytes[26..30] == [192, 0, 2, 1] {
+            break len;
+        }
+    };
+    assert!(len == sent.len() && bytes[42..len] == sent[42..], "{len}");
+    assert!(!guest.needs_reset());
+}
+
 #[test]
 fn taps_that_cannot_be_had() {
     let error = |name: &str, queues| Tap::open(name, queues).unwrap_err();
