@@ -160,15 +160,31 @@ fn guest(case: &Case, disk: &str, count: usize, seed: u64, hertz: f64) -> Run {
     run
 }
 
+/// The same in Firecracker, which has no O_DIRECT, with its io_uring, if it is named.
+fn firecracker(case: &Case, path: &Path, count: usize, hertz: f64) -> Option<Run> {
+    let drive = serde_json::json!({
+        "drive_id": "d",
+        "path_on_host": path,
+        "is_root_device": false,
+        "cache_type": "Writeback",
+        "io_engine": "Async",
+    });
+    let command = turns::firecracker("block_bench", &append(case, count, 1), &drive)?;
+    Some(numbers(&Guest::spawn(command).line(), count, hertz))
+}
+
 /// The same in the peer QEMU, with an I/O thread, if it is named.
-fn peer(case: &Case, (path, direct): (&Path, bool), count: usize, hertz: f64) -> Option<Run> {
+fn qemu(case: &Case, (path, direct): (&Path, bool), count: usize, hertz: f64) -> Option<Run> {
     let cache = if direct { "none" } else { "writeback" };
     let path = path.display();
     let more = [
         "-object",
         "iothread,id=io",
         "-drive",
-        &format!("if=none,id=d,file={path},format=raw,cache={cache},aio=io_uring"),
+        // The kernel drops the lock of the monitor before it a moment after that is gone.
+        &format!(
+            "if=none,id=d,file.filename={path},file.locking=off,format=raw,cache={cache},aio=io_uring"
+        ),
         "-device",
         "virtio-blk-device,drive=d,iothread=io",
     ];
@@ -222,13 +238,16 @@ fn measure(case: &Case, path: &Path, direct: bool, rounds: usize, hertz: f64) ->
     // A first turn of the host, to find how many requests make a turn.
     let probe = host::run(case, &file, 1000, 1).rate;
     let count = ((probe * TURN.as_secs_f64()) as usize).clamp(2000, 200_000);
-    let (mut hosts, mut guests, mut peers) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut hosts, mut guests) = (Vec::new(), Vec::new());
+    let mut peers = [Vec::new(), Vec::new()];
     for round in 0..rounds as u64 {
-        for turn in [round % 3, (round + 1) % 3, (round + 2) % 3] {
+        for turn in (round..round + 4).map(|turn| turn % 4) {
             match turn {
                 0 => hosts.push(host::run(case, &file, count, round)),
                 1 => guests.push(guest(case, &disk, count, round, hertz)),
-                _ => peers.extend(peer(case, (path, direct), count, hertz)),
+                2 => peers[0].extend(qemu(case, (path, direct), count, hertz)),
+                _ if direct => {}
+                _ => peers[1].extend(firecracker(case, path, count, hertz)),
             }
         }
     }
@@ -263,8 +282,11 @@ fn measure(case: &Case, path: &Path, direct: bool, rounds: usize, hertz: f64) ->
         true => print!("{interrupts:>9.4}"),
         false => print!("{:>9}", "-"),
     }
-    if !peers.is_empty() {
-        figures(&peers);
+    for peer in &peers {
+        match peer.is_empty() {
+            true => print!("{:>10}{:>9}{:>9}", "-", "-", "-"),
+            false => figures(peer),
+        }
     }
     println!();
     (ratio, kicks + interrupts)
@@ -302,11 +324,11 @@ fn disks(rounds: usize, hertz: f64) {
     let path = prepare();
     println!("\nblock: {rounds} turns each, medians; thousands a second, µs, per request");
     println!(
-        "{:<50}{:>28}{:>28}{:>26}{:>28}",
-        "", "host", "guest", "", "QEMU microvm, if named"
+        "{:<50}{:>28}{:>28}{:>26}{:>28}{:>28}",
+        "", "host", "guest", "", "QEMU microvm, if named", "Firecracker, if named"
     );
     println!(
-        "{:<50}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>8}{:>9}{:>9}{:>10}{:>9}{:>9}",
+        "{:<50}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}{:>8}{:>9}{:>9}{:>10}{:>9}{:>9}{:>10}{:>9}{:>9}",
         "",
         "rate",
         "p50",
@@ -317,6 +339,9 @@ fn disks(rounds: usize, hertz: f64) {
         "ratio",
         "kicks",
         "intr",
+        "rate",
+        "p50",
+        "p99",
         "rate",
         "p50",
         "p99"

@@ -71,6 +71,29 @@ pub fn qemu(payload: &str, append: &str, more: &[String]) -> Option<Command> {
     Some(command)
 }
 
+/// Where Firecracker has its MMIO devices.
+const FIRECRACKER_WINDOWS: u64 = 0xc000_1000;
+
+/// The command for a payload in the peer Firecracker, if it is named, with such a disk.
+pub fn firecracker(payload: &str, append: &str, drive: &serde_json::Value) -> Option<Command> {
+    let binary = std::env::var_os("FIRECRACKER").filter(|value| !value.is_empty())?;
+    let kernel = common::payload(payload);
+    let config = serde_json::json!({
+        "boot-source": {
+            "kernel_image_path": kernel,
+            "boot_args": format!("{append} windows={FIRECRACKER_WINDOWS}"),
+        },
+        "drives": [drive],
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
+    });
+    let file = kernel.with_extension("firecracker.json");
+    fs::write(&file, config.to_string()).expect("target/payloads is writable");
+    let mut command = Command::new(binary);
+    command.args(["--no-api", "--no-seccomp", "--log-path", "/dev/null"]);
+    command.arg("--config-file").arg(file);
+    Some(command)
+}
+
 /// Does `what` so many times in this thread.
 pub fn host(count: usize, mut what: impl FnMut(usize)) -> Turn {
     let mut times = Vec::with_capacity(count);

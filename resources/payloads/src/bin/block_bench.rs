@@ -3,7 +3,7 @@
 //! On the command line: `depth=N` requests under way (32), `size=BYTES` each (4096), `count=N` of
 //! them (100000), `write=1`, `sequential=1`, `span=BYTES` of the disk that are used (all),
 //! `seed=N`, `interrupts=1` to ask for interrupts as a driver does that sleeps until one (none by
-//! default). Prints one line: `count cycles median p99 kicks`, the last three per request in
+//! default), `windows=ADDRESS` of MMIO devices where another monitor has them. Prints one line: `count cycles median p99 kicks`, the last three per request in
 //! cycles, and waits to be ended.
 #![no_std]
 #![no_main]
@@ -11,7 +11,7 @@
 use payloads::random::Random;
 use payloads::virtio::disk::{ID, IN, OUT};
 use payloads::virtio::queue::{Desc, NEXT, Queue, WRITE};
-use payloads::virtio::{Device, EVENT_IDX, devices};
+use payloads::virtio::{Device, EVENT_IDX, find};
 use payloads::{io, println, start::StartInfo, tsc};
 
 payloads::start!(main);
@@ -144,7 +144,7 @@ impl Bench {
 
 fn main(info: &StartInfo) -> u8 {
     let option = |key| info.option(key).and_then(|n| n.parse::<u64>().ok());
-    let Some(device) = devices().find(|device| device.id == ID) else {
+    let Some(device) = find(ID, option("windows")) else {
         println!("no disk");
         return 2;
     };

@@ -87,7 +87,8 @@ pub fn windows(start: u64, step: u64) -> impl Iterator<Item = Device> {
     })
 }
 
-/// The first device with this number; where QEMU's microvm has its windows, if told where they start.
+/// The first device with this number; where another monitor has its windows, if told where they start:
+/// QEMU's microvm has them 512 bytes apart, Firecracker a multiple of that.
 pub fn find(id: u32, start: Option<u64>) -> Option<Device> {
     let wanted = |device: &Device| device.id == id;
     match start {
