@@ -20,6 +20,12 @@ impl Counter {
         self.add(1);
     }
 
+    /// As [`add`](Self::add), where no other thread adds to it.
+    pub(crate) fn add_alone(&self, count: u64) {
+        let before = self.0.load(Ordering::Relaxed);
+        self.0.store(before.wrapping_add(count), Ordering::Relaxed);
+    }
+
     /// Since the start.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -38,9 +44,12 @@ pub struct Latency {
 impl Latency {
     pub(crate) fn note(&self, took: Duration) {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX - 1);
-        self.sum.fetch_add(micros, Ordering::Relaxed);
-        self.max.fetch_max(micros, Ordering::Relaxed);
         // Only one thread notes, so nothing comes in between.
+        let sum = self.sum.load(Ordering::Relaxed);
+        self.sum.store(sum.wrapping_add(micros), Ordering::Relaxed);
+        if micros > self.max.load(Ordering::Relaxed) {
+            self.max.store(micros, Ordering::Relaxed);
+        }
         let min = self.min.load(Ordering::Relaxed);
         if min == 0 || micros < min - 1 {
             self.min.store(micros.saturating_add(1), Ordering::Relaxed);

@@ -327,7 +327,7 @@ impl<'a> Io<'a> {
             queue: index,
             source,
         })?;
-        active.queue.set_next_avail(next_avail);
+        active.go_to(next_avail);
         active.queue.set_next_used(used.0);
         active.told = used.0;
         active.lent = false;

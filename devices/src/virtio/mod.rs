@@ -22,6 +22,7 @@ pub mod mem;
 pub mod net;
 pub mod notifier;
 pub mod pace;
+mod piece;
 pub mod pmem;
 mod poll;
 pub mod registry;

@@ -37,23 +37,21 @@ struct Transfers {
 }
 
 impl Transfers {
-    fn note(&self, task: &Task) {
-        self.count.one();
-        self.bytes.add(task.weight);
-        self.latency.note(
-            task.begun
-                .map_or_else(Default::default, |begun: Instant| begun.elapsed()),
-        );
+    fn note(&self, task: &Task, now: Instant) {
+        self.count.add_alone(1);
+        self.bytes.add_alone(task.weight);
+        let begun = task.begun.unwrap_or(now);
+        self.latency.note(now.saturating_duration_since(begun));
     }
 }
 
 impl Counters {
-    /// A task has come to its end.
-    pub fn ended(&self, task: &Task, status: Status) {
+    /// A task came to its end, at about `now`.
+    pub fn ended(&self, task: &Task, status: Status, now: Instant) {
         match (status, &task.op) {
             (Status::IoError | Status::Unsupported, _) => self.failed.one(),
-            (Status::Ok, Op::Read) => self.reads.note(task),
-            (Status::Ok, Op::Write { .. }) => self.writes.note(task),
+            (Status::Ok, Op::Read) => self.reads.note(task, now),
+            (Status::Ok, Op::Write { .. }) => self.writes.note(task, now),
             (Status::Ok, Op::Flush) => self.flushes.one(),
             (Status::Ok, Op::Discard(_) | Op::Zero { .. }) => {}
         }

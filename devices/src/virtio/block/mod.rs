@@ -8,6 +8,7 @@
 mod counters;
 mod disk;
 mod exchange;
+mod handle;
 pub(super) mod lock;
 mod options;
 mod request;
@@ -38,6 +39,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use self::counters::Counters;
 pub use self::disk::{Cache, Disk, DiskError, DiskOptions, Format, SECTOR};
 use self::exchange::Present;
+pub use self::handle::BlockHandle;
 pub use self::lock::Holder;
 pub use self::options::{BlockError, BlockOptions, BlockState, EngineKind, MAX_QUEUES};
 use self::request::{Geometry, ID_LEN, Request, Status};
@@ -46,8 +48,7 @@ use self::task::{Op, Task};
 use self::uring::{Finished, Ring, Rings};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Chain, Io, total, write_at};
-use super::limiter::{Limiter, LimiterConfig};
-use crate::counters::Values;
+use super::limiter::Limiter;
 
 /// The timer's source; those of rings have their queue's index.
 const TIMER: u32 = 1 << 16;
@@ -101,47 +102,8 @@ pub struct Block {
     new_limits: Arc<AtomicBool>,
     errors: u32,
     counters: Arc<Counters>,
-}
-
-/// The side of a block device that the VMM keeps.
-#[derive(Clone, Debug)]
-pub struct BlockHandle {
-    present: Arc<Present>,
-    space: Arc<Space>,
-    limiter: Arc<OnceLock<Arc<Limiter>>>,
-    wake: Arc<EventFd>,
-    new_limits: Arc<AtomicBool>,
-    counters: Arc<Counters>,
-}
-
-impl BlockHandle {
-    /// What the device has done.
-    pub fn counters(&self) -> Values {
-        self.counters.values()
-    }
-
-    /// Looks at the disk's size again, and tells the driver of a new one. Returns it in sectors.
-    pub fn resize(&self) -> io::Result<u64> {
-        let sectors = self.present.disk().sectors()?;
-        if self.space.resize(sectors) {
-            self.counters.updates.one();
-            self.wake.write(1)?;
-        }
-        Ok(sectors)
-    }
-
-    /// The limiter, which limits nothing if none was configured; after a change of it call
-    /// [`limits_changed`](Self::limits_changed).
-    pub fn limiter(&self) -> &Arc<Limiter> {
-        self.limiter
-            .get_or_init(|| Arc::new(Limiter::new(LimiterConfig::default())))
-    }
-
-    /// Lets requests go on that wait for old limits.
-    pub fn limits_changed(&self) -> io::Result<()> {
-        self.new_limits.store(true, Ordering::SeqCst);
-        self.wake.write(1)
-    }
+    /// Room for what is given back together; empty between turns.
+    used: Vec<(Chain, u32)>,
 }
 
 impl Block {
@@ -219,6 +181,7 @@ impl Block {
             new_limits: Arc::clone(&handle.new_limits),
             errors: 0,
             counters: Arc::clone(&handle.counters),
+            used: Vec::new(),
         };
         Ok((block, handle))
     }
@@ -282,6 +245,7 @@ impl Block {
             geometry = self.geometry();
         }
         let batch = self.ring(queue).map_or(usize::MAX, Ring::batch);
+        let now = Instant::now();
         for taken in 0..batch {
             let under_way = self.ring(queue).map_or(0, Ring::bytes);
             if under_way.max(*begun) >= MAX_UNDER_WAY {
@@ -289,7 +253,7 @@ impl Block {
             }
             let held = self.held.get_mut(queue).and_then(Option::take);
             let (chain, request) = match held {
-                Some(held) if held.at > Instant::now() => {
+                Some(held) if held.at > now => {
                     return self.hold(queue, held, io).map(|()| Taken::All);
                 }
                 Some(held) => (held.chain, held.request),
@@ -302,7 +266,7 @@ impl Block {
                     };
                     let request = Request::parse(io.ram(), &chain, geometry)?;
                     let limiter = self.limiter.get();
-                    let at = limiter.and_then(|l| l.charge(Instant::now(), request.bytes()));
+                    let at = limiter.and_then(|l| l.charge(now, request.bytes()));
                     if let Some(at) = at {
                         self.counters.throttled.one();
                         let held = Held { chain, request, at };
@@ -312,7 +276,7 @@ impl Block {
                 }
             };
             *begun += request.bytes();
-            self.begin(queue, chain, request, io)?;
+            self.begin((chain, request), now, io)?;
         }
         Ok(Taken::Batch)
     }
@@ -343,13 +307,12 @@ impl Block {
     /// Starts a request, or answers it at once.
     fn begin(
         &mut self,
-        queue: usize,
-        chain: Chain,
-        request: Request,
+        (chain, request): (Chain, Request),
+        now: Instant,
         io: &mut Io<'_>,
     ) -> Result<(), DeviceError> {
         let ram = io.share_ram();
-        let task = match request {
+        let mut task = match request {
             Request::Refused(status) => {
                 self.counters.invalid.one();
                 return answer(io, chain, status, 0);
@@ -369,10 +332,12 @@ impl Block {
             Request::Read { len: 0, .. } | Request::Write { len: 0, .. } => {
                 return answer(io, chain, Status::Ok, 0);
             }
-            Request::Read { offset, len } => Task::transfer(chain, Op::Read, offset, len, ram)?,
+            Request::Read { offset, len } => {
+                Task::transfer(chain, Op::Read, (offset, len), ram, now)?
+            }
             Request::Write { offset, len } => {
                 let sync = self.is_synchronous(io);
-                Task::transfer(chain, Op::Write { sync }, offset, len, ram)?
+                Task::transfer(chain, Op::Write { sync }, (offset, len), ram, now)?
             }
             Request::Discard(ranges) | Request::Zero(ranges) if ranges.is_empty() => {
                 return answer(io, chain, Status::Ok, 0);
@@ -383,7 +348,7 @@ impl Block {
                 Task::control(chain, Op::Zero { ranges, sync }, ram)
             }
         };
-        let mut task = Box::new(task);
+        let queue = task.chain.queue();
         match &mut self.engine {
             Engine::Sync => {}
             Engine::Uring(rings) => {
@@ -396,8 +361,10 @@ impl Block {
                 }
             }
         }
+        task.begun = Some(Instant::now());
         let (status, error) = sync::run(&self.disk, &mut task);
-        self.end((task, status, error), io)
+        let (chain, len) = self.end((task, status, error), Instant::now(), io)?;
+        io.complete(chain, len)
     }
 
     /// Whether what is written must be on the disk when it is acknowledged.
@@ -425,19 +392,32 @@ impl Block {
         };
         let mut result = how(ring).map_err(|error| host_error("use io_uring", error));
         let mut finished = std::mem::take(ring.finished());
+        let mut used = std::mem::take(&mut self.used);
+        let now = Instant::now();
         for finished in finished.drain(..) {
             // All of them, also behind one that fails.
-            let ended = self.end(finished, io);
-            result = result.and(ended);
+            match self.end(finished, now, io) {
+                Ok(chain) => used.push(chain),
+                Err(error) => result = result.and(Err(error)),
+            }
         }
-        // Its room serves again.
+        // The driver polls the index, or will look at it: it changes once.
+        let completed = io.complete_together(queue, used.drain(..));
+        // Their room serves again.
+        self.used = used;
         if let Some(ring) = self.ring_mut(queue) {
             *ring.finished() = finished;
         }
-        result
+        result.and(completed)
     }
 
-    fn end(&mut self, (task, status, error): Finished, io: &mut Io<'_>) -> Result<(), DeviceError> {
+    /// Says how a request ended; gives what the driver is to have back.
+    fn end(
+        &mut self,
+        (task, status, error): Finished,
+        now: Instant,
+        io: &Io<'_>,
+    ) -> Result<(Chain, u32), DeviceError> {
         if let Some(error) = error {
             self.errors = self.errors.saturating_add(1);
             if self.errors <= MAX_LOGGED {
@@ -445,12 +425,13 @@ impl Block {
                 log::warn!("disk {path:?}: {error}; the guest gets an I/O error");
             }
         }
-        self.counters.ended(&task, status);
+        self.counters.ended(&task, status, now);
         let produced = match status {
             Status::Ok => task.produced,
             Status::IoError | Status::Unsupported => 0,
         };
-        answer(io, task.chain, status, produced)
+        let len = say(io, &task.chain, status, produced)?;
+        Ok((task.chain, len))
     }
 }
 
@@ -465,13 +446,19 @@ fn host_error(what: &'static str, source: io::Error) -> DeviceError {
     DeviceError::Host { what, source }
 }
 
-/// Writes the status, which is the chain's last byte, and gives the chain back.
-fn answer(io: &mut Io<'_>, chain: Chain, status: Status, produced: u64) -> Result<(), DeviceError> {
+/// Writes the status, which is the chain's last byte; says how many bytes were written in all.
+fn say(io: &Io<'_>, chain: &Chain, status: Status, produced: u64) -> Result<u32, DeviceError> {
     let at = total(chain.writable()) - 1;
     write_at(io.ram(), chain.writable(), at, &[status.byte()])?;
     // Section 2.7.8.2: so many bytes from the first on; with a gap before the status there are none.
     let len = if produced == at { at + 1 } else { 0 };
-    io.complete(chain, u32::try_from(len).unwrap_or(u32::MAX))
+    Ok(u32::try_from(len).unwrap_or(u32::MAX))
+}
+
+/// Gives a chain back whose request is answered at once.
+fn answer(io: &mut Io<'_>, chain: Chain, status: Status, produced: u64) -> Result<(), DeviceError> {
+    let len = say(io, &chain, status, produced)?;
+    io.complete(chain, len)
 }
 
 impl VirtioDevice for Block {

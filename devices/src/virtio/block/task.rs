@@ -124,13 +124,13 @@ pub(super) fn failure(status: Status, code: Option<i32>) -> Option<io::Error> {
 }
 
 impl Task {
-    /// A read or write of `len` bytes at `offset` of the disk.
+    /// A read or write of `len` bytes at `offset` of the disk, from `now` on.
     pub fn transfer(
         chain: Chain,
         op: Op,
-        offset: u64,
-        len: u64,
+        (offset, len): (u64, u64),
         ram: Arc<GuestRam>,
+        now: Instant,
     ) -> Result<Self, DeviceError> {
         let (segments, skip) = match op {
             Op::Read => (chain.writable(), 0),
@@ -151,7 +151,7 @@ impl Task {
             offset,
             left: len,
             weight: len,
-            begun: Some(Instant::now()),
+            begun: Some(now),
             buffers: Buffers { iovecs, next: 0 },
             retries: 0,
             ram,

@@ -9,10 +9,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::disk::{Disk, PUNCH, unsupported, zero_mode};
+use super::disk::{Cache, Disk, PUNCH, unsupported, zero_mode};
 use super::request::Status;
 use super::sync;
 use super::task::{Op, Step, Task, failure};
@@ -24,17 +25,25 @@ mod tests;
 const DISK: types::Fixed = types::Fixed(0);
 /// Requests given to the kernel at once where it carries them out on the spot, as it does with what
 /// is in the page cache: the driver handles these while the next are carried out.
-const BATCH: usize = 8;
+const BATCH: usize = 16;
+/// Longest write into the page cache, in bytes, that this thread carries out itself: many file systems
+/// have io_uring leave such to a thread of the kernel, and waking that takes longer than the write.
+const SHORT: u64 = 256 << 10;
+/// How long one may take. Where the disk does not keep up, the kernel makes writers wait.
+const QUICK: Duration = Duration::from_millis(1);
+/// For so many times as long as one took that was not quick, writes are the kernel's threads': this
+/// thread, which others need, waits for one hundredth of its time at most.
+const REST: u32 = 100;
 
 /// A task that came to its end.
-pub(super) type Finished = (Box<Task>, Status, Option<io::Error>);
+pub(super) type Finished = (Task, Status, Option<io::Error>);
 
 /// A ring and its tasks.
 pub(super) struct Ring {
     ring: IoUring,
     disk: Arc<Disk>,
     /// By the number that the kernel gives back.
-    tasks: Vec<Option<Box<Task>>>,
+    tasks: Vec<Option<Task>>,
     free: Vec<usize>,
     finished: Vec<Finished>,
     /// Bytes of the tasks that the kernel has.
@@ -43,6 +52,10 @@ pub(super) struct Ring {
     transfers: usize,
     /// Nothing was left under way by the last turn.
     at_once: bool,
+    /// Writes are the kernel's threads' until then.
+    resting: Option<Instant>,
+    /// [`waits`] before the first write of this turn.
+    waits: Option<libc::c_long>,
 }
 
 /// Whether this process may use io_uring.
@@ -146,6 +159,8 @@ impl Ring {
             bytes: 0,
             transfers: 0,
             at_once: false,
+            resting: None,
+            waits: None,
         })
     }
 
@@ -184,11 +199,19 @@ impl Ring {
 
     /// Queues a task for the next [`turn`](Self::turn). One that the kernel does not take is at
     /// its end.
-    pub fn push(&mut self, mut task: Box<Task>) -> io::Result<()> {
-        if matches!(task.op, Op::Read | Op::Write { .. })
-            && !task.is_aligned(self.disk.memory_align())
-        {
+    pub fn push(&mut self, mut task: Task) -> io::Result<()> {
+        let unaligned = matches!(task.op, Op::Read | Op::Write { .. })
+            && !task.is_aligned(self.disk.memory_align());
+        let cached = self.is_short_cached_write(&task);
+        if unaligned || cached {
+            if cached {
+                self.waits.get_or_insert_with(waits);
+            }
+            let begun = Instant::now();
             let (status, error) = sync::run(&self.disk, &mut task);
+            if cached {
+                self.took(begun.elapsed());
+            }
             self.finished.push((task, status, error));
             return Ok(());
         }
@@ -201,11 +224,28 @@ impl Ring {
         self.queue(index, task)
     }
 
-    fn queue(&mut self, index: usize, task: Box<Task>) -> io::Result<()> {
+    /// Whether this thread is to carry a task out, as a write into the page cache that will be quick.
+    fn is_short_cached_write(&self, task: &Task) -> bool {
+        matches!(task.op, Op::Write { sync: false })
+            && task.left <= SHORT
+            && self.disk.cache() != Cache::None
+            && self.resting.is_none_or(|until| Instant::now() >= until)
+    }
+
+    /// Takes note of how long such a write took.
+    fn took(&mut self, time: Duration) {
+        // Not because others wanted this processor.
+        if time > QUICK && self.waits != Some(waits()) {
+            self.resting = Some(Instant::now() + time * REST);
+        }
+    }
+
+    fn queue(&mut self, index: usize, task: Task) -> io::Result<()> {
         let entry = entry(&task).user_data(index as u64);
         loop {
-            // SAFETY: what the entry points to belongs to the task, which is put into `tasks`,
-            // where it stays unchanged until the kernel says that the entry is complete.
+            // SAFETY: the entry points to guest RAM or to a vector on the heap, which belong to the
+            // task. That is put into `tasks`, where it stays unchanged until the kernel says that the
+            // entry is complete.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 if let Some(slot) = self.tasks.get_mut(index) {
                     *slot = Some(task);
@@ -219,7 +259,7 @@ impl Ring {
         }
     }
 
-    fn end(&mut self, index: usize, task: Box<Task>, status: Status, code: Option<i32>) {
+    fn end(&mut self, index: usize, task: Task, status: Status, code: Option<i32>) {
         self.free.push(index);
         self.bytes -= task.weight;
         self.transfers -= usize::from(is_transfer(&task));
@@ -229,6 +269,7 @@ impl Ring {
     /// Gives the kernel what was pushed and takes what is complete; requests that are not at their
     /// end go on. One system call, or none where there is nothing to do.
     pub fn turn(&mut self) -> io::Result<()> {
+        self.waits = None;
         loop {
             if !self.ring.submission().is_empty() {
                 self.enter(0)?;
@@ -300,6 +341,16 @@ impl Drop for Ring {
             // The kernel may still work on guest RAM: better to keep it than to have it reused.
             std::mem::forget(std::mem::take(&mut self.tasks));
         }
+    }
+}
+
+/// How often this thread has waited for something.
+fn waits() -> libc::c_long {
+    // SAFETY: all of `rusage` may be zero, and the call writes nothing else.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
+        usage.ru_nvcsw
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::virtio::limiter::BucketConfig;
+use crate::virtio::limiter::{BucketConfig, LimiterConfig};
 
 /// An image of sectors that all have `byte`.
 fn image(bench: &Bench, name: &str, byte: u8, sectors: usize) -> std::path::PathBuf {

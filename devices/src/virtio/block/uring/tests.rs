@@ -6,9 +6,9 @@ use super::*;
 use crate::virtio::GuestRam;
 use crate::virtio::io::Chain;
 
-fn flush(ram: &Arc<GuestRam>, head: u16) -> Box<Task> {
+fn flush(ram: &Arc<GuestRam>, head: u16) -> Task {
     let chain = Chain::without_buffers(head);
-    Box::new(Task::control(chain, Op::Flush, Arc::clone(ram)))
+    Task::control(chain, Op::Flush, Arc::clone(ram))
 }
 
 /// Has `to` name what `from` names.
@@ -63,4 +63,34 @@ fn a_refused_ring_is_an_error_unless_there_is_another_way() {
     assert!(matches!(rings.make(0, &disk), Ok(None)));
     rings.remove(0);
     assert!(rings.get(0).is_none());
+}
+
+#[test]
+fn slow_writes_into_the_page_cache_are_left_to_the_kernel() {
+    let ram = Arc::new(ram());
+    let write = |sync| {
+        let (chain, op) = (Chain::without_buffers(0), Op::Write { sync });
+        Task::transfer(chain, op, (0, 0), Arc::clone(&ram), Instant::now()).unwrap()
+    };
+    let disk = Arc::new(temporary_disk(1 << 20, false));
+    let mut ring = Ring::new(disk, 4).unwrap();
+    ring.push(write(false)).unwrap();
+    assert_eq!((ring.in_flight(), ring.finished().len()), (0, 1));
+    // One that has to be on the disk is never waited for.
+    ring.push(write(true)).unwrap();
+    assert_eq!((ring.in_flight(), ring.finished().len()), (1, 1));
+    // It was quick, or only had to wait for a processor.
+    ring.took(Duration::from_millis(20));
+    ring.waits = Some(-1);
+    ring.took(QUICK);
+    assert!(ring.resting.is_none());
+    ring.took(Duration::from_millis(20));
+    ring.push(write(false)).unwrap();
+    assert_eq!((ring.in_flight(), ring.finished().len()), (2, 1));
+    // Twenty milliseconds a hundred times over are not for ever.
+    ring.resting = Some(Instant::now());
+    ring.push(write(false)).unwrap();
+    assert_eq!((ring.in_flight(), ring.finished().len()), (2, 2));
+    ring.drain().unwrap();
+    assert_eq!(ring.finished().len(), 4);
 }
