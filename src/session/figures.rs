@@ -22,6 +22,7 @@ use super::statistics::{is_bound, reasons};
 use crate::api::Counts;
 use crate::board::attach::Attached;
 use crate::telemetry::{Figures, Metrics};
+use crate::vcpu::{ExitCounts, Spent};
 
 /// Time between two lines of figures.
 const FLUSH_EVERY: Duration = Duration::from_secs(60);
@@ -33,8 +34,9 @@ const BLOCK: &str = "activate_fails cfg_fails event_fails execute_fails flush_co
     update_count update_fails write_agg.max_us write_agg.min_us write_agg.sum_us write_bytes write_count";
 const NET: &str = "activate_fails cfg_fails event_fails no_rx_avail_buffer no_tx_avail_buffer rx_bytes_count \
     rx_count rx_event_rate_limiter_count rx_fails rx_packets_count rx_queue_event_count \
-    rx_rate_limiter_throttled rx_tap_event_count tap_read_fails tap_write_fails tx_bytes_count tx_count \
-    tx_fails tx_malformed_frames tx_packets_count tx_queue_event_count tx_rate_limiter_event_count \
+    rx_rate_limiter_throttled rx_tap_event_count tap_read_fails tap_write_agg.max_us \
+    tap_write_agg.min_us tap_write_agg.sum_us tap_write_fails tx_bytes_count tx_count \
+    tx_fails tx_malformed_frames tx_spoofed_mac_count tx_packets_count tx_queue_event_count tx_rate_limiter_event_count \
     tx_rate_limiter_throttled";
 const PMEM: &str = "activate_fails cfg_fails event_fails queue_event_count rate_limiter_event_count \
     rate_limiter_throttled_events";
@@ -57,7 +59,7 @@ const GROUPS: &[(&str, &str)] = &[
         "i8042",
         "error_count missed_read_count missed_write_count read_count reset_count write_count",
     ),
-    ("interrupts", "triggers"),
+    ("interrupts", "config_updates triggers"),
     (
         "latencies_us",
         "diff_create_snapshot full_create_snapshot load_snapshot pause_vm resume_vm vmm_diff_create_snapshot \
@@ -86,7 +88,11 @@ const GROUPS: &[(&str, &str)] = &[
     ),
     (
         "vcpu",
-        "exit_io_in exit_io_out exit_mmio_read exit_mmio_write failures kvmclock_ctrl_fails",
+        "exit_io_in exit_io_in_agg.max_us exit_io_in_agg.min_us exit_io_in_agg.sum_us exit_io_out \
+         exit_io_out_agg.max_us exit_io_out_agg.min_us exit_io_out_agg.sum_us exit_mmio_read \
+         exit_mmio_read_agg.max_us exit_mmio_read_agg.min_us exit_mmio_read_agg.sum_us exit_mmio_write \
+         exit_mmio_write_agg.max_us exit_mmio_write_agg.min_us exit_mmio_write_agg.sum_us failures \
+         kvmclock_ctrl_fails",
     ),
     ("vmm", "panic_count"),
     (
@@ -210,6 +216,24 @@ fn zeros(figures: &mut Figures, group: &str, names: &'static str) {
     );
 }
 
+/// How long exits took, of all vCPUs together.
+fn times(figures: &mut Figures, vcpus: &[&ExitCounts]) {
+    for (index, name) in ["io_in", "io_out", "mmio_read", "mmio_write"]
+        .into_iter()
+        .enumerate()
+    {
+        let spent = vcpus.iter().filter_map(|counts| counts.spent.get(index));
+        let spent: Vec<_> = spent.map(Spent::get).collect();
+        let sum: u64 = spent.iter().map(|(sum, ..)| sum).sum();
+        let least = spent.iter().filter_map(|(_, least, _)| *least).min();
+        let most = spent.iter().map(|(.., most)| *most).max();
+        let name = |of: &str| format!("exit_{name}_agg.{of}_us");
+        figures.total("vcpu", &name("sum"), sum / 1000);
+        figures.value("vcpu", &name("min"), least.unwrap_or(0) / 1000);
+        figures.value("vcpu", &name("max"), most.unwrap_or(0) / 1000);
+    }
+}
+
 /// What the machine whose console this is has done.
 fn figures(console: Console<'_>) -> Figures {
     let vm = console.vm;
@@ -223,6 +247,8 @@ fn figures(console: Console<'_>) -> Figures {
         }
         add(&mut figures, "vcpu", vcpu.counts().failures());
     }
+    let counts: Vec<_> = vm.vcpus().iter().map(|vcpu| vcpu.counts()).collect();
+    times(&mut figures, &counts);
     let board = vm.board();
     add(&mut figures, "uart", board.console.counters());
     let dropped = console.tap.dropped();
@@ -254,6 +280,7 @@ fn counted(handle: &DeviceHandle) -> Option<(&'static str, Option<&'static str>,
 fn device_figures(device: &Attached, figures: &mut Figures) -> Option<String> {
     let notifier = device.core.notifier();
     figures.total("interrupts", "triggers", notifier.triggers());
+    figures.total("interrupts", "config_updates", notifier.message_changes());
     let (kind, several, values) = counted(&device.handle)?;
     let own = format!("{kind}_{}", device.id);
     if let Some(names) = several {

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 
 use super::failure::{Failure, FailureCause};
 use super::handle::Vcpu;
+use super::spent::Spent;
 use crate::telemetry::Limited;
 use crate::vm::VmExit;
 use devices::bus::ExitReason;
@@ -44,7 +45,15 @@ pub struct ExitCounts {
     pub clock_failures: AtomicU64,
     /// When the first one since it was told to run was answered.
     first: Mutex<Option<Instant>>,
+    /// How long the first four took, in their order.
+    pub spent: [Spent; 4],
 }
+
+/// Places in [`ExitCounts::spent`].
+const IO_IN: usize = 0;
+const IO_OUT: usize = 1;
+const MMIO_READ: usize = 2;
+const MMIO_WRITE: usize = 3;
 
 impl ExitCounts {
     /// When the first exit since the vCPU was last told to run was answered; before that, of the time before.
@@ -89,6 +98,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
     let (pio, mmio) = (&vcpu.reach.pio, &vcpu.reach.mmio);
     let cause = match vcpu.fd.run() {
         Ok(VcpuExit::IoIn(port, data)) => {
+            let begin = Instant::now();
             count(&vcpu.counts.io_in);
             let data: *mut [u8] = data;
             let size = io_size(&mut vcpu.fd);
@@ -98,24 +108,33 @@ pub fn handle(vcpu: &mut Vcpu) -> Handled {
             for item in data.chunks_mut(size) {
                 claimed(pio.read(port.into(), item), "read of port", port.into());
             }
+            vcpu.counts.spent[IO_IN].note(begin);
             return Handled::Continue;
         }
         Ok(VcpuExit::IoOut(port, data)) => {
+            let begin = Instant::now();
             count(&vcpu.counts.io_out);
             let data: *const [u8] = data;
             let size = io_size(&mut vcpu.fd);
             // SAFETY: as above.
             let data = unsafe { &*data };
-            return write_all(pio, port.into(), data, size, "write to port");
+            let handled = write_all(pio, port.into(), data, size, "write to port");
+            vcpu.counts.spent[IO_OUT].note(begin);
+            return handled;
         }
         Ok(VcpuExit::MmioRead(address, data)) => {
+            let begin = Instant::now();
             count(&vcpu.counts.mmio_read);
             claimed(mmio.read(address, data), "read of address", address);
+            vcpu.counts.spent[MMIO_READ].note(begin);
             return Handled::Continue;
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
+            let begin = Instant::now();
             count(&vcpu.counts.mmio_write);
-            return write_all(mmio, address, data, data.len(), "write to address");
+            let handled = write_all(mmio, address, data, data.len(), "write to address");
+            vcpu.counts.spent[MMIO_WRITE].note(begin);
+            return handled;
         }
         Ok(VcpuExit::IoapicEoi(vector)) => {
             count(&vcpu.counts.ioapic_eoi);

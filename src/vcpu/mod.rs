@@ -8,9 +8,11 @@ pub mod exit;
 pub mod failure;
 pub mod handle;
 mod kick;
+mod spent;
 mod thread;
 mod warm;
 
 pub use exit::ExitCounts;
 pub use failure::{Failure, FailureCause};
 pub use handle::{Given, Has, Reach, Vcpu, VcpuHandle};
+pub use spent::Spent;

@@ -191,6 +191,10 @@ fn figures_are_differences_between_lines() {
     assert_eq!(of(0, "/put_api_requests/boot_source_count"), 1);
     assert!(of(1, "/vcpu/exit_io_in") > 3, "{}", lines[1]);
     assert!(of(1, "/vcpu/exit_io_out") > 3, "{}", lines[1]);
+    let [least, most, sum] =
+        ["min", "max", "sum"].map(|name| of(1, &format!("/vcpu/exit_io_out_agg/{name}_us")));
+    assert!(least <= most && 0 < most && most <= sum, "{}", lines[1]);
+    assert_eq!(of(2, "/vcpu/exit_io_out_agg/sum_us"), 0);
     let latency = |at, name| of(at, &format!("/latencies_us/{name}"));
     assert!(latency(1, "vmm_pause_vm") > 0, "{}", lines[1]);
     assert!(latency(1, "pause_vm") >= latency(1, "vmm_pause_vm"));

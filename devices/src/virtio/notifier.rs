@@ -57,6 +57,7 @@ pub struct Notifier {
 #[derive(Debug, Default)]
 struct Counters {
     config_interrupts: Counter,
+    message_changes: Counter,
     activate_fails: Counter,
     config_fails: Counter,
 }
@@ -140,6 +141,16 @@ impl Notifier {
             ("cfg_fails", self.counters.config_fails.get()),
             ("event_fails", events),
         ]
+    }
+
+    /// The guest changes a message.
+    pub(super) fn message_changed(&self) {
+        self.counters.message_changes.one();
+    }
+
+    /// How often the guest changed a message (MSI-X) since it was made.
+    pub fn message_changes(&self) -> u64 {
+        self.counters.message_changes.get()
     }
 
     /// Interrupts of any kind since it was made.

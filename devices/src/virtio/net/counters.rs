@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::counters::{Counter, Values};
+use crate::counters::{Counter, Latency, Values};
 
 /// Log lines of one direction.
 const MAX_LOGGED: u64 = 4;
@@ -77,6 +77,10 @@ pub(super) struct Counters {
     pub host_lost: Counter,
     /// Frames that are none, of those that were dropped.
     pub malformed: Counter,
+    /// Frames of another address than the device's, which pass as they do with Firecracker.
+    pub spoofed: Counter,
+    /// How long the host took for a frame.
+    pub writes: Latency,
 }
 
 impl Counters {
@@ -84,6 +88,7 @@ impl Counters {
     pub fn values(&self) -> Values {
         let Self { rx, tx, .. } = self;
         let (lost, malformed) = (self.host_lost.get(), self.malformed.get());
+        let [write_sum, write_min, write_max] = self.writes.get();
         let refused = tx.dropped.get().saturating_sub(malformed);
         vec![
             ("rx_queue_event_count", rx.queue_events.get()),
@@ -104,6 +109,10 @@ impl Counters {
             ("tx_packets_count", tx.frames.get()),
             ("tx_count", tx.frames.get()),
             ("tx_malformed_frames", malformed),
+            ("tx_spoofed_mac_count", self.spoofed.get()),
+            ("tap_write_agg.sum_us", write_sum),
+            ("tap_write_agg.min_us", write_min),
+            ("tap_write_agg.max_us", write_max),
             ("tx_fails", refused),
             ("tap_write_fails", refused),
         ]

@@ -2,6 +2,11 @@
 
 use virtio_bindings::virtio_net::*;
 
+use super::space::Mac;
+use crate::virtio::GuestRam;
+use crate::virtio::device::DeviceError;
+use crate::virtio::io::{Segment, read_at};
+
 /// Bytes of the header.
 pub const HEADER: u64 = 12;
 /// Where `num_buffers` is in it.
@@ -26,6 +31,16 @@ fn feature_of(gso_type: u8) -> Option<u32> {
         VIRTIO_NET_HDR_GSO_UDP_L4 => VIRTIO_NET_F_HOST_USO,
         _ => return None,
     })
+}
+
+/// The header of a driver's frame and the address that it says it is from; zeros where it is too short.
+pub fn start(ram: &GuestRam, frame: &[Segment]) -> Result<(Header, Mac), DeviceError> {
+    let mut start = [0; HEADER as usize + 12];
+    read_at(ram, frame, 0, &mut start)?;
+    let (header, addresses) = start.split_at(HEADER as usize);
+    let source = addresses.last_chunk().copied();
+    let header = header.first_chunk().copied();
+    Ok((header.unwrap_or_default(), source.unwrap_or_default()))
 }
 
 /// A driver's header without what it did not negotiate; `None` for one that asks for work that was

@@ -41,7 +41,7 @@ use self::counters::Counters;
 pub use self::counters::Traffic;
 pub use self::detour::{Detour, HEAD as DETOUR_HEAD};
 pub use self::handle::NetHandle;
-use self::header::{HEADER, Header, MAX_FRAME, MIN_FRAME, clean};
+use self::header::{HEADER, MAX_FRAME, MIN_FRAME, clean};
 use self::renew::Slot;
 pub use self::renew::{Keeper, Renewal};
 use self::rx::{Rx, RxMode};
@@ -51,7 +51,7 @@ pub use self::stream::Stream;
 pub use self::tap::{Tap, TapError};
 pub use self::vhost::{Vhost, VhostError};
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
-use super::io::{Io, read_at, total};
+use super::io::{Io, total};
 use super::limiter::Limiter;
 
 /// Size of the queues for frames.
@@ -368,8 +368,7 @@ impl Net {
             };
             any = true;
             let ram = io.ram();
-            let mut header: Header = [0; HEADER as usize];
-            read_at(ram, chain.readable(), 0, &mut header)?;
+            let (header, source) = header::start(ram, chain.readable())?;
             let len = total(chain.readable()).saturating_sub(HEADER);
             let fits = self.space.link_is_up() && (MIN_FRAME..=MAX_FRAME).contains(&len);
             if fits && self.give_detour(io, &chain, len)? {
@@ -384,8 +383,12 @@ impl Net {
                     Sent::Refused
                 }
                 Some(header) => {
+                    self.counters.spoofed.add((source != self.space.mac).into());
+                    let begin = Instant::now();
                     let frame = (header, len);
-                    self.backend.send(pair, ram, chain.readable(), frame)?
+                    let sent = self.backend.send(pair, ram, chain.readable(), frame)?;
+                    self.counters.writes.note(begin.elapsed());
+                    sent
                 }
             };
             match sent {

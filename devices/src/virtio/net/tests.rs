@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::header::Header;
 use super::*;
 use crate::virtio::core::{CORE_FEATURES, NEEDS_RESET, Reg};
 use crate::virtio::driver::{RAM, Rig, TRANSPORTS, Transport, Vq};
@@ -194,6 +195,26 @@ fn a_saved_state_fits_the_queues() {
         .unwrap_err();
         assert!(matches!(error, NetError::Pairs { .. }), "{error}");
     }
+}
+
+#[test]
+fn frames_from_another_address_are_counted_and_pass() {
+    let (options, mut socket) = on_socket();
+    let mut guest = Guest::new(options, None);
+    let value = |guest: &Guest, wanted: &str| {
+        let values = guest.handle.counters();
+        values.iter().find(|(name, _)| *name == wanted).unwrap().1
+    };
+    let mut own = frame(60);
+    own[6..12].copy_from_slice(&MAC);
+    for (frame, spoofed) in [(&own, 0), (&frame(60), 1), (&own, 1)] {
+        guest.send(BLANK, frame);
+        expect(&mut socket, frame);
+        assert_eq!(value(&guest, "tx_spoofed_mac_count"), spoofed);
+    }
+    let [sum, least, most] =
+        ["sum", "min", "max"].map(|of| value(&guest, &format!("tap_write_agg.{of}_us")));
+    assert!(least <= most && most <= sum, "{least}, {most}, {sum}");
 }
 
 fn clean_with(bits: &[u32], header: &Header) -> Option<Header> {

@@ -542,6 +542,7 @@ impl PciFunction for VirtioPci {
                 }
             }
             TABLE.. => {
+                self.core.notifier().message_changed();
                 self.interrupt.msix.write_table(at.offset - TABLE, data);
                 self.interrupt.follow_direct();
             }

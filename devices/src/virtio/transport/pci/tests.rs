@@ -247,7 +247,9 @@ fn masked_messages_wait() {
     notifier.config_changed();
     assert_eq!((sent(), pending()), (vec![], 1));
     // A table entry may change while masked; 8 bytes at once.
+    let changes = notifier.message_changes();
     let _ = bus.write(0x8008, &[0x77, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(notifier.message_changes(), changes + 1);
     port.write_space(msix + 2, &0x8000_u16.to_le_bytes());
     assert_eq!((sent(), pending()), (vec![(0xfee0_0000, 0x77)], 0));
     // Vectors that are not there are none.
