@@ -30,6 +30,23 @@ pub struct Garbage {
     pub bytes: u64,
     /// Why it may go.
     pub why: Why,
+    /// Device and number of the file, which another may take the place of.
+    inode: (u64, u64),
+}
+
+impl Garbage {
+    /// Removes the file, unless another has its name by now, and says whether.
+    ///
+    /// # Errors
+    /// Where it cannot be removed.
+    pub fn remove(&self) -> io::Result<bool> {
+        let is_it = fs::symlink_metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == self.inode);
+        if is_it {
+            fs::remove_file(&self.path)?;
+        }
+        Ok(is_it)
+    }
 }
 
 /// Why a file may go.
@@ -161,6 +178,7 @@ fn files(paths: impl IntoIterator<Item = PathBuf>, why: Why) -> Vec<Garbage> {
         let idle = File::open(&path).is_ok_and(|file| file.try_lock().is_ok());
         (metadata.is_file() && idle).then(|| Garbage {
             bytes: metadata.blocks() * 512,
+            inode: (metadata.dev(), metadata.ino()),
             path,
             why,
         })
@@ -179,4 +197,34 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>, GcError> {
     })?;
     entries.sort();
     Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_took_the_place_of_one_that_may_go_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join(".bulle-left.tmp");
+        let file = File::create(&left).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH).unwrap();
+        drop(file);
+        let found = garbage(dir.path(), None).unwrap();
+        let [one] = found.as_slice() else {
+            panic!("{found:?}");
+        };
+        let other = dir.path().join("other");
+        fs::write(&other, "new").unwrap();
+        fs::rename(&other, &left).unwrap();
+        assert!(!one.remove().unwrap());
+        assert_eq!(fs::read(&left).unwrap(), b"new");
+        let again = garbage(dir.path(), None).unwrap();
+        assert!(again.is_empty(), "it is young: {again:?}");
+        let file = File::options().append(true).open(&left).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH).unwrap();
+        drop(file);
+        let again = garbage(dir.path(), None).unwrap();
+        assert!(again.iter().all(|one| one.remove().unwrap()) && !left.exists());
+    }
 }

@@ -29,8 +29,12 @@ pub fn run(args: &GcArgs) -> Result<u8> {
     let mut bytes = 0;
     for garbage in garbage(&args.directory, keep)? {
         if !args.dry_run {
-            let removed = fs::remove_file(&garbage.path);
-            removed.with_context(|| format!("Cannot remove {}", garbage.path.display()))?;
+            let removed = garbage.remove();
+            let removed =
+                removed.with_context(|| format!("Cannot remove {}", garbage.path.display()))?;
+            if !removed {
+                continue;
+            }
             if let Some(place) = garbage.path.parent().filter(|p| *p != args.directory) {
                 // Unless there is something else in it.
                 let _ = fs::remove_dir(place);
