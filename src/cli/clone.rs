@@ -1,13 +1,14 @@
 //! `bulle clone`: many microVMs of one snapshot; and what `bulle fork` has in common with it.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
 
 use super::api::parse_id;
 use super::chain;
+use super::pool;
 use super::rebind::RebindArgs;
 use super::snapshot::DirectoryArgs;
 use super::target::RuntimeArgs;
@@ -47,6 +48,10 @@ pub struct CloneArgs {
     snapshot: DirectoryArgs,
     #[command(flatten)]
     options: CloneOptions,
+    /// Keep N processes waiting and make a clone for each line of stdin, which is its name (empty: eight
+    /// digits), until there are no more
+    #[arg(long, value_name = "N", conflicts_with_all = ["count", "clone"], value_parser = clap::value_parser!(u16).range(1..))]
+    pool: Option<u16>,
     /// Copy the snapshot's memory first, so that no clone needs the disk and its files may change
     #[arg(long)]
     in_memory: bool,
@@ -65,6 +70,12 @@ pub fn run(args: &CloneArgs) -> Result<u8> {
         false => Template::new(snapshot)?,
     };
     let base = args.runtime.base()?;
+    if let Some(size) = args.pool {
+        let options = (&args.options, &args.command[..]);
+        return pool::serve(&template, size.into(), |number, name| {
+            order(&template, &base, options, (number, name))
+        });
+    }
     make(&template, None, base, (&args.options, &args.command))
 }
 
@@ -79,26 +90,16 @@ pub fn make(
     let mut orders = Vec::new();
     let mut configs = Vec::new();
     for number in 1..=usize::from(options.count) {
-        let mut load = SnapshotLoad::new(PathBuf::new(), PathBuf::new());
-        options.rebind.of_clone(number).apply(&mut load)?;
-        let mut config = template.config.clone();
-        own_output(&mut config);
-        overrides(&load).apply(&mut config)?;
-        configs.push(config);
-        let name = match &options.name {
-            None => registry::random_name().context("Cannot get random numbers for a name")?,
-            Some(name) if options.count == 1 => name.clone(),
-            Some(name) => format!("{name}-{number}"),
-        };
-        orders.push(Order {
-            load,
-            base: Some(base.clone()),
-            name: Some(name),
-            command: command.to_vec(),
+        let name = options.name.as_ref().map(|name| match options.count {
+            1 => name.clone(),
+            _ => format!("{name}-{number}"),
         });
+        let (order, config) = order(template, &base, (options, command), (number, name))?;
+        orders.push(order);
+        configs.push(config);
     }
     exclusive::check(parent, &configs)?;
-    let program = std::env::current_exe().context("Cannot tell where bulle's program is")?;
+    let program = program()?;
     let mut code = 0;
     for orders in orders.chunks(BATCH) {
         let started: Vec<_> = orders
@@ -121,4 +122,34 @@ pub fn make(
         }
     }
     Ok(code)
+}
+
+/// bulle itself.
+pub fn program() -> Result<PathBuf> {
+    std::env::current_exe().context("Cannot tell where bulle's program is")
+}
+
+/// What clone `number` is told to become, and the configuration that it has then.
+fn order(
+    template: &Template,
+    base: &Path,
+    (options, command): (&CloneOptions, &[String]),
+    (number, name): (usize, Option<String>),
+) -> Result<(Order, Config)> {
+    let mut load = SnapshotLoad::new(PathBuf::new(), PathBuf::new());
+    options.rebind.of_clone(number).apply(&mut load)?;
+    let mut config = template.config.clone();
+    own_output(&mut config);
+    overrides(&load).apply(&mut config)?;
+    let name = match name {
+        None => registry::random_name().context("Cannot get random numbers for a name")?,
+        Some(name) => name,
+    };
+    let order = Order {
+        load,
+        base: Some(base.to_owned()),
+        name: Some(name),
+        command: command.to_vec(),
+    };
+    Ok((order, config))
 }

@@ -20,6 +20,7 @@ mod man;
 mod memory;
 mod metadata;
 mod pause;
+mod pool;
 mod ps;
 mod rebind;
 mod run;

@@ -10,12 +10,16 @@ mod process;
 mod words;
 
 use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 
 pub use process::{Running, Stdio, Waiting};
 pub use words::{Order, Word, receive, send};
 
 use crate::snapshot::template::{Template, TemplateError};
+
+/// Processes that may end before they are ready until the reason is with all of them.
+const MOST_LOST: usize = 8;
 
 /// A clone cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,8 @@ pub struct Pool {
     template: Template,
     size: usize,
     waiting: VecDeque<Waiting>,
+    /// Those that ended before they were ready, one after the other.
+    lost: usize,
 }
 
 impl Pool {
@@ -61,34 +67,67 @@ impl Pool {
             template,
             size,
             waiting: VecDeque::new(),
+            lost: 0,
         }
     }
 
-    /// Starts as many as are missing and waits until all of them are ready.
+    /// Lets go of those that ended, such as by being killed, and starts as many as are missing, all at once;
+    /// they get ready meanwhile. Does not wait.
     ///
     /// # Errors
-    /// [`PoolError`]; those that are ready stay.
+    /// [`PoolError`], also where one says that it cannot, or one after the other ends before it is ready.
     pub fn fill(&mut self) -> Result<(), PoolError> {
-        let missing = self.size.saturating_sub(self.waiting.len());
-        // All at once, so that they make their machines at the same time.
-        let started: Result<Vec<_>, _> = (0..missing)
-            .map(|_| Waiting::start(&self.program, &self.template, Stdio::default()))
-            .collect();
-        for mut process in started? {
-            process.ready()?;
+        for mut process in std::mem::take(&mut self.waiting) {
+            let was_ready = process.is_ready();
+            match process.attend() {
+                Ok(()) => {
+                    self.lost = if process.is_ready() { 0 } else { self.lost };
+                    self.waiting.push_back(process);
+                }
+                Err(PoolError::Talk(error)) if was_ready || self.lost < MOST_LOST => {
+                    self.lost += usize::from(!was_ready);
+                    log::debug!("a process that waited is gone: {error}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        while self.waiting.len() < self.size {
+            let process = Waiting::start(&self.program, &self.template, Stdio::default())?;
             self.waiting.push_back(process);
         }
         Ok(())
     }
 
-    /// One that is ready; without any, one that is started now.
+    /// Waits until all of them are ready.
     ///
     /// # Errors
-    /// [`PoolError`].
-    pub fn take(&mut self) -> Result<Waiting, PoolError> {
-        match self.waiting.pop_front() {
-            Some(process) => Ok(process),
-            None => Waiting::start(&self.program, &self.template, Stdio::default()),
+    /// [`PoolError`]; those that are ready stay.
+    pub fn ready(&mut self) -> Result<(), PoolError> {
+        self.waiting.iter_mut().try_for_each(Waiting::ready)
+    }
+
+    /// Readable where [`fill`](Self::fill) has something to do.
+    pub fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.waiting.iter().map(AsFd::as_fd)
+    }
+
+    /// A clone as ordered, in a process that waits, or in a new one. One that turns out to be gone
+    /// has another in its place.
+    ///
+    /// # Errors
+    /// [`PoolError`], of the order.
+    pub fn clone(&mut self, order: &Order) -> Result<Running, PoolError> {
+        while let Some(mut process) = self.waiting.pop_front() {
+            let ordered = process.order(order).and_then(|()| process.begun());
+            match ordered {
+                Err(PoolError::Talk(error)) => {
+                    log::debug!("a process that waited is gone: {error}")
+                }
+                ordered => return ordered,
+            }
         }
+        let mut process = Waiting::start(&self.program, &self.template, Stdio::default())?;
+        process.order(order)?;
+        process.begun()
     }
 }

@@ -1,10 +1,12 @@
 //! The pool's side of a process.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::PoolError;
 use super::words::{Order, Word, receive, send};
@@ -84,6 +86,25 @@ impl Waiting {
         Ok(())
     }
 
+    /// Whether it has said that it is ready.
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    /// Hears what it has said, without waiting.
+    ///
+    /// # Errors
+    /// As [`ready`](Self::ready), and where it is gone though it was.
+    pub fn attend(&mut self) -> Result<(), PoolError> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let count = poll(&mut fds, PollTimeout::ZERO);
+        match count.map_err(|errno| PoolError::Talk(errno.into()))? {
+            0 => Ok(()),
+            _ if self.ready => Err(PoolError::Talk(std::io::ErrorKind::UnexpectedEof.into())),
+            _ => self.ready(),
+        }
+    }
+
     /// Tells it what to become; nothing is waited for.
     ///
     /// # Errors
@@ -112,6 +133,12 @@ impl Waiting {
             Some(_) => Err(PoolError::Talk(std::io::ErrorKind::InvalidData.into())),
             None => Err(PoolError::Talk(std::io::ErrorKind::UnexpectedEof.into())),
         }
+    }
+}
+
+impl AsFd for Waiting {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

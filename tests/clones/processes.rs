@@ -221,3 +221,70 @@ fn what_cannot_be_cloned_says_why() {
     place.bulle(&["clone", &place.path("nothing")]).exits(125);
     assert_eq!(place.names().len(), 3);
 }
+
+/// Process ids of the children of `pid`.
+fn children(pid: nix::unistd::Pid) -> BTreeSet<i32> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    list.split_whitespace()
+        .map(|c| c.parse().unwrap())
+        .collect()
+}
+
+#[track_caller]
+fn soon(what: &str, mut is: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is() {
+        assert!(begin.elapsed() < PATIENCE, "{what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() {
+    let _alone = alone();
+    let place = Place::new();
+    let parent = place.parent(&[]);
+    let saved = place.path("saved");
+    place
+        .bulle(&["snapshot", "create", "parent", &saved])
+        .exits(0);
+    drop(parent);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    command.env("BULLE_RUNTIME_DIR", place.0.path());
+    command.args(["clone", "--pool", "2", &saved]);
+    let mut pool = Running::start(command, Input::Open, PATIENCE);
+    let pid = pool.pid();
+    soon("two wait", || children(pid).len() == 2);
+    let fds = || {
+        std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count()
+    };
+    pool = pool.types("first\n").wait_for("first");
+    soon("another waits", || children(pid).len() == 3);
+    let (before, files) = (children(pid), fds());
+    // The youngest waits for an order, ready or not.
+    let victim = *before.iter().next_back().unwrap();
+    let victim = nix::unistd::Pid::from_raw(victim);
+    nix::sys::signal::kill(victim, nix::sys::signal::Signal::SIGKILL).unwrap();
+    soon("it is replaced", || {
+        let now = children(pid);
+        now.len() == 3 && !now.contains(&victim.as_raw())
+    });
+    for name in ["second", "third", "fourth", "fifth"] {
+        pool = pool.types(&format!("{name}\n")).wait_for(name);
+        assert!(!place.lines(name).join("").contains("LOST"));
+    }
+    soon("as many as before wait", || {
+        children(pid).len() == 2 + 5 && fds() == files
+    });
+    place.bulle(&["kill", "third"]).exits(0);
+    // A name that is taken is refused, and the next line is not.
+    pool = pool.types("first\n\n").wait_for("\n");
+    soon("the ended one is gone", || children(pid).len() == 2 + 5);
+    assert_eq!(place.names().len(), 5);
+    drop(pool.take_stdin());
+    let outcome = pool.finish().exits(125);
+    outcome.complains("clone 'first'").complains("runs already");
+    assert_eq!(place.names().len(), 5, "clones outlive the command");
+}
