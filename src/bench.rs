@@ -16,8 +16,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use crate::board::plan::{PlanError, open_files, plan};
 use crate::board::{SerialEnd, Wiring};
 use crate::config::{ConfigError, Spec};
-use crate::snapshot::Snapshot;
 use crate::snapshot::ram::MapError;
+use crate::snapshot::{Paging, Snapshot};
+use crate::vm::limits::allow_most_open_files;
 use crate::vm::reset::{Origin, ResetError};
 use crate::vm::{BuildError, Host, PauseError, Shell, Vm};
 
@@ -138,6 +139,14 @@ pub fn at(samples: &mut [Duration], percent: usize) -> Option<Duration> {
     samples.get(index).copied()
 }
 
+/// How a clone is made.
+enum Way<'a> {
+    /// Of nothing.
+    New(&'a Snapshot),
+    /// Of a machine that waits.
+    Pooled(Shell),
+}
+
 /// Makes clones of one snapshot.
 pub struct Cloner {
     spec: Spec,
@@ -149,18 +158,16 @@ pub struct Cloner {
 }
 
 impl Cloner {
-    /// For `alive` clones of `snapshot` at once.
+    /// For clones of `snapshot`, as many at once as the limit on open files allows.
     ///
     /// # Errors
     /// What its configuration or the host does not allow.
-    pub fn new(snapshot: Snapshot, alive: usize) -> Result<Self, BenchError> {
+    pub fn new(snapshot: Snapshot) -> Result<Self, BenchError> {
         let spec = snapshot.config.clone().validate();
         let spec = spec.map_err(BenchError::Config)?;
         let files = open_files(&plan(&spec, &Arc::new(Mmds::new(0)))?.0);
-        let clones = (alive + 2 * POOL) as u64;
-        // Each has some of its own beside those of its devices.
-        let each = files + 16 + u64::from(spec.machine().vcpu_count);
-        let host = Host::open(&spec, clones * each)?;
+        allow_most_open_files();
+        let host = Host::open(&spec, files)?;
         Ok(Self {
             spec,
             host,
@@ -202,20 +209,20 @@ impl Cloner {
         Ok(())
     }
 
-    /// A clone that runs: new, or in a shell.
+    /// A clone that runs.
     fn clone(
         &self,
-        shell: Option<Shell>,
+        way: Way<'_>,
         guest: &mut dyn Guest,
         samples: &mut Samples,
     ) -> Result<Vm, BenchError> {
         let console = guest.console();
         let begin = Instant::now();
         let wiring = self.wiring(console)?;
-        let (snapshot, policy) = (&self.snapshot, ClockPolicy::Advance);
-        let vm = match shell {
-            None => Vm::restore(self.host.clone(), snapshot, policy, wiring)?.0,
-            Some(shell) => shell.adopt(snapshot, policy, wiring)?,
+        let policy = ClockPolicy::Advance;
+        let vm = match way {
+            Way::New(snapshot) => Vm::restore(self.host.clone(), snapshot, policy, wiring)?.0,
+            Way::Pooled(shell) => shell.adopt(&self.snapshot, policy, wiring)?,
         };
         start(&vm, guest, begin, samples);
         Ok(vm)
@@ -233,7 +240,7 @@ impl Cloner {
     /// What a clone meets.
     pub fn sample(&mut self, guest: &mut dyn Guest) -> Result<Option<Duration>, BenchError> {
         let mut samples = Samples::default();
-        let vm = self.clone(None, guest, &mut samples)?;
+        let vm = self.clone(Way::New(&self.snapshot), guest, &mut samples)?;
         self.close(vm);
         Ok(samples.all.pop())
     }
@@ -248,32 +255,41 @@ impl Cloner {
         count: usize,
         out: &mut dyn FnMut(String),
     ) -> Result<(), BenchError> {
-        let mut ways = [(); 4].map(|()| Samples::default());
-        let [new, pooled, paused, pausing] = &mut ways;
+        let mut ways = [(); 5].map(|()| Samples::default());
+        let [new, brought, pooled, paused, pausing] = &mut ways;
+        let lazy = lazily(&self.snapshot);
         let origin = Origin::new(&self.snapshot)?;
         let shell = self.shell()?;
-        let looped = self.clone(Some(shell), guest, &mut Samples::default())?;
+        let looped = self.clone(Way::Pooled(shell), guest, &mut Samples::default())?;
         // It is not to take the others' processor.
         looped.pause(PATIENCE)?;
-        let mut resets = Ok(());
+        let (mut loads, mut resets) = (Ok(()), Ok(()));
         for round in 0..count + WARM_UP {
             if round == WARM_UP {
-                for samples in [&mut *new, pooled, paused, pausing] {
+                for samples in [&mut *new, brought, pooled, paused, pausing] {
                     *samples = Samples::default();
                 }
                 (self.filling, self.closing) = (Vec::new(), Vec::new());
             }
             self.fill()?;
-            let vm = self.clone(None, guest, new)?;
+            let vm = self.clone(Way::New(&self.snapshot), guest, new)?;
             self.close(vm);
-            let shell = self.pool.pop_front();
-            let vm = self.clone(shell, guest, pooled)?;
-            self.close(vm);
+            if loads.is_ok() {
+                loads = self.clone(Way::New(&lazy), guest, brought).map(drop);
+            }
+            if let Some(shell) = self.pool.pop_front() {
+                let vm = self.clone(Way::Pooled(shell), guest, pooled)?;
+                self.close(vm);
+            }
             if resets.is_ok() {
                 resets = reset(&looped, &origin, guest, (paused, pausing));
             }
         }
         out(new.line("new"));
+        match loads {
+            Ok(()) => out(brought.line("new, memory brought page by page")),
+            Err(error) => out(format!("memory brought page by page: {error}")),
+        }
         out(pooled.line("pooled"));
         match resets {
             Ok(()) => {
@@ -291,18 +307,19 @@ impl Cloner {
         Ok(())
     }
 
-    /// Makes `alive` clones that live at once, paused once they gave their sign, and writes what each costs, and how many are made a second
-    /// beside 100 and at the end.
+    /// Makes `alive` clones that live at once, or as many as files may be open, paused once they gave their sign, and
+    /// writes what each costs, and how many are made a second beside 100 and at the end.
     ///
     /// # Errors
     /// What a clone meets.
     pub fn cost(
         &mut self,
         guest: &mut dyn Guest,
-        alive: usize,
+        mut alive: usize,
         out: &mut dyn FnMut(String),
     ) -> Result<(), BenchError> {
         self.pool.clear();
+        let (limit, files) = (allow_most_open_files(), open_now()?);
         let ignored = &mut Samples::default();
         let before = (available()?, own()?);
         let mut clones = Vec::with_capacity(alive);
@@ -312,7 +329,7 @@ impl Cloner {
             let mut making = Duration::ZERO;
             for _ in 0..more {
                 let begin = Instant::now();
-                let vm = self.clone(None, guest, ignored)?;
+                let vm = self.clone(Way::New(&self.snapshot), guest, ignored)?;
                 making += begin.elapsed();
                 // One that waits costs memory, not the time of the others.
                 vm.pause(PATIENCE)?;
@@ -320,6 +337,14 @@ impl Cloner {
             }
             let rate = more as f64 / making.as_secs_f64();
             let count = clones.len();
+            let each = (open_now()? - files).div_ceil(count as u64);
+            let fits = (limit.saturating_sub(files) / each.max(1)) as usize;
+            if fits < alive {
+                out(format!(
+                    "not {alive} at once but {fits}: each has {each} open files, of at most {limit} (ulimit -Hn)"
+                ));
+                alive = fits;
+            }
             if count == 100 || count == alive {
                 let each = |now: u64, then: u64| now.saturating_sub(then) / count as u64;
                 let (memory, pss) = (each(before.0, available()?), each(own()?, before.1));
@@ -332,6 +357,21 @@ impl Cloner {
             }
         }
         Ok(())
+    }
+}
+
+/// The same snapshot, whose memory is brought page by page.
+fn lazily(snapshot: &Snapshot) -> Snapshot {
+    Snapshot {
+        id: snapshot.id,
+        path: snapshot.path.clone(),
+        config: snapshot.config.clone(),
+        machine: snapshot.machine.clone(),
+        guest: snapshot.guest.clone(),
+        layers: snapshot.layers.clone(),
+        paging: Paging::Lazy(None),
+        origin: snapshot.origin.clone(),
+        reading: None,
     }
 }
 
@@ -389,6 +429,13 @@ fn figure(file: &str, key: &str) -> Result<u64, BenchError> {
 
 fn available() -> Result<u64, BenchError> {
     figure("/proc/meminfo", "MemAvailable:")
+}
+
+/// Open files of this process.
+fn open_now() -> Result<u64, BenchError> {
+    let list = std::fs::read_dir("/proc/self/fd");
+    let list = list.map_err(|e| BenchError::Host("list open files", e))?;
+    Ok(list.count() as u64)
 }
 
 fn own() -> Result<u64, BenchError> {

@@ -40,7 +40,7 @@ struct CloneArgs {
 pub fn run(args: &BenchArgs) -> Result<u8> {
     let BenchCommand::Clone(args) = &args.command;
     let (count, alive) = (args.count as usize, usize::from(args.alive));
-    let mut cloner = Cloner::new(args.snapshot.open()?, alive)?;
+    let mut cloner = Cloner::new(args.snapshot.open()?)?;
     let mut printed = Ok(());
     let mut print = |line: String| {
         if printed.is_ok() {

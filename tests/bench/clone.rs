@@ -23,7 +23,6 @@ use std::time::Instant;
 use bulle::bench::{Cloner, Guest, heading};
 use bulle::vm::Vm;
 use machine::Output;
-use nix::sys::resource::{Resource, getrlimit};
 
 /// The guest with the number.
 struct Nonce {
@@ -86,7 +85,7 @@ fn bench(mib: u64, devices: bool, count: usize, alive: usize) {
     let with = if devices { "2 devices" } else { "no device" };
     println!("{mib} MiB, {with}");
     let mut print = |line| println!("  {line}");
-    let mut cloner = Cloner::new(snapshot, alive).unwrap();
+    let mut cloner = Cloner::new(snapshot).unwrap();
     cloner.times(&mut guest, count, &mut print).unwrap();
     cloner.cost(&mut guest, alive, &mut print).unwrap();
     if mib == 128 && devices {
@@ -94,27 +93,12 @@ fn bench(mib: u64, devices: bool, count: usize, alive: usize) {
     }
 }
 
-/// Open files of a clone, with some to spare.
-const FILES: u64 = 70;
-
-/// As many of `wanted` clones as may have their files open at once.
-fn possible(wanted: usize) -> usize {
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    let fits = (most / FILES) as usize;
-    if fits < wanted {
-        println!(
-            "Not {wanted} clones at once but {fits}: at most {most} files may be open (ulimit -Hn)"
-        );
-    }
-    wanted.min(fits)
-}
-
 fn main() {
     let number = |name, default| {
         let value = std::env::var(name).ok();
         value.and_then(|n| n.parse().ok()).unwrap_or(default)
     };
-    let (count, alive) = (number("CLONES", 200), possible(number("ALIVE", 2000)));
+    let (count, alive) = (number("CLONES", 200), number("ALIVE", 2000));
     println!("Clones in this process, from the request to the guest's number");
     println!("Goals: new 700 at p50; pooled 80 at p50, 200 at p99; reset with 64 pages 35");
     println!("  {}", heading(count));

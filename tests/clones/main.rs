@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod forks;
+mod handover;
 #[path = "../common/machine.rs"]
 mod machine;
 mod many;

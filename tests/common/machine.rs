@@ -52,6 +52,11 @@ impl Output {
         *inner = Written::default();
     }
 
+    /// Whether there is nothing to take.
+    pub fn is_empty(&self) -> bool {
+        self.0.0.lock().unwrap().bytes.is_empty()
+    }
+
     /// Waits for `len` bytes and takes them; also says when the first came.
     #[track_caller]
     pub fn take(&self, len: usize) -> (Vec<u8>, Instant) {
