@@ -144,7 +144,7 @@ enum Way<'a> {
     /// Of nothing.
     New(&'a Snapshot),
     /// Of a machine that waits.
-    Pooled(Shell),
+    Pooled(Box<Shell>),
 }
 
 /// Makes clones of one snapshot.
@@ -260,7 +260,7 @@ impl Cloner {
         let lazy = lazily(&self.snapshot);
         let origin = Origin::new(&self.snapshot)?;
         let shell = self.shell()?;
-        let looped = self.clone(Way::Pooled(shell), guest, &mut Samples::default())?;
+        let looped = self.clone(Way::Pooled(Box::new(shell)), guest, &mut Samples::default())?;
         // It is not to take the others' processor.
         looped.pause(PATIENCE)?;
         let (mut loads, mut resets) = (Ok(()), Ok(()));
@@ -278,7 +278,7 @@ impl Cloner {
                 loads = self.clone(Way::New(&lazy), guest, brought).map(drop);
             }
             if let Some(shell) = self.pool.pop_front() {
-                let vm = self.clone(Way::Pooled(shell), guest, pooled)?;
+                let vm = self.clone(Way::Pooled(Box::new(shell)), guest, pooled)?;
                 self.close(vm);
             }
             if resets.is_ok() {

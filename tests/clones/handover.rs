@@ -2,7 +2,7 @@
 //! while clones are made of them, in orders that proptest chooses.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use arch::state::ClockPolicy;
@@ -112,7 +112,7 @@ fn vcpus_stand_still_and_go_on_in_any_order_of_requests() {
 }
 
 /// Open descriptors of the files of the parent's memory.
-fn open_memory(path: &PathBuf) -> usize {
+fn open_memory(path: &Path) -> usize {
     let files = fs::read_dir("/proc/self/fd").unwrap().flatten();
     let targets = files.filter_map(|file| fs::read_link(file.path()).ok());
     targets.filter(|target| target == path).count()

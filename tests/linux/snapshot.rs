@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bulle::snapshot::Snapshot;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -176,8 +177,13 @@ impl Worker {
 
     /// Saves the guest; nothing of it runs any more.
     fn save(&mut self, name: &str) {
+        self.save_as("Full", name);
+    }
+
+    fn save_as(&mut self, kind: &str, name: &str) {
         self.pause();
         let files = json!({
+            "snapshot_type": kind,
             "snapshot_path": self.path(&format!("{name}.state")),
             "mem_file_path": self.path(&format!("{name}.memory")),
         });
@@ -236,7 +242,8 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
     assert!(echoes(&mut stream, "after a pause"));
     for cycle in 0..3 {
         let name = format!("cycle{cycle}");
-        worker.save(&name);
+        // Those behind the first build on each other.
+        worker.save_as(if cycle == 0 { "Full" } else { "Diff" }, &name);
         if cycle == 0 {
             // So does the machine that was saved, when it goes on.
             worker.vm.patch("/vm", json!({ "state": "Resumed" })).done();
@@ -249,6 +256,9 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
             worker.story = later;
             worker.save(&name);
         }
+        let file = |kind: &str| worker.dir.path().join(format!("{name}.{kind}"));
+        let snapshot = Snapshot::open(&file("state"), &file("memory")).unwrap();
+        assert_eq!(snapshot.layers.len(), cycle + 1);
         worker.vm = {
             // Kills the old process before there is a new one.
             let old = std::mem::replace(&mut worker.vm, Served::new());
