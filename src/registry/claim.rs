@@ -17,6 +17,9 @@ const ATTEMPTS: u32 = 5;
 /// Time between them.
 const PAUSE: Duration = Duration::from_millis(1);
 
+/// How names of entries begin that are being removed, and no other.
+pub const ASIDE: char = '.';
+
 /// Where an entry is to be, and under which name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -147,7 +150,7 @@ pub fn remove_stale(dir: &Path) -> bool {
 /// Removes an entry whose lock is held here; says whether it did. Its name is free at once, so that nothing of
 /// a next entry is removed with it.
 fn discard(dir: &Path) -> bool {
-    let aside = dir.with_file_name(format!(".{}", random_name().unwrap_or_default()));
+    let aside = dir.with_file_name(format!("{ASIDE}{}", random_name().unwrap_or_default()));
     let removed = fs::rename(dir, &aside).and_then(|()| fs::remove_dir_all(&aside));
     if let Err(error) = &removed {
         log::debug!("{} stays: {error}", dir.display());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::claim::remove_stale;
+use super::claim::{ASIDE, remove_stale};
 use super::{About, RegistryError, SOCKET, STATE, failed};
 
 /// Most bytes of a state file: a command line, written as JSON.
@@ -58,8 +58,12 @@ impl Entry {
             remove_stale(&dir);
             return Ok(None);
         }
-        let about = serde_json::from_slice(&text).map_err(|source| error(source.into()))?;
         let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(ASIDE) {
+            // Its microVM has ended and is about to remove it.
+            return Ok(None);
+        }
+        let about = serde_json::from_slice(&text).map_err(|source| error(source.into()))?;
         Ok(Some(Self {
             name: name.into_owned(),
             about,

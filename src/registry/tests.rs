@@ -91,6 +91,18 @@ fn stale_entries_are_removed_by_whoever_sees_them() {
 }
 
 #[test]
+fn an_entry_that_is_being_removed_is_nobody_s() {
+    let base = base();
+    let held = claim(base.path(), "held").unwrap();
+    let dir = base.path().join("bulle");
+    fs::rename(dir.join("held"), dir.join(".aside")).unwrap();
+    assert!(names(base.path()).is_empty() && dir.join(".aside").exists());
+    // Its process was killed amid that.
+    drop(held);
+    assert!(names(base.path()).is_empty() && !dir.join(".aside").exists());
+}
+
+#[test]
 fn what_is_no_entry_is_left_alone() {
     let base = base();
     let _one = claim(base.path(), "one").unwrap();

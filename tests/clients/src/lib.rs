@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Error, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long a guest may take, also in an emulated host.
@@ -99,6 +99,21 @@ fn until_it_answers(mut once: impl FnMut() -> Result<String, Error>) -> Result<S
             end => return end,
         }
     }
+}
+
+/// Waits until a guest has said something to its console, which is a file.
+///
+/// # Errors
+/// When it does not.
+pub fn until_said(console: &Path, text: &str) -> Result<(), Error> {
+    let begin = Instant::now();
+    while !std::fs::read_to_string(console).is_ok_and(|said| said.contains(text)) {
+        if begin.elapsed() > PATIENCE {
+            return Err(Error::other("the guest does not say it"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// Waits until a child is gone, or is nothing but its exit code.
