@@ -357,6 +357,47 @@ fn each_success_and_each_documented_failure_has_a_case_and_no_other_comes() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// Methods and paths that the first cells of a table have, with `{}` for a name.
+fn in_table(text: &str) -> BTreeSet<(String, String)> {
+    let mut found = BTreeSet::new();
+    for line in text.lines().filter(|line| line.starts_with("| ")) {
+        let cell = line.split(" | ").next().unwrap();
+        let (mut methods, mut ended) = (Vec::<String>::new(), false);
+        for word in cell.split([' ', ',']) {
+            let path = word.trim_matches('`');
+            if path.starts_with('/') {
+                ended = true;
+                let path = unnamed(path);
+                found.extend(methods.iter().map(|method| (method.clone(), path.clone())));
+            } else if ["GET", "PUT", "PATCH", "DELETE"].contains(&word) {
+                if std::mem::take(&mut ended) {
+                    methods.clear();
+                }
+                methods.push(word.to_owned());
+            }
+        }
+    }
+    found
+}
+
+fn unnamed(path: &str) -> String {
+    match path.split_once('{') {
+        Some((before, _)) => format!("{before}{{}}"),
+        None => path.to_owned(),
+    }
+}
+
+#[test]
+fn each_operation_is_compared_with_firecrackers() {
+    let text = fs::read_to_string(common::tree().join("docs/firecracker-compat.md")).unwrap();
+    let description = Description::read();
+    let described: BTreeSet<_> = description
+        .operations()
+        .map(|operation| (operation.method.clone(), unnamed(operation.path)))
+        .collect();
+    assert_eq!(in_table(&text), described);
+}
+
 #[test]
 fn cases_that_are_elsewhere_are_there() {
     for case in cases().iter().filter(|case| case.guest == "elsewhere") {
