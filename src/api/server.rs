@@ -29,6 +29,9 @@ pub const MAX_CONNECTIONS: usize = 10;
 /// How long streams may take to be taken to their ends, once the microVM has ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
+/// How long nobody is let in where this process can have no more descriptors: the listener would go on to be ready.
+const NO_ROOM: Duration = Duration::from_millis(100);
+
 /// The API cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -98,6 +101,7 @@ impl ApiThread {
             listener,
             stop: stop.try_clone().map_err(error)?,
             connections: Vec::new(),
+            rests_until: None,
             limit,
             caller,
             counts: Arc::default(),
@@ -137,6 +141,8 @@ struct Server {
     listener: UnixListener,
     stop: EventFd,
     connections: Vec<Connection>,
+    /// Nobody is let in before.
+    rests_until: Option<Instant>,
     limit: usize,
     caller: Caller,
     counts: Arc<Counts>,
@@ -161,6 +167,7 @@ impl Server {
             }
             self.connections
                 .retain_mut(|connection| !connection.is_over());
+            self.rests_until = self.rests_until.filter(|until| *until > Instant::now());
             if end.is_none() && !new.is_empty() {
                 self.accept();
             }
@@ -188,16 +195,20 @@ impl Server {
             None => PollFlags::POLLIN,
             Some(_) => PollFlags::empty(),
         };
+        let listened = match self.rests_until {
+            None => wanted,
+            Some(_) => PollFlags::empty(),
+        };
         let mut fds = vec![
             PollFd::new(stop, wanted),
-            PollFd::new(self.listener.as_fd(), wanted),
+            PollFd::new(self.listener.as_fd(), listened),
             PollFd::new(self.caller.as_fd(), PollFlags::POLLIN),
         ];
         let connections = self.connections.iter();
         fds.extend(connections.flat_map(|connection| connection.poll_fds(stop)));
         let lingers = self.connections.iter();
         let lingers = lingers.filter_map(Connection::lingers_until);
-        let next = lingers.chain(end).min();
+        let next = lingers.chain(end).chain(self.rests_until).min();
         let left = next.map(|next| next.saturating_duration_since(Instant::now()));
         // Not a moment too early, which would be once more.
         let left = left.map(|left| left + Duration::from_millis(1));
@@ -216,9 +227,15 @@ impl Server {
     }
 
     fn accept(&mut self) {
-        let Ok((stream, _)) = self.listener.accept() else {
-            // Gone again, or no descriptor left: the next poll says.
-            return;
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            // It is gone again.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                log::debug!("an API client waits: {error}");
+                self.rests_until = Some(Instant::now() + NO_ROOM);
+                return;
+            }
         };
         let mut connection = match Connection::new(stream, self.limit) {
             Ok(connection) => connection,

@@ -108,6 +108,33 @@ fn the_eleventh_connection_is_turned_away() {
 }
 
 #[test]
+fn a_client_for_whom_there_is_no_descriptor_waits_and_costs_nothing() {
+    let mut vm = Served::new();
+    vm.get("/version").value();
+    let pid = vm.running.pid();
+    let set = |limit: &str| {
+        let pid = pid.to_string();
+        let mut command = std::process::Command::new("prlimit");
+        let status = command
+            .args(["--pid", &pid, &format!("--nofile={limit}:")])
+            .status();
+        assert!(status.unwrap().success());
+    };
+    let is_free = |fd: &usize| !std::path::Path::new(&format!("/proc/{pid}/fd/{fd}")).exists();
+    // All numbers below are in use.
+    set(&(0..).find(is_free).unwrap().to_string());
+    let mut late = Client::connect(&vm.socket());
+    late.send(request("GET", "/version", "").as_bytes());
+    let before = vm.running.cpu_time();
+    std::thread::sleep(Duration::from_secs(1));
+    let used = vm.running.cpu_time() - before;
+    assert!(used <= Duration::from_millis(50), "{used:?}");
+    vm.get("/version").value();
+    set("1024");
+    late.answer().value();
+}
+
+#[test]
 fn nobody_costs_processor_time_while_nothing_is_asked() {
     let vm = Served::payload("hlt_forever").start().wait_for("\n");
     let _idle: Vec<_> = (0..5).map(|_| Client::connect(&vm.socket())).collect();
