@@ -27,7 +27,7 @@ pub struct PsArgs {
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
-    /// `not started`, `running`, `paused`, or `no answer` where its process hangs.
+    /// `not started`, `running`, `paused`, or `no answer` where its process hangs, or has no place for another client.
     state: String,
     pid: i32,
     vcpu_count: Option<u64>,
@@ -85,7 +85,7 @@ fn row(entry: &Entry) -> Result<Row, RemoteError> {
         .and_then(|state| Ok((state, vm.get("/vm/config")?)));
     let (state, config) = match answers {
         Ok(answers) => answers,
-        Err(RemoteError::Silent { .. }) => return Ok(row),
+        Err(RemoteError::Silent { .. } | RemoteError::Refused { .. }) => return Ok(row),
         Err(error) => return Err(error),
     };
     row.state = state.to_lowercase();

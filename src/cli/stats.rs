@@ -11,9 +11,10 @@ use serde::Serialize;
 
 use super::table::table;
 use super::target::RuntimeArgs;
-use crate::control::VmStatistics;
+use crate::control::{VmStatistics, chain};
 use crate::registry::{self, Entry};
 use crate::remote::{GLANCE, Remote, RemoteError};
+use crate::telemetry::tell;
 
 const AFTER_HELP: &str = "\
 CPU% is of one processor: since the start, or with --watch since the last line. EXITS are those that bulle answers, with \
@@ -47,9 +48,15 @@ struct Sample {
 
 /// Runs the subcommand.
 pub fn run(args: &StatsArgs) -> Result<u8> {
-    let mut last = BTreeMap::new();
+    let (base, mut last) = (args.runtime.base()?, BTreeMap::new());
+    let named = args.names.iter().map(|name| registry::find(&base, name));
+    let mut named: Vec<Entry> = named.collect::<Result<_, _>>()?;
+    let mut before = false;
     loop {
-        let samples = samples(args)?;
+        let samples = match args.names.is_empty() {
+            true => all(registry::list(&base)?),
+            false => those(&mut named, before)?,
+        };
         let text = match (args.json, args.watch) {
             (true, None) => serde_json::to_string_pretty(&samples)? + "\n",
             (true, Some(_)) => serde_json::to_string(&samples)? + "\n",
@@ -66,27 +73,40 @@ pub fn run(args: &StatsArgs) -> Result<u8> {
             .into_iter()
             .map(|sample| (sample.name.clone(), sample))
             .collect();
+        before = true;
     }
 }
 
-/// Of all that are asked for. One that has ended is left out where all are meant, or more than once.
-fn samples(args: &StatsArgs) -> Result<Vec<Sample>> {
-    let base = args.runtime.base()?;
-    let entries = match args.names.as_slice() {
-        [] => registry::list(&base)?,
-        names => {
-            let found = names.iter().map(|name| registry::find(&base, name));
-            found.collect::<Result<_, _>>()?
-        }
-    };
-    let mut samples = Vec::new();
-    for entry in entries {
+/// Of whoever lives. One that does not answer hides no other.
+fn all(entries: Vec<Entry>) -> Vec<Sample> {
+    let sampled = entries.iter().map(sample);
+    let told = sampled.filter_map(|sampled| {
+        let gone = sampled.as_ref().is_err_and(RemoteError::is_gone);
+        sampled
+            .inspect_err(|error| {
+                if !gone {
+                    tell(chain(error))
+                }
+            })
+            .ok()
+    });
+    told.collect()
+}
+
+/// Of those that were named; of those that ended nothing more, where there was something `before`.
+fn those(entries: &mut Vec<Entry>, before: bool) -> Result<Vec<Sample>, RemoteError> {
+    let (mut samples, mut living) = (Vec::new(), Vec::new());
+    for entry in entries.drain(..) {
         match sample(&entry) {
-            Ok(sample) => samples.push(sample),
-            Err(error) if error.is_gone() && args.names.is_empty() => {}
-            Err(error) => return Err(error.into()),
+            Ok(sample) => {
+                samples.push(sample);
+                living.push(entry);
+            }
+            Err(error) if error.is_gone() && before => {}
+            Err(error) => return Err(error),
         }
     }
+    *entries = living;
     Ok(samples)
 }
 

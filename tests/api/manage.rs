@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::client::Client;
 use crate::common::{Bulle, Input, Outcome, Running};
 use crate::served::Served;
 
@@ -268,14 +269,38 @@ fn statistics_are_a_table_or_json_once_or_again() {
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json[0]["name"], "a");
     assert!(json[0]["process"]["rss_bytes"].as_u64().unwrap() > 1 << 20);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
-    command
-        .args(["stats", "--watch=200ms"])
-        .env("BULLE_RUNTIME_DIR", place.base());
-    let watch = Running::start(command, Input::Null, Duration::from_secs(60)).wait_for("/s");
+    let watch = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+        command.args(words).env("BULLE_RUNTIME_DIR", place.base());
+        Running::start(command, Input::Null, Duration::from_secs(60)).wait_for("/s")
+    };
+    let watches = [
+        watch(&["stats", "--watch=200ms"]),
+        watch(&["stats", "--watch=200ms", "a"]),
+    ];
     place.bulle(&["kill", "a"]).exits(0);
     vm.finish().exits(128 + 9);
-    watch.finish().exits(0);
+    for watch in watches {
+        watch.finish().exits(0);
+    }
+}
+
+#[test]
+fn one_that_has_no_place_for_another_client_hides_no_other() {
+    let place = Place::new();
+    let _full = place.start("full", "hlt_forever").wait_for("\n");
+    let _other = place.start("other", "hlt_forever").wait_for("\n");
+    place.wait_for("full");
+    place.wait_for("other");
+    let clients: Vec<_> = (0..10)
+        .map(|_| Client::connect(&place.base().join("full/api.sock")))
+        .collect();
+    let states: Vec<_> = place.list().iter().map(|vm| vm["state"].clone()).collect();
+    assert_eq!(states, ["no answer", "running"]);
+    let stats = place.bulle(&["stats"]).exits(0);
+    let stats = stats.complains("'full' refuses: Too many open connections");
+    assert!(stats.stdout.contains("other"), "{stats:?}");
+    drop(clients);
 }
 
 #[test]
