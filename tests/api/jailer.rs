@@ -450,6 +450,8 @@ fn snapshots_in_jails() {
         .ask("PUT", "/snapshot/load", &body.to_string())
         .done();
     assert_eq!(client.ask("GET", "/", "").value()["state"], "Running");
+    // Who is in the namespace outlives the one that made it.
+    kill(Pid::from_raw(jails.pid()), Signal::SIGKILL).unwrap();
 }
 
 /// What needs a /proc or programs says so, and the jail's process goes on.
