@@ -7,8 +7,8 @@ use crate::config::{MAX_MEMORY_MIB, MachineConfig, MemoryHotplug};
 pub enum MemoryHotplugError {
     /// Blocks.
     #[error(
-        "Block size must not be lower than {least} MiB (the size of the host's pages, and 2 MiB at least) and has to be \
-         a power of two: {block} MiB cannot be plugged at once"
+        "Block size must not be lower than {least} MiB: blocks of {block} MiB cannot be plugged, give a power of two from \
+         {least} MiB on (the size of the host's pages, and 2 MiB at least)"
     )]
     Block {
         /// As asked, in MiB.
@@ -26,8 +26,8 @@ pub enum MemoryHotplugError {
     },
     /// The whole.
     #[error(
-        "Total size must be a multiple of slot size ({slot} MiB) up to 1T: {total} MiB of hot-pluggable memory cannot \
-         be had"
+        "Total size must be a multiple of slot size: {total} MiB of hot-pluggable memory cannot be had, give a multiple of \
+         {slot} MiB (the slot size) up to 1T"
     )]
     Total {
         /// As asked, in MiB.

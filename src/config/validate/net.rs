@@ -28,7 +28,9 @@ pub enum NetError {
         mac: String,
     },
     /// Two interfaces of one address.
-    #[error("The MAC address is already in use: {mac}. Give each network interface its own")]
+    #[error(
+        "The MAC address is already in use: {mac} is given to two network interfaces, give each its own"
+    )]
     Macs {
         /// As given.
         mac: String,
