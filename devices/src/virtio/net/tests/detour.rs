@@ -24,7 +24,7 @@ impl Detour for Echo {
     fn send(&mut self, frame: &[u8]) {
         self.log.lock().unwrap().push(frame.len());
         self.ready.push_back([&[0xbb], &frame[1..]].concat());
-        let at = Instant::now() + Duration::from_millis(20);
+        let at = Instant::now() + Duration::from_millis(300);
         self.later = Some((at, [&[0xcc], &frame[1..]].concat()));
     }
 
@@ -90,7 +90,7 @@ fn a_detour_takes_and_answers_its_frames() {
         socket.write_all(&prefixed(&frame(80))).unwrap();
         assert_eq!(frames(&mut guest), [frame(80)]);
         // What is due later comes without a kick.
-        guest.rig.run(40);
+        guest.rig.run(1000);
         assert_eq!(frames(&mut guest), [answer(0xcc, 60)]);
         let [rx, tx] = guest.handle.traffic();
         assert_eq!((rx.frames, rx.bytes, tx.frames, tx.bytes), (3, 200, 2, 130));
@@ -110,7 +110,7 @@ fn answers_wait_for_buffers_and_for_the_frame_before_them() {
     assert!(frames(&mut guest).is_empty());
     guest.offer(8, 2048);
     assert_eq!(frames(&mut guest)[0], answer(0xbb, 60));
-    guest.rig.run(40);
+    guest.rig.run(1000);
     frames(&mut guest);
     let bytes = prefixed(&frame(500));
     socket.write_all(&bytes[..300]).unwrap();
