@@ -121,3 +121,34 @@ fn a_larger_disk_is_as_good() {
     answer.done();
     assert_eq!(vm.state(), "Running");
 }
+
+/// Of a tap that this process may make; elsewhere there is none to load.
+#[test]
+fn an_interface_keeps_its_address_or_has_another() {
+    let may = nix::unistd::geteuid().is_root() && Path::new("/dev/net/tun").exists();
+    if !may {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let files = Files::named(dir.path(), "saved");
+    let mut vm = machine("carry_on", "", json!({}));
+    // Its address is a random one.
+    let net = json!({ "iface_id": "n", "host_dev_name": "bullesnap%d" });
+    vm.put("/network-interfaces/n", net).done();
+    let mut vm = vm.start();
+    let mut story = Story::default();
+    story.follow(&mut vm, 3);
+    save(&mut vm, &files);
+    story.hear_out(vm);
+    let other = |mac: &str| json!({ "network_overrides": [{ "iface_id": "n", "guest_mac": mac }] });
+    let (_, answer) = try_load(&files, other("01:00:00:00:00:07"));
+    answer.refused(&["01:00:00:00:00:07", "Ethernet"]);
+    let mac = "02:00:00:00:00:07";
+    for (more, now) in [(json!({}), json!(null)), (other(mac), json!(mac))] {
+        let (mut vm, answer) = try_load(&files, more);
+        answer.done();
+        let config = vm.get("/vm/config").value();
+        assert_eq!(config["network-interfaces"][0]["guest_mac"], now);
+        story.clone().follow(&mut vm, 3);
+    }
+}
