@@ -1,11 +1,11 @@
 //! What the rest of bulle holds of a vCPU.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{
     Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel,
 };
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -106,8 +106,8 @@ fn thread_cpu_time(thread: libc::pthread_t) -> Duration {
 /// What a vCPU thread is told.
 #[derive(Debug)]
 pub enum Command {
-    /// Leave the parked state.
-    Run,
+    /// Leave the parked state; reach these devices from now on.
+    Run(Option<Reach>),
     /// Say when parked.
     Pause(SyncSender<()>),
     /// Say how the vCPU is.
@@ -120,8 +120,6 @@ pub enum Command {
     ),
     /// Take a saved state.
     Give(Box<Given>, SyncSender<Result<(), StateError>>),
-    /// Reach these devices from now on.
-    Reach(Reach),
     /// End the thread.
     Stop,
 }
@@ -177,6 +175,8 @@ pub struct VcpuHandle {
     commands: Sender<Command>,
     flags: Arc<Flags>,
     counts: Arc<ExitCounts>,
+    /// Devices that the thread gets to know of when it runs next.
+    reach: Mutex<Option<Reach>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -194,6 +194,7 @@ impl VcpuHandle {
             commands,
             flags,
             counts,
+            reach: Mutex::default(),
             thread: Some(thread),
         })
     }
@@ -212,7 +213,9 @@ impl VcpuHandle {
 
     /// Lets the vCPU run.
     pub fn run(&self) {
-        self.send(Command::Run);
+        let reach = self.reach.lock();
+        let reach = reach.unwrap_or_else(PoisonError::into_inner).take();
+        self.send(Command::Run(reach));
     }
 
     /// Sends a command. A thread that has ended does not listen, which is no error.
@@ -257,9 +260,10 @@ impl VcpuHandle {
         answer
     }
 
-    /// Has the vCPU, which is parked, reach these devices.
+    /// Has the vCPU, which is parked, reach these devices when it runs. It is not woken for that.
     pub fn reach(&self, reach: Reach) {
-        self.send(Command::Reach(reach));
+        let kept = self.reach.lock();
+        *kept.unwrap_or_else(PoisonError::into_inner) = Some(reach);
     }
 
     /// Asks the thread to end and gets it out of KVM_RUN; does not wait.

@@ -1,6 +1,7 @@
 //! A vCPU thread. A state is a function: `parked` ⇄ `running` → the thread's end.
 
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
 
 use arch::state::{Context, StateError, VcpuState};
 
@@ -10,6 +11,9 @@ use super::kick::Registration;
 use super::warm;
 use crate::snapshot::MachineState;
 use crate::vm::VmExit;
+
+/// How long a vCPU that has got its state is awake for the command to run.
+const SOON: Duration = Duration::from_micros(200);
 
 /// Why a vCPU no longer runs.
 enum Left {
@@ -22,12 +26,20 @@ enum Left {
 /// Waits for commands.
 pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
     let _registration = Registration::new(&mut vcpu.fd);
-    while let Ok(command) = commands.recv() {
+    let mut soon = false;
+    while let Some(command) = next(commands, soon) {
+        // Those that are started with it get their own wake-ups.
+        soon = vcpu.index == 0 && matches!(command, Command::Give(..));
         match command {
-            Command::Run => match running(&mut vcpu, flags) {
-                Left::Asked => {}
-                Left::Ended => return,
-            },
+            Command::Run(reach) => {
+                if let Some(reach) = reach {
+                    vcpu.reach = reach;
+                }
+                match running(&mut vcpu, flags) {
+                    Left::Asked => {}
+                    Left::Ended => return,
+                }
+            }
             Command::Pause(reply) => {
                 flags.paused();
                 // Nobody waits any more where the answer came too late.
@@ -43,10 +55,23 @@ pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
             Command::Give(given, reply) => {
                 let _ = reply.send(take(&vcpu, &given));
             }
-            Command::Reach(reach) => vcpu.reach = reach,
             Command::Stop => return,
         }
     }
+}
+
+/// The next command; `None`: there come no more. One that comes `soon` is waited for awake: to sleep and be woken
+/// takes longer than whoever sends it, unless the processor is needed otherwise.
+fn next(commands: &Receiver<Command>, soon: bool) -> Option<Command> {
+    let begin = Instant::now();
+    while soon && begin.elapsed() < SOON {
+        match commands.try_recv() {
+            Ok(command) => return Some(command),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+    commands.recv().ok()
 }
 
 /// Takes what does not go with time of the vCPU's part of a saved machine.

@@ -262,6 +262,7 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
     };
     pool = pool.types("first\n").wait_for("first");
     soon("another waits", || children(pid).len() == 3);
+    // One that is just being started has some more for a moment.
     let (before, files) = (children(pid), fds());
     // The youngest waits for an order, ready or not.
     let victim = *before.iter().next_back().unwrap();
@@ -276,7 +277,7 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
         assert!(!place.lines(name).join("").contains("LOST"));
     }
     soon("as many as before wait", || {
-        children(pid).len() == 2 + 5 && fds() == files
+        children(pid).len() == 2 + 5 && fds() <= files
     });
     place.bulle(&["kill", "third"]).exits(0);
     // A name that is taken is refused, and the next line is not.
