@@ -1,7 +1,6 @@
 //! Actions on a machine that runs, on the vmm thread.
 
 mod background;
-mod meter;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,12 +14,12 @@ use devices::virtio::registry::DeviceHandle;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 pub use self::background::Behind;
-use self::meter::Meter;
 use super::agent::AgentLink;
 use super::events::Events;
 use super::exec::Execs;
 use super::figures::{FigureWriter, Startup, Told, signal_of};
 use super::hotplug::{self, Unplugs};
+use super::meter::{Meter, Task};
 use super::outcome::Outcome;
 use super::readers::{Console, Readers};
 use super::snapshots::Saver;
@@ -536,10 +535,12 @@ impl Runtime {
         }
         let begin = Instant::now();
         self.saver.keep_talk(vm, agent)?;
-        let cancelled = create.cancellable.then_some(&*self.cancelled);
-        let meter = Meter::new(&create.snapshot_path, cancelled, &mut self.events);
+        let cancelled = create.cancellable.then(|| self.cancelled.clone());
+        let path = &create.snapshot_path;
+        let meter = Meter::new(Task::Write, path, cancelled, &mut self.events);
         let watch = |done, total| meter.watch(done, total);
         let created = self.saver.create(vm, &self.config, create, &watch);
+        meter.give_back(&mut self.events);
         if created.is_err() && meter.is_cancelled() {
             return Err(ActionError::Cancelled);
         }

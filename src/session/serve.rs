@@ -16,8 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::events::Events;
 use super::figures::Startup;
 use super::launch::{LaunchError, Prepared, Session, block_signals};
-use super::load_meter::LoadMeter;
 use super::managed::Door;
+use super::meter::{Meter, Task};
 use super::outcome::Outcome;
 use super::runtime::{FigureParts, Runtime};
 use super::signals::{ENDING, Signals};
@@ -174,7 +174,7 @@ fn build(preboot: &Preboot) -> Result<Session, ActionError> {
 fn load(
     preboot: &mut Preboot,
     load: &SnapshotLoad,
-    meter: &Arc<LoadMeter>,
+    meter: &Arc<Meter>,
 ) -> Result<Session, ActionError> {
     preboot.may_load(load)?;
     let failed = |error: LaunchError| ActionError::Load {
@@ -284,10 +284,10 @@ impl Serving {
         cancelled: Arc<AtomicBool>,
     ) -> Result<Session, ActionError> {
         let cancelled = asked.cancellable.then_some(cancelled);
-        let events = std::mem::take(&mut self.events);
-        let meter = Arc::new(LoadMeter::new(&asked.snapshot_path, cancelled, events));
+        let path = &asked.snapshot_path;
+        let meter = Arc::new(Meter::new(Task::Load, path, cancelled, &mut self.events));
         let loaded = load(&mut self.preboot, asked, &meter);
-        self.events = meter.take_events();
+        meter.give_back(&mut self.events);
         match loaded {
             Err(_) if meter.is_cancelled() => Err(ActionError::LoadCancelled),
             loaded => loaded,

@@ -10,12 +10,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::Runtime;
-use super::meter::Meter;
 use crate::control::{
     ActionError, Event, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotState, SnapshotStatistics,
     State, chain,
 };
 use crate::session::agent::AgentLink;
+use crate::session::meter::{Meter, Task};
 use crate::session::signals::Signals;
 use crate::session::snapshots::Begun;
 use crate::snapshot::background::Background;
@@ -173,8 +173,9 @@ impl Runtime {
         };
         // What the guest has just ejected is not part of it.
         self.settle_unplugs(vm);
-        let cancelled = create.cancellable.then_some(&*self.cancelled);
-        let meter = Meter::new(&create.snapshot_path, cancelled, &mut self.events);
+        let cancelled = create.cancellable.then(|| self.cancelled.clone());
+        let path = &create.snapshot_path;
+        let meter = Meter::new(Task::Write, path, cancelled, &mut self.events);
         let watch = |done, total| meter.watch(done, total);
         let begun = match &stands {
             Ok(()) => self
@@ -183,6 +184,7 @@ impl Runtime {
                 .and_then(|()| self.saver.begin(vm, &self.config, create, prepared, &watch)),
             Err(error) => Err(ActionError::Failed { text: chain(error) }),
         };
+        meter.give_back(&mut self.events);
         let begun = match begun {
             Err(_) if meter.is_cancelled() => Err(ActionError::Cancelled),
             begun => begun,
