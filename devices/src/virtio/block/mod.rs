@@ -244,9 +244,14 @@ impl Block {
         while self.take_image(io)? {
             geometry = self.geometry();
         }
-        let batch = self.ring(queue).map_or(usize::MAX, Ring::batch);
+        let any = (usize::MAX, u64::MAX);
+        let (batch, bytes) = self.ring(queue).map_or(any, Ring::batch);
+        let before = *begun;
         let now = Instant::now();
         for taken in 0..batch {
+            if *begun - before >= bytes {
+                break;
+            }
             let under_way = self.ring(queue).map_or(0, Ring::bytes);
             if under_way.max(*begun) >= MAX_UNDER_WAY {
                 return Ok(Taken::Enough);

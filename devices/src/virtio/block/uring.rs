@@ -26,6 +26,8 @@ const DISK: types::Fixed = types::Fixed(0);
 /// Requests given to the kernel at once where it carries them out on the spot, as it does with what
 /// is in the page cache: the driver handles these while the next are carried out.
 const BATCH: usize = 16;
+/// The same in bytes.
+const BATCH_BYTES: u64 = 256 << 10;
 /// Longest write into the page cache, in bytes, that this thread carries out itself: many file systems
 /// have io_uring leave such to a thread of the kernel, and waking that takes longer than the write.
 const SHORT: u64 = 256 << 10;
@@ -192,9 +194,12 @@ impl Ring {
         self.transfers
     }
 
-    /// How many tasks to [`push`](Self::push) before a [`turn`](Self::turn).
-    pub fn batch(&self) -> usize {
-        if self.at_once { BATCH } else { usize::MAX }
+    /// How many tasks, and tasks of how many bytes, to [`push`](Self::push) before a [`turn`](Self::turn).
+    pub fn batch(&self) -> (usize, u64) {
+        match self.at_once {
+            true => (BATCH, BATCH_BYTES),
+            false => (usize::MAX, u64::MAX),
+        }
     }
 
     /// Queues a task for the next [`turn`](Self::turn). One that the kernel does not take is at
