@@ -142,6 +142,12 @@ impl Requests {
         let _ = self.event.read();
         self.calls.try_recv().ok()
     }
+
+    /// Announces again what is there: for who looks for calls from here on, where another did and did not take all.
+    pub fn announce(&self) {
+        // It cannot be full: it was just emptied.
+        let _ = self.event.write(1);
+    }
 }
 
 impl AsFd for Requests {

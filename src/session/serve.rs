@@ -225,6 +225,8 @@ impl Serving {
         };
         let instance = (preboot.instance().clone(), session.state());
         let machine = (preboot.config().clone(), session.take_saver());
+        // Others may have asked at the time of the start.
+        requests.announce();
         let runtime =
             Runtime::new(requests, instance, machine, parts).map_err(ServeError::Event)?;
         begun(Reply::Done);

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
-use crate::client::Client;
+use crate::client::{Client, request};
 use crate::common;
 use crate::served::{Served, boot};
 
@@ -51,6 +51,24 @@ fn all_that_was_set_is_there_on_both_transports() {
         let map = vm.start().finish().exits(0);
         let total: u64 = map.value("RAM").split(' ').next().unwrap().parse().unwrap();
         assert!((199 * 1024..=200 * 1024).contains(&total), "{total}");
+    }
+}
+
+#[test]
+fn who_asks_at_the_time_of_the_start_is_answered() {
+    for _ in 0..20 {
+        let mut vm = Served::payload("serial_echo");
+        let mut other = Client::connect(&vm.socket());
+        other.ask("GET", "/", "").value();
+        // It finds both.
+        kill(vm.running.pid(), Signal::SIGSTOP).unwrap();
+        let start = json!({ "action_type": "InstanceStart" });
+        let start = request("PUT", "/actions", &start.to_string());
+        vm.client.send(start.as_bytes());
+        other.send(request("GET", "/", "").as_bytes());
+        kill(vm.running.pid(), Signal::SIGCONT).unwrap();
+        vm.client.answer().done();
+        assert_eq!(other.answer().value()["state"], "Running");
     }
 }
 
