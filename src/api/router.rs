@@ -134,23 +134,28 @@ impl Input<'_> {
 
     /// A body with the same name as the path.
     pub fn named<T: DeserializeOwned>(&self, name: fn(&T) -> &String) -> Result<T, ApiError> {
-        let path = self.name()?;
-        let body = self.parse()?;
-        match name(&body) == path {
-            true => Ok(body),
-            false => Err(ApiError::IdMismatch),
-        }
+        self.named_or(name, |_, _| ApiError::IdMismatch)
     }
 
     /// The same of a network interface, of which Firecracker says both names where they differ.
     pub fn interface<T: DeserializeOwned>(&self, name: fn(&T) -> &String) -> Result<T, ApiError> {
-        let path = self.name()?.to_owned();
+        self.named_or(name, |path, body| ApiError::InterfaceMismatch {
+            path: path.to_owned(),
+            body: body.to_owned(),
+        })
+    }
+
+    fn named_or<T: DeserializeOwned>(
+        &self,
+        name: fn(&T) -> &String,
+        mismatch: fn(&str, &str) -> ApiError,
+    ) -> Result<T, ApiError> {
+        let path = self.name()?;
         let body = self.parse()?;
-        if *name(&body) != path {
-            let body = name(&body).clone();
-            return Err(ApiError::InterfaceMismatch { path, body });
+        match name(&body) == path {
+            true => Ok(body),
+            false => Err(mismatch(path, name(&body))),
         }
-        Ok(body)
     }
 
     /// A whole machine.

@@ -29,6 +29,17 @@ fn echoing(base: &Path, name: &str) -> Running {
     bulle.types("abc").wait_for("abc")
 }
 
+/// Saves such a guest, and what changed with two letters more, at which it ends.
+fn save_with_changes(base: &Path, [whole, changes]: [&str; 2]) {
+    let parent = echoing(base, "parent");
+    // The first has all, and from then on what changes is known.
+    bulle(base, &["snapshot", "create", "--diff", "parent", whole]).exits(0);
+    let parent = parent.types("de").wait_for("de");
+    let words = ["snapshot", "create", "--diff", "--kill", "parent", changes];
+    bulle(base, &words).exits(0);
+    parent.finish().exits(128 + Signal::SIGKILL as i32);
+}
+
 #[test]
 fn a_guest_is_saved_by_its_name_and_made_again_of_its_directory() {
     let dir = tempfile::tempdir().unwrap();
@@ -61,16 +72,7 @@ fn changes_are_made_whole() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("run");
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-    let parent = echoing(&base, "parent");
-    // The first has all, and from then on what changes is known.
-    bulle(&base, &["snapshot", "create", "--diff", "parent", &at("0")]).exits(0);
-    let parent = parent.types("de").wait_for("de");
-    bulle(
-        &base,
-        &["snapshot", "create", "--diff", "--kill", "parent", &at("1")],
-    )
-    .exits(0);
-    parent.finish().exits(128 + Signal::SIGKILL as i32);
+    save_with_changes(&base, [&at("0"), &at("1")]);
     let files = |name: &str| {
         let info = bulle(&base, &["snapshot", "info", "--json", &at(name)]).exits(0);
         let info: Value = serde_json::from_str(&info.stdout).unwrap();
@@ -114,12 +116,7 @@ fn an_interrupt_ends_a_load() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("run");
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-    let parent = echoing(&base, "parent");
-    bulle(&base, &["snapshot", "create", "--diff", "parent", &at("0")]).exits(0);
-    let parent = parent.types("de").wait_for("de");
-    let changes = ["snapshot", "create", "--diff", "--kill", "parent", &at("1")];
-    bulle(&base, &changes).exits(0);
-    parent.finish();
+    save_with_changes(&base, [&at("0"), &at("1")]);
     let restore = ["snapshot", "restore", &at("1")];
     // It may be loaded before the signal comes, which ends the guest then.
     let cancelled = (0..100).any(|_| {
