@@ -92,8 +92,13 @@ impl Pool {
             }
         }
         while self.waiting.len() < self.size {
-            let process = Waiting::start(&self.program, &self.template, Stdio::default())?;
-            self.waiting.push_back(process);
+            match Waiting::start(&self.program, &self.template, Stdio::default()) {
+                Err(PoolError::Talk(error)) if self.lost < MOST_LOST => {
+                    self.lost += 1;
+                    log::debug!("a process that was started is gone: {error}");
+                }
+                started => self.waiting.push_back(started?),
+            }
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The pool's side of a process.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -11,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::PoolError;
 use super::words::{Order, Word, receive, send};
 use crate::snapshot::Template;
+use crate::snapshot::template::TemplateError;
 
 /// How long a process may take for what it is told.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -70,7 +72,13 @@ impl Waiting {
             .set_read_timeout(Some(PATIENCE))
             .and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
             .map_err(PoolError::Talk)?;
-        template.send(socket)?;
+        // It may have been killed before it took it.
+        template.send(socket).map_err(|error| match error {
+            TemplateError::Host { source, .. } if source.kind() == ErrorKind::BrokenPipe => {
+                PoolError::Talk(source)
+            }
+            error => PoolError::Template(error),
+        })?;
         Ok(waiting)
     }
 
@@ -100,7 +108,7 @@ impl Waiting {
         let count = poll(&mut fds, PollTimeout::ZERO);
         match count.map_err(|errno| PoolError::Talk(errno.into()))? {
             0 => Ok(()),
-            _ if self.ready => Err(PoolError::Talk(std::io::ErrorKind::UnexpectedEof.into())),
+            _ if self.ready => Err(PoolError::Talk(ErrorKind::UnexpectedEof.into())),
             _ => self.ready(),
         }
     }
@@ -131,7 +139,7 @@ impl Waiting {
             Some(Word::Failed(text)) => Err(PoolError::Refused { text }),
             Some(word) if word == *wanted => Ok(()),
             Some(_) => Err(PoolError::Talk(std::io::ErrorKind::InvalidData.into())),
-            None => Err(PoolError::Talk(std::io::ErrorKind::UnexpectedEof.into())),
+            None => Err(PoolError::Talk(ErrorKind::UnexpectedEof.into())),
         }
     }
 }
