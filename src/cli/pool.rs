@@ -33,6 +33,11 @@ impl Lines {
             count => count.context("Cannot read names from stdin")?,
         };
         self.0.extend(bytes.iter().take(count));
+        if count == 0 && !self.0.is_empty() {
+            // The last line need not have an end.
+            self.0.push(b'\n');
+            return Ok(true);
+        }
         Ok(count > 0)
     }
 

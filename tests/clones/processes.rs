@@ -284,8 +284,14 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
     pool = pool.types("first\n\n").wait_for("\n");
     soon("the ended one is gone", || children(pid).len() == 2 + 5);
     assert_eq!(place.names().len(), 5);
+    place.bulle(&["kill", "fourth"]).exits(0);
+    pool = pool.types("last");
     drop(pool.take_stdin());
     let outcome = pool.finish().exits(125);
     outcome.complains("clone 'first'").complains("runs already");
     assert_eq!(place.names().len(), 5, "clones outlive the command");
+    assert!(
+        place.names().contains(&"last".to_owned()),
+        "a line without an end is one"
+    );
 }
