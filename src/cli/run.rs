@@ -427,10 +427,14 @@ pub fn read_text(path: &Path) -> Result<String> {
 pub fn parse_config(path: &Path, text: &str) -> Result<Config> {
     let mut config: Config = serde_json::from_str(text)
         .with_context(|| format!("The configuration {} is not valid", path.display()))?;
-    if let Some(CpuConfig::File(path)) = &config.cpu_config {
-        let template = serde_json::from_str(&read_text(path)?)
-            .with_context(|| format!("The CPU template {} is not valid", path.display()))?;
-        config.cpu_config = Some(CpuConfig::Template(template));
+    match config.cpu_config.take() {
+        Some(CpuConfig::File(path)) => {
+            let template = serde_json::from_str(&read_text(&path)?)
+                .with_context(|| format!("The CPU template {} is not valid", path.display()))?;
+            config.set_cpu(template);
+        }
+        Some(CpuConfig::Template(template)) => config.set_cpu(template),
+        None => {}
     }
     Ok(config)
 }

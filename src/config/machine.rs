@@ -26,6 +26,9 @@ pub struct MachineConfig {
     pub irqchip: Irqchip,
     /// How the guest reaches its virtio devices.
     pub virtio_transport: Transport,
+    /// A CPU template of bulle's; one of the user's has the configuration itself, and only one of the
+    /// two is there.
+    pub cpu_template: Option<CpuTemplate>,
     /// After a snapshot the guest runs on its memory file, so that snapshots of what changes follow.
     pub track_dirty_pages: bool,
 }
@@ -41,6 +44,7 @@ impl Default for MachineConfig {
             huge_pages: HugePages::default(),
             irqchip: Irqchip::default(),
             virtio_transport: Transport::default(),
+            cpu_template: None,
             track_dirty_pages: false,
         }
     }
@@ -70,27 +74,27 @@ pub struct MachineUpdate {
     pub virtio_transport: Option<Transport>,
     /// Prepares for snapshots of what changes.
     pub track_dirty_pages: Option<bool>,
-    /// Taken from Firecracker's clients; only `None` can be had.
-    #[serde(skip_serializing)]
+    /// A CPU template of bulle's.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
 }
 
-/// Firecracker's static CPU templates.
+/// Static CPU templates, by Firecracker's names; `arch` says what each changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CpuTemplate {
-    /// The host's features.
+    /// The host's features, which is what a machine has that names no template.
     None,
-    /// Intel Skylake to Ice Lake as one.
+    /// Intel from Skylake to Ice Lake as Ivy Bridge.
     C3,
-    /// Of Amazon EC2.
+    /// The same as Haswell.
     T2,
-    /// Of Amazon EC2, for snapshots.
+    /// As `T2`, for snapshots that move between Skylake and Cascade Lake.
     T2S,
-    /// Of Amazon EC2, for Cascade Lake.
+    /// Intel from Cascade Lake on with the features of `T2A`.
     T2CL,
-    /// Of Amazon EC2, for Milan.
+    /// AMD Milan with the features of `T2CL`.
     T2A,
-    /// Of Amazon EC2, for Neoverse.
+    /// Of ARM, on which bulle does not run.
     V1N1,
 }
 
@@ -100,12 +104,9 @@ pub enum MachineError {
     /// Two words for one number, and two numbers.
     #[error("smt and threads_per_core contradict each other: give one of them")]
     Threads,
-    /// A template.
-    #[error(
-        "the CPU template {0:?} cannot be had, because bulle has no CPU templates of its own: leave it \
-         out, or give None and your own in cpu-config"
-    )]
-    Template(CpuTemplate),
+    /// A template that no host of bulle's can have.
+    #[error("The CPU template V1N1 is for ARM, and this is x86_64: choose another, or None")]
+    Arm,
 }
 
 impl MachineUpdate {
@@ -123,11 +124,11 @@ impl MachineUpdate {
         let threads = threads.unwrap_or(machine.threads_per_core);
         // A single vCPU may be said to have two threads, as in Firecracker, and has one.
         let alone = vcpu_count == 1 && self.threads_per_core.is_none();
-        if let Some(template) = self.cpu_template
-            && template != CpuTemplate::None
-        {
-            return Err(MachineError::Template(template));
-        }
+        let cpu_template = match self.cpu_template {
+            Some(CpuTemplate::V1N1) => return Err(MachineError::Arm),
+            Some(CpuTemplate::None) => None,
+            other => other.or(machine.cpu_template),
+        };
         Ok(MachineConfig {
             vcpu_count,
             mem_size_mib: self.mem_size_mib.unwrap_or(machine.mem_size_mib),
@@ -137,6 +138,7 @@ impl MachineUpdate {
             huge_pages: self.huge_pages.unwrap_or(machine.huge_pages),
             irqchip: self.irqchip.unwrap_or(machine.irqchip),
             virtio_transport: self.virtio_transport.unwrap_or(machine.virtio_transport),
+            cpu_template,
             track_dirty_pages: self.track_dirty_pages.unwrap_or(machine.track_dirty_pages),
         })
     }
@@ -168,7 +170,7 @@ impl From<MachineConfig> for MachineUpdate {
             irqchip: Some(machine.irqchip),
             virtio_transport: Some(machine.virtio_transport),
             track_dirty_pages: Some(machine.track_dirty_pages),
-            cpu_template: None,
+            cpu_template: machine.cpu_template,
         }
     }
 }

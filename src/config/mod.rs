@@ -260,6 +260,12 @@ impl Config {
         }
     }
 
+    /// Has the processors be as `template` says, in place of what was said before.
+    pub fn set_cpu(&mut self, template: CustomCpuTemplate) {
+        self.cpu_config = Some(CpuConfig::Template(template));
+        self.machine_config.cpu_template = None;
+    }
+
     /// The limiters of all devices, each with what people call its device.
     pub fn rate_limiters(&self) -> impl Iterator<Item = (&str, &RateLimiter)> {
         let drives = self.drives.iter();

@@ -10,8 +10,8 @@ use devices::mmds::Mmds;
 
 use super::{Action, ActionError, Instance, Reply, SnapshotLoad, VmStatistics};
 use crate::config::{
-    self, BootSource, Config, CpuConfig, Drive, Logger, MachineConfig, MachineUpdate,
-    NetworkInterface, Spec, Transport,
+    self, BootSource, Config, Drive, Logger, MachineConfig, MachineUpdate, NetworkInterface, Spec,
+    Transport,
 };
 use crate::telemetry::{self, Metrics};
 
@@ -90,6 +90,7 @@ impl Preboot {
                 let base = MachineConfig {
                     virtio_transport: self.config.machine_config.virtio_transport,
                     mem_size_mib: DEFAULT_MEMORY_MIB,
+                    cpu_template: self.config.machine_config.cpu_template,
                     ..MachineConfig::default()
                 };
                 self.machine(&update, &base)
@@ -98,9 +99,7 @@ impl Preboot {
                 let base = self.config.machine_config.clone();
                 self.machine(&update, &base)
             }
-            Action::PutCpu(template) => {
-                self.change(|config| config.cpu_config = Some(CpuConfig::Template(*template)))
-            }
+            Action::PutCpu(template) => self.change(|config| config.set_cpu(*template)),
             Action::PutBootSource(boot) => self.boot_source(boot),
             Action::PutDrive(drive) => {
                 try_open("block", &drive.drive_id, &drive.path_on_host)?;

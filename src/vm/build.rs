@@ -18,6 +18,7 @@ use arch::cmdline::{self, CmdlineError};
 use arch::kernel::{KernelEntry, KernelError, KernelImage, LoadOptions, LoadedKernel};
 use arch::memory::GuestMemory;
 use arch::state::StateError;
+use arch::static_template::StaticTemplateError;
 use arch::topology::TopologyError;
 use arch::vcpu::{Boot, TemplateError, VcpuError, VcpuTemplate};
 use arch::vm::VmError;
@@ -29,7 +30,7 @@ use super::host::KvmOpenError;
 use super::limits::LimitError;
 use super::memory::{self, MemoryError};
 use super::shell::ShapeError;
-use super::{ExitLatch, Vm, kernel_cache};
+use super::{ExitLatch, Vm, cpu, kernel_cache};
 use crate::board::{self, BoardError, BoardState, Wiring};
 use crate::config::{self, Spec};
 use crate::io::IoError;
@@ -103,6 +104,9 @@ pub enum BuildError {
     /// Generation id and vmclock page.
     #[error("Cannot write the generation id into guest memory")]
     Generation(#[source] vm_memory::GuestMemoryError),
+    /// A CPU template for another processor.
+    #[error(transparent)]
+    StaticTemplate(#[from] StaticTemplateError),
     /// Processor features.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -226,6 +230,7 @@ impl Vm {
         wiring: Wiring,
     ) -> Result<Self, BuildError> {
         let machine = spec.machine();
+        let cpu = cpu::template(spec.config())?;
         let memory = memory::map(machine)?;
         let frame = Frame::new(machine, host, memory, &wiring.devices)?;
         let (board, reach) = frame.board(machine, wiring, &BoardState::default())?;
@@ -236,7 +241,6 @@ impl Vm {
             kvm,
             capabilities,
             topology,
-            cpu,
             ..
         } = &frame.host;
         let mut template = VcpuTemplate::new(kvm, topology, capabilities, None, &cpu.cpuid)?;

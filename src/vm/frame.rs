@@ -7,7 +7,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use arch::capabilities::Capabilities;
-use arch::cpu_template::CpuTemplate;
 use arch::memory::GuestMemory;
 use arch::state::{Context, HostCpuid, StateError};
 use arch::topology::{Topology, TopologyError};
@@ -32,8 +31,6 @@ pub struct Host {
     pub(super) kvm: Arc<Kvm>,
     pub(super) capabilities: Capabilities,
     pub(super) topology: Topology,
-    /// What the processors of a guest that boots are to differ in.
-    pub(super) cpu: CpuTemplate,
     /// Asked when it is needed first.
     context: Arc<OnceLock<Arc<Context>>>,
     /// Likewise.
@@ -44,19 +41,17 @@ impl Host {
     /// Opens KVM and checks it against `spec`, whose virtio devices need so many open `files`.
     pub fn open(spec: &Spec, files: u64) -> Result<Self, BuildError> {
         let machine = spec.machine();
-        let cpu = cpu::template(spec.config().cpu_config.as_ref());
         limits::allow_open_files(machine, files)?;
         let kvm = open_kvm()?;
         log::debug!("{KVM_PATH} is open");
         arch::xstate::permit_guests();
-        let capabilities = arch::capabilities::check_with(&kvm, &cpu.capabilities)?;
+        let capabilities = arch::capabilities::check_with(&kvm, &cpu::capabilities(spec.config()))?;
         let topology = topology(machine)?;
         limits::check(machine, &capabilities)?;
         Ok(Self {
             kvm: Arc::new(kvm),
             capabilities,
             topology,
-            cpu,
             context: Arc::default(),
             cpuid: Arc::default(),
         })

@@ -64,9 +64,9 @@ fn a_machine_is_set_and_changed_or_left_as_it_is() {
     ]);
     vm.put(
         "/machine-config",
-        json!({ "vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2" }),
+        json!({ "vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "V1N1" }),
     )
-    .refused(&["T2", "no CPU templates"]);
+    .refused(&["V1N1 is for ARM"]);
     vm.patch("/machine-config", json!({ "vcpu_count": 3 }))
         .refused(&["3 vCPUs do not divide"]);
     vm.patch("/machine-config", json!({}))

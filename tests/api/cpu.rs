@@ -1,4 +1,6 @@
-//! Custom CPU templates: taken, applied at the start, refused in Firecracker's words.
+//! CPU templates, the user's and bulle's: taken, applied at the start, refused in Firecracker's words.
+
+use std::arch::x86_64::__cpuid;
 
 use serde_json::{Value, json};
 
@@ -45,6 +47,89 @@ fn of_two_kinds_of_template_the_later_counts() {
     vm.patch("/machine-config", json!({ "cpu_template": "None" }))
         .done();
     assert_eq!(vm.get("/vm/config").value()["cpu-config"], Value::Null);
+    vm.put("/cpu-config", template()).done();
+    vm.patch("/machine-config", json!({ "cpu_template": "T2S" }))
+        .done();
+    // A new machine without a word about it has the same one.
+    vm.put(
+        "/machine-config",
+        json!({ "vcpu_count": 1, "mem_size_mib": 64 }),
+    )
+    .done();
+    let config = vm.get("/vm/config").value();
+    assert_eq!(config["cpu-config"], Value::Null);
+    assert_eq!(config["machine-config"]["cpu_template"], "T2S");
+    assert_eq!(vm.get("/machine-config").value()["cpu_template"], "T2S");
+    vm.put("/cpu-config", json!({})).done();
+    let config = vm.get("/vm/config").value();
+    assert_eq!(config["machine-config"]["cpu_template"], Value::Null);
+}
+
+/// What a start with each template says on this host, or what the guest has then in EAX of leaf 1.
+fn expected(template: &str) -> Result<&'static str, &'static str> {
+    let (vendor, model) = (__cpuid(0).ebx, __cpuid(1).eax & 0x0fff_0fff);
+    let intel = vendor == u32::from_le_bytes(*b"Genu");
+    let (same_vendor, models): (_, &[u32]) = match template {
+        "C3" | "T2" => (intel, &[0x5_0654, 0x5_0657, 0x6_06a6]),
+        "T2S" => (intel, &[0x5_0654, 0x5_0657]),
+        "T2CL" => (intel, &[0x5_0657, 0x6_06a6]),
+        _ => (vendor == u32::from_le_bytes(*b"Auth"), &[0xa0_0f11]),
+    };
+    match (same_vendor, models.contains(&model), template) {
+        (false, ..) => Err("CPU vendor mismatched between actual CPU and CPU template."),
+        (_, false, _) => Err("The current CPU model is not permitted to apply the CPU template."),
+        (.., "C3") => Ok("leaf 1 0x000306e4"),
+        _ => Ok("leaf 1 0x000306f2"),
+    }
+}
+
+#[test]
+fn a_static_template_is_for_some_processors_and_makes_another_of_them() {
+    for template in ["C3", "T2", "T2S", "T2CL", "T2A"] {
+        let mut vm = Served::payload("cpuid");
+        vm.patch("/machine-config", json!({ "cpu_template": template }))
+            .done();
+        match expected(template) {
+            Ok(leaf) => _ = vm.start().wait_for(leaf),
+            Err(why) => {
+                vm.action("InstanceStart").refused(&[
+                    "Failed to get CPU template: ",
+                    why,
+                    template,
+                ]);
+                vm.patch("/machine-config", json!({ "cpu_template": "None" }))
+                    .done();
+                vm.start().wait_for("leaf 1 ");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_static_template_stays_with_a_saved_machine() {
+    let mut vm = Served::payload("serial_echo");
+    let named = ["T2", "T2A"]
+        .into_iter()
+        .find(|name| expected(name).is_ok());
+    let update = json!({ "cpu_template": named, "vcpu_count": 1 });
+    vm.patch("/machine-config", update).done();
+    let mut vm = vm.start().wait_for("ready");
+    assert_eq!(
+        vm.get("/machine-config").value()["cpu_template"],
+        json!(named)
+    );
+    vm.patch("/vm", json!({ "state": "Paused" })).done();
+    let at = |name: &str| vm.dir.path().join(name);
+    let (state, memory) = (at("state"), at("memory"));
+    let files = json!({ "snapshot_path": state, "mem_file_path": memory });
+    vm.put("/snapshot/create", files).done();
+    let mut loaded = Served::new();
+    let files = json!({ "snapshot_path": state, "mem_file_path": memory, "resume_vm": true });
+    loaded.put("/snapshot/load", files).done();
+    let config = loaded.get("/vm/config").value();
+    assert_eq!(config["machine-config"]["cpu_template"], json!(named));
+    loaded.types("x");
+    loaded.wait_for("x");
 }
 
 #[test]

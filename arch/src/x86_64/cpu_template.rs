@@ -38,8 +38,6 @@ pub struct CpuidChange {
 /// A CPU template.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuTemplate {
-    /// Capabilities by number: whether the host has to have it, whatever bulle thinks.
-    pub capabilities: Vec<(u32, bool)>,
     /// Changes of CPUID.
     pub cpuid: Vec<CpuidChange>,
     /// Changes of MSRs, by number.

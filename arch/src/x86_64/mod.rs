@@ -15,6 +15,7 @@ pub mod interrupts;
 pub mod msr;
 pub mod report;
 pub mod state;
+pub mod static_template;
 pub mod topology;
 pub mod tsc;
 pub mod vcpu;
