@@ -18,6 +18,8 @@ mod huge;
 mod killed;
 mod lazy;
 mod lies;
+#[path = "../common/machine.rs"]
+mod machine;
 mod pager;
 mod rebind;
 mod saved;
@@ -25,5 +27,6 @@ mod saved;
 mod served;
 #[path = "../common/state_file.rs"]
 mod state_file;
+mod stuck;
 mod uffd;
 mod working_set;
