@@ -31,12 +31,12 @@ const FLUSH_EVERY: Duration = Duration::from_secs(60);
 const BLOCK: &str = "activate_fails cfg_fails event_fails execute_fails flush_count invalid_reqs_count \
     io_engine_throttled_events no_avail_buffer queue_event_count rate_limiter_event_count \
     rate_limiter_throttled_events read_agg.max_us read_agg.min_us read_agg.sum_us read_bytes read_count \
-    update_count update_fails write_agg.max_us write_agg.min_us write_agg.sum_us write_bytes write_count";
+    remaining_reqs_count update_count update_fails write_agg.max_us write_agg.min_us write_agg.sum_us write_bytes write_count";
 const NET: &str = "activate_fails cfg_fails event_fails no_rx_avail_buffer no_tx_avail_buffer rx_bytes_count \
     rx_count rx_event_rate_limiter_count rx_fails rx_packets_count rx_queue_event_count \
     rx_rate_limiter_throttled rx_tap_event_count tap_read_fails tap_write_agg.max_us \
     tap_write_agg.min_us tap_write_agg.sum_us tap_write_fails tx_bytes_count tx_count \
-    tx_fails tx_malformed_frames tx_spoofed_mac_count tx_packets_count tx_queue_event_count tx_rate_limiter_event_count \
+    tx_fails tx_malformed_frames tx_remaining_reqs_count tx_spoofed_mac_count tx_packets_count tx_queue_event_count tx_rate_limiter_event_count \
     tx_rate_limiter_throttled";
 const PMEM: &str = "activate_fails cfg_fails event_fails queue_event_count rate_limiter_event_count \
     rate_limiter_throttled_events";

@@ -247,6 +247,11 @@ impl ActiveQueue {
         Ok(Some(head))
     }
 
+    /// Chains that are still to be popped of those that were available when the ring was last looked at.
+    pub(super) fn remaining(&self) -> u16 {
+        self.avail.wrapping_sub(self.queue.next_avail())
+    }
+
     /// Goes on at `next` of the available ring.
     pub(super) fn go_to(&mut self, next: u16) {
         self.queue.set_next_avail(next);

@@ -221,6 +221,13 @@ impl<'a> Io<'a> {
         }
     }
 
+    /// Chains of queue `index` that are still to be popped, of those that were there when the driver's ring
+    /// was last looked at.
+    pub fn remaining(&self, index: usize) -> u16 {
+        let queue = self.queues.get(index).and_then(Option::as_ref);
+        queue.map_or(0, ActiveQueue::remaining)
+    }
+
     /// Puts back the chain that was popped last, unused: the next [`pop`](Self::pop) gives it
     /// again.
     pub fn unpop(&mut self, chain: Chain) {

@@ -22,6 +22,8 @@ pub(super) struct Counters {
     pub no_buffer: Counter,
     /// Times that requests waited for others to end.
     pub engine_throttled: Counter,
+    /// What was still in the queue behind each request that was taken.
+    remaining: Counter,
     /// New sizes, and images that did not come.
     pub updates: Counter,
     pub update_fails: Counter,
@@ -46,6 +48,11 @@ impl Transfers {
 }
 
 impl Counters {
+    /// A request was taken from its queue, behind which there are so many.
+    pub fn popped(&self, remaining: u16) {
+        self.remaining.add_alone(remaining.into());
+    }
+
     /// A task came to its end, at about `now`.
     pub fn ended(&self, task: &Task, status: Status, now: Instant) {
         match (status, &task.op) {
@@ -70,6 +77,7 @@ impl Counters {
             ("rate_limiter_event_count", self.limiter_events.get()),
             ("no_avail_buffer", self.no_buffer.get()),
             ("io_engine_throttled_events", self.engine_throttled.get()),
+            ("remaining_reqs_count", self.remaining.get()),
             ("update_count", self.updates.get()),
             ("update_fails", self.update_fails.get()),
             ("read_bytes", self.reads.bytes.get()),

@@ -269,6 +269,7 @@ impl Block {
                             _ => Taken::All,
                         });
                     };
+                    self.counters.popped(io.remaining(queue));
                     let request = Request::parse(io.ram(), &chain, geometry)?;
                     let limiter = self.limiter.get();
                     let at = limiter.and_then(|l| l.charge(now, request.bytes()));

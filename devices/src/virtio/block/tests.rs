@@ -186,6 +186,11 @@ fn many_requests_are_one_batch() {
             assert_eq!(u32::from(bench.status(slot)), VIRTIO_BLK_S_OK);
             assert_eq!(u64::from(bench.byte(DATA + slot * 512)), slot * 3);
         }
+        let values = bench.handle.counters();
+        let count = values
+            .iter()
+            .find(|(name, _)| *name == "remaining_reqs_count");
+        assert_eq!(count.unwrap().1, 4 + 3 + 2 + 1, "behind each of them");
     }
 }
 

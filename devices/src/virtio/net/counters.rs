@@ -79,6 +79,8 @@ pub(super) struct Counters {
     pub malformed: Counter,
     /// Frames of another address than the device's, which pass as they do with Firecracker.
     pub spoofed: Counter,
+    /// What was still in the queue behind each frame that was taken from the driver.
+    pub remaining: Counter,
     /// How long the host took for a frame.
     pub writes: Latency,
 }
@@ -108,6 +110,7 @@ impl Counters {
             ("tx_bytes_count", tx.bytes.get()),
             ("tx_packets_count", tx.frames.get()),
             ("tx_count", tx.frames.get()),
+            ("tx_remaining_reqs_count", self.remaining.get()),
             ("tx_malformed_frames", malformed),
             ("tx_spoofed_mac_count", self.spoofed.get()),
             ("tap_write_agg.sum_us", write_sum),

@@ -367,6 +367,9 @@ impl Net {
                 return Ok(detoured);
             };
             any = true;
+            self.counters
+                .remaining
+                .add(io.remaining(2 * pair + 1).into());
             let ram = io.ram();
             let (header, source) = header::start(ram, chain.readable())?;
             let len = total(chain.readable()).saturating_sub(HEADER);

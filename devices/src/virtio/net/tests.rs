@@ -217,6 +217,28 @@ fn frames_from_another_address_are_counted_and_pass() {
     assert!(least <= most && most <= sum, "{least}, {most}, {sum}");
 }
 
+#[test]
+fn frames_that_wait_behind_others_are_counted() {
+    let (options, mut socket) = on_socket();
+    let mut guest = Guest::new(options, None);
+    let ram = &guest.rig.ram;
+    ram.write_slice(&[7; 72], GuestAddress(TX_AT)).unwrap();
+    ram.write_slice(&BLANK, GuestAddress(TX_AT)).unwrap();
+    for _ in 0..4 {
+        guest.vqs[1].add(&[(TX_AT, 72, false)]);
+    }
+    guest.rig.kick(&guest.vqs[1]);
+    guest.rig.run(0);
+    for _ in 0..4 {
+        expect(&mut socket, &[7; 60]);
+    }
+    let values = guest.handle.counters();
+    let count = values
+        .iter()
+        .find(|(name, _)| *name == "tx_remaining_reqs_count");
+    assert_eq!(count.unwrap().1, 3 + 2 + 1);
+}
+
 fn clean_with(bits: &[u32], header: &Header) -> Option<Header> {
     clean(header, |bit| bits.contains(&bit))
 }
