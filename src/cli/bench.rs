@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
+use super::lazy::Lazy;
 use super::snapshot::DirectoryArgs;
 use crate::bench::{AnyGuest, Cloner, heading};
 
@@ -21,7 +22,7 @@ enum BenchCommand {
     #[command(after_help = "\
         Times are in microseconds: bulle's own part until the vCPUs are told to run, and all of it to the first \
         exit of the guest to bulle, where one comes soon.")]
-    Clone(CloneArgs),
+    Clone(Lazy<CloneArgs>),
 }
 
 #[derive(Debug, Args)]

@@ -15,6 +15,7 @@ mod inspect;
 mod jailer;
 mod kernel;
 mod kill;
+mod lazy;
 mod logs;
 mod man;
 mod memory;
@@ -38,6 +39,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use lazy::Lazy;
 pub use memory::Allocator;
 
 use crate::session::{self, CODE_FAILURE};
@@ -54,49 +56,49 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boot a kernel and run a command in it
-    Run(Box<run::RunArgs>),
+    Run(Lazy<run::RunArgs>),
     /// Serve a REST API that configures, starts and commands one microVM
-    Api(Box<api::ApiArgs>),
+    Api(Lazy<api::ApiArgs>),
     /// List the microVMs that run
-    Ps(ps::PsArgs),
+    Ps(Lazy<ps::PsArgs>),
     /// Print all that is known of a microVM, as JSON
-    Inspect(inspect::InspectArgs),
+    Inspect(Lazy<inspect::InspectArgs>),
     /// Stop the vCPUs of microVMs
-    Pause(pause::PauseArgs),
+    Pause(Lazy<pause::PauseArgs>),
     /// Let the vCPUs of paused microVMs go on
-    Resume(pause::PauseArgs),
+    Resume(Lazy<pause::PauseArgs>),
     /// Add disks, network interfaces and persistent memory to a microVM that runs with --pci
-    Attach(Box<attach::AttachArgs>),
+    Attach(Lazy<attach::AttachArgs>),
     /// Take devices away from a microVM that runs, when its guest has let go of them
-    Detach(attach::DetachArgs),
+    Detach(Lazy<attach::DetachArgs>),
     /// Save microVMs to directories, and make microVMs of what was saved
-    Snapshot(Box<snapshot::SnapshotArgs>),
+    Snapshot(snapshot::SnapshotArgs),
     /// Make microVMs of a snapshot, each in a process of its own, and print their names
-    Clone(Box<clone::CloneArgs>),
+    Clone(Lazy<clone::CloneArgs>),
     /// Make copies of a microVM that goes on, each in a process of its own, and print their names
-    Fork(Box<fork::ForkArgs>),
+    Fork(Lazy<fork::ForkArgs>),
     /// Measure how long things take on this machine
     Bench(bench::BenchArgs),
     /// Wait to become a clone
     #[command(hide = true)]
-    Shell(shell::ShellArgs),
+    Shell(Lazy<shell::ShellArgs>),
     /// Have guests switch themselves off, and kill those that do not
-    Stop(stop::StopArgs),
+    Stop(Lazy<stop::StopArgs>),
     /// Print what a guest wrote to its console
-    Logs(logs::LogsArgs),
+    Logs(Lazy<logs::LogsArgs>),
     /// Attach to a guest's console
-    Console(console::ConsoleArgs),
+    Console(Lazy<console::ConsoleArgs>),
     /// Run a command in a guest that runs, beside its first one
-    Exec(exec::ExecArgs),
+    Exec(Lazy<exec::ExecArgs>),
     /// Print what microVMs take and do
-    Stats(stats::StatsArgs),
+    Stats(Lazy<stats::StatsArgs>),
     /// End microVMs at once, or send their processes another signal
-    Kill(kill::KillArgs),
+    Kill(Lazy<kill::KillArgs>),
     /// Print a script that completes bulle's arguments in a shell
-    Completion(completion::CompletionArgs),
+    Completion(Lazy<completion::CompletionArgs>),
     /// Write manual pages
     #[command(hide = true)]
-    Man(man::ManArgs),
+    Man(Lazy<man::ManArgs>),
 }
 
 /// Parses the process's arguments, runs the command and says with which code to exit. Errors are
@@ -128,15 +130,15 @@ impl Command {
             _ => telemetry::init(log::LevelFilter::Warn),
         }
         match self {
-            Self::Run(args) => run::run(*args),
-            Self::Api(args) => api::run(*args),
+            Self::Run(args) => run::run(*args.0),
+            Self::Api(args) => api::run(*args.0),
             Self::Ps(args) => ps::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Pause(args) => pause::pause(&args),
             Self::Resume(args) => pause::resume(&args),
             Self::Attach(args) => attach::attach(&args),
             Self::Detach(args) => attach::detach(&args),
-            Self::Snapshot(args) => snapshot::run(*args),
+            Self::Snapshot(args) => snapshot::run(args),
             Self::Clone(args) => clone::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Fork(args) => fork::run(&args),

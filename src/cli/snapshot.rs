@@ -18,6 +18,7 @@ use serde_json::json;
 
 use self::create::{Bar, Interrupts, SIGNAL_BASE};
 use super::api::parse_id;
+use super::lazy::Lazy;
 use super::metadata;
 use super::rebind::RebindArgs;
 use super::target::{RuntimeArgs, Target};
@@ -40,19 +41,19 @@ pub struct SnapshotArgs {
 #[derive(Debug, Subcommand)]
 enum SnapshotCommand {
     /// Save a microVM to a directory
-    Create(create::CreateArgs),
+    Create(Lazy<create::CreateArgs>),
     /// Make a microVM of a snapshot and run it to its end
-    Restore(Box<RestoreArgs>),
+    Restore(Lazy<RestoreArgs>),
     /// Note beside its snapshot which memory a microVM touched so far: later restores bring that early
-    Record(RecordArgs),
+    Record(Lazy<RecordArgs>),
     /// Print what a snapshot is of
-    Info(InfoArgs),
+    Info(Lazy<InfoArgs>),
     /// Compare all of a snapshot with its checksums
-    Verify(DirectoryArgs),
+    Verify(Lazy<DirectoryArgs>),
     /// Write a snapshot of changes as one that needs nothing else
-    Rebase(RebaseArgs),
+    Rebase(Lazy<RebaseArgs>),
     /// Remove what interrupted snapshots left, and snapshots that are not needed
-    Gc(gc::GcArgs),
+    Gc(Lazy<gc::GcArgs>),
 }
 
 /// A snapshot.
@@ -129,7 +130,7 @@ struct RebaseArgs {
 pub fn run(args: SnapshotArgs) -> Result<u8> {
     match args.command {
         SnapshotCommand::Create(args) => create::run(&args),
-        SnapshotCommand::Restore(args) => restore(*args),
+        SnapshotCommand::Restore(args) => restore(*args.0),
         SnapshotCommand::Info(args) => info(&args),
         SnapshotCommand::Verify(args) => {
             args.open()?.verify()?;
