@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use devices::mmds::Mmds;
 
-use super::launch::{After, LaunchError, Prepared, block_signals, give_command, launch_with};
+use super::launch::{After, Have, LaunchError, Prepared, block_signals, give_command, launch_with};
 use super::launch_error::session;
 use super::snapshots::Saved;
 use crate::config::{Config, Console};
@@ -66,7 +66,12 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
         begun: Some(begun),
     };
     launch_with(spec, mmds, place, after, |spec| {
-        Prepared::adopt(spec, saved, (Some(host), shell), mmds)
+        Prepared::load(
+            spec,
+            saved,
+            Have::Host(Box::new(host), shell.map(Box::new)),
+            mmds,
+        )
     })
 }
 

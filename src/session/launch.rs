@@ -43,7 +43,7 @@ use crate::registry::Place;
 use crate::snapshot::{GuestFacts, OnRead, ram};
 use crate::telemetry::{Metrics, tell};
 use crate::vm::build::Initrd;
-use crate::vm::{Host, Shell, Vm};
+use crate::vm::{Ahead, Host, Shell, Vm};
 
 /// Milliseconds that output may wait for its reader when the end was asked for.
 const OUTPUT_PATIENCE: u16 = 2000;
@@ -53,7 +53,7 @@ const OUTPUT_PATIENCE: u16 = 2000;
 /// the machine at `place` meanwhile.
 pub fn launch(spec: Spec, mmds: &Arc<Mmds>, place: Option<Place>) -> Result<u8, LaunchError> {
     launch_with(spec, mmds, place, After::default(), |spec| {
-        Prepared::new(spec, mmds)
+        Prepared::new(spec, None, mmds)
     })
 }
 
@@ -69,7 +69,9 @@ pub fn save_ready(
         save: Some(create),
         begun: None,
     };
-    launch_with(spec, mmds, place, after, |spec| Prepared::new(spec, mmds))
+    launch_with(spec, mmds, place, after, |spec| {
+        Prepared::new(spec, None, mmds)
+    })
 }
 
 /// Makes a machine of the snapshot that `load` names and runs it to its end, as [`launch`] does, with
@@ -86,7 +88,7 @@ pub fn launch_saved(
     give_command(&mut config, &saved, command)?;
     let spec = startable(&config)?;
     launch_with(spec, mmds, place, After::default(), |spec| {
-        Prepared::load(spec, saved, mmds)
+        Prepared::load(spec, saved, Have::Nothing, mmds)
     })
 }
 
@@ -184,13 +186,21 @@ enum Source {
     Saved(Box<Saved>, Option<Box<Shell>>),
 }
 
+/// What of KVM is open before a machine of a snapshot is made.
+pub enum Have {
+    Nothing,
+    Ahead(Ahead),
+    /// All, and perhaps a machine that waits.
+    Host(Box<Host>, Option<Box<Shell>>),
+}
+
 impl Prepared {
-    /// Opens all that `spec` names. This is when its time limit begins.
-    pub fn new(spec: Spec, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
+    /// Opens all that `spec` names, but for what is open. This is when its time limit begins.
+    pub fn new(spec: Spec, ahead: Option<Ahead>, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
         let (started, begin) = (Instant::now(), times());
         let progress = Progress::new();
         let (mut devices, ends) = plan(&spec, mmds)?;
-        let host = Host::open(&spec, open_files(&devices))?;
+        let host = Host::open_on(&spec, open_files(&devices), ahead)?;
         let kernel = KernelImage::open(&spec.config().boot_source.kernel_image_path)?;
         fit(
             &mut devices,
@@ -211,24 +221,20 @@ impl Prepared {
         })
     }
 
-    /// Opens all that `spec`, the machine of `saved`, names.
-    pub fn load(spec: Spec, saved: Saved, mmds: &Arc<Mmds>) -> Result<Self, LaunchError> {
-        Self::adopt(spec, saved, (None, None), mmds)
-    }
-
-    /// Opens all that `spec`, the machine of `saved`, names, but for what is open:
-    /// /dev/kvm, and a machine that waits.
-    pub fn adopt(
+    /// Opens all that `spec`, the machine of `saved`, names, but for what is open.
+    pub fn load(
         spec: Spec,
         saved: Saved,
-        (host, shell): (Option<Host>, Option<Shell>),
+        have: Have,
         mmds: &Arc<Mmds>,
     ) -> Result<Self, LaunchError> {
         let (started, begin) = (Instant::now(), times());
         let (mut devices, ends) = plan(&spec, mmds)?;
-        let host = match host {
-            Some(host) => host,
-            None => Host::open(&spec, open_files(&devices))?,
+        let files = open_files(&devices);
+        let (host, shell) = match have {
+            Have::Nothing => (Host::open(&spec, files)?, None),
+            Have::Ahead(ahead) => (Host::open_on(&spec, files, Some(ahead))?, None),
+            Have::Host(host, shell) => (*host, shell),
         };
         fit(&mut devices, window_size(), &saved.snapshot.guest.release);
         Ok(Self {
@@ -239,7 +245,7 @@ impl Prepared {
             devices,
             ends,
             host,
-            source: Source::Saved(Box::new(saved), shell.map(Box::new)),
+            source: Source::Saved(Box::new(saved), shell),
         })
     }
 }

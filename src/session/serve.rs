@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::events::Events;
 use super::figures::Startup;
-use super::launch::{LaunchError, Prepared, Session, block_signals};
+use super::launch::{Have, LaunchError, Prepared, Session, block_signals};
 use super::managed::Door;
 use super::meter::{Meter, Task};
 use super::outcome::Outcome;
@@ -29,6 +29,7 @@ use crate::control::{
     startable,
 };
 use crate::registry::{About, Claim, Place, RegistryError};
+use crate::vm::Ahead;
 
 /// How a microVM is served.
 #[derive(Debug)]
@@ -118,6 +119,7 @@ pub fn serve(options: Serve) -> Result<u8, ServeError> {
         door,
         events: Events::default(),
         loaded: None,
+        ahead: None,
     };
     match at_once {
         true => serving.start(),
@@ -137,6 +139,8 @@ struct Serving {
     events: Events,
     /// How long a snapshot took to be loaded: as its caller saw it, and here.
     loaded: Option<[Duration; 2]>,
+    /// What a start takes, opened while nobody asks for anything.
+    ahead: Option<Ahead>,
 }
 
 /// An entry for a microVM. Clients give the same name to several microVMs: the second gets another.
@@ -162,18 +166,18 @@ fn link(claim: &Claim, socket: &Path) {
     }
 }
 
-fn build(preboot: &Preboot) -> Result<Session, ActionError> {
+fn build(preboot: &Preboot, ahead: Option<Ahead>) -> Result<Session, ActionError> {
     let start = |error: LaunchError| ActionError::Start {
         text: chain(&error),
     };
-    let prepared = Prepared::new(preboot.spec()?, preboot.mmds()).map_err(start)?;
+    let prepared = Prepared::new(preboot.spec()?, ahead, preboot.mmds()).map_err(start)?;
     Session::build(prepared).map_err(start)
 }
 
 /// The machine of a snapshot, whose configuration becomes that of `preboot`.
 fn load(
     preboot: &mut Preboot,
-    load: &SnapshotLoad,
+    (load, ahead): (&SnapshotLoad, Option<Ahead>),
     meter: &Arc<Meter>,
 ) -> Result<Session, ActionError> {
     preboot.may_load(load)?;
@@ -188,7 +192,8 @@ fn load(
     let spec = startable(&config).map_err(|error| ActionError::Load {
         text: chain(&error),
     })?;
-    let prepared = Prepared::load(spec, saved, preboot.mmds()).map_err(failed)?;
+    let have = ahead.map_or(Have::Nothing, Have::Ahead);
+    let prepared = Prepared::load(spec, saved, have, preboot.mmds()).map_err(failed)?;
     let session = Session::build(prepared).map_err(failed)?;
     if meter.is_cancelled() {
         return Err(ActionError::LoadCancelled);
@@ -199,7 +204,7 @@ fn load(
 
 impl Serving {
     fn start(self) -> Result<u8, ServeError> {
-        let session = build(&self.preboot)?;
+        let session = build(&self.preboot, None)?;
         self.run(session, |_| ())
     }
 
@@ -214,6 +219,7 @@ impl Serving {
             door,
             events,
             loaded,
+            ahead: _,
         } = self;
         let parts = FigureParts {
             metrics: preboot.take_metrics(),
@@ -251,7 +257,7 @@ impl Serving {
             while let Some(call) = self.requests.next() {
                 let begin = Instant::now();
                 let built = match &call.action {
-                    Action::InstanceStart => build(&self.preboot),
+                    Action::InstanceStart => build(&self.preboot, self.ahead.take()),
                     Action::LoadSnapshot(asked) => self.load(asked, call.cancelled()),
                     Action::Listen => {
                         let state = self.preboot.instance().state;
@@ -275,6 +281,7 @@ impl Serving {
                     Err(error) => call.answer(Err(error)),
                 }
             }
+            self.ahead = self.ahead.take().or_else(Ahead::open);
         }
     }
 
@@ -288,7 +295,8 @@ impl Serving {
         let cancelled = asked.cancellable.then_some(cancelled);
         let path = &asked.snapshot_path;
         let meter = Arc::new(Meter::new(Task::Load, path, cancelled, &mut self.events));
-        let loaded = load(&mut self.preboot, asked, &meter);
+        let ahead = self.ahead.take();
+        let loaded = load(&mut self.preboot, (asked, ahead), &meter);
         meter.give_back(&mut self.events);
         match loaded {
             Err(_) if meter.is_cancelled() => Err(ActionError::LoadCancelled),

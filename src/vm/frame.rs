@@ -4,7 +4,7 @@
 //! restoring both begin here.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use arch::capabilities::Capabilities;
 use arch::memory::GuestMemory;
@@ -15,7 +15,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend;
 
 use super::build::BuildError;
-use super::host::{KVM_PATH, open_kvm};
+use super::host::{Ahead, KVM_PATH, open_kvm};
 use super::irq::Irqchip;
 use super::slots::{DeviceSlots, Seen};
 use super::{ExitLatch, Vm, cpu, limits, memory};
@@ -35,14 +35,24 @@ pub struct Host {
     context: Arc<OnceLock<Arc<Context>>>,
     /// Likewise.
     cpuid: Arc<OnceLock<HostCpuid>>,
+    /// A virtual machine that nobody has taken yet.
+    spare: Arc<Mutex<Option<VmFd>>>,
 }
 
 impl Host {
     /// Opens KVM and checks it against `spec`, whose virtio devices need so many open `files`.
     pub fn open(spec: &Spec, files: u64) -> Result<Self, BuildError> {
+        Self::open_on(spec, files, None)
+    }
+
+    /// Likewise, with what was opened ahead.
+    pub fn open_on(spec: &Spec, files: u64, ahead: Option<Ahead>) -> Result<Self, BuildError> {
         let machine = spec.machine();
         limits::allow_open_files(machine, files)?;
-        let kvm = open_kvm()?;
+        let (kvm, spare) = match ahead {
+            Some(Ahead { kvm, vm }) => (kvm, Some(vm)),
+            None => (open_kvm()?, None),
+        };
         log::debug!("{KVM_PATH} is open");
         arch::xstate::permit_guests();
         let capabilities = arch::capabilities::check_with(&kvm, &cpu::capabilities(spec.config()))?;
@@ -54,7 +64,15 @@ impl Host {
             topology,
             context: Arc::default(),
             cpuid: Arc::default(),
+            spare: Arc::new(Mutex::new(spare)),
         })
+    }
+
+    /// A virtual machine without anything.
+    fn create_vm(&self) -> Result<VmFd, BuildError> {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let vm = spare.take().map_or_else(|| self.kvm.create_vm(), Ok);
+        vm.map_err(BuildError::CreateVm)
     }
 
     /// What giving vCPUs their state needs to know, asked once for all clones. Not for taking it, which
@@ -113,7 +131,7 @@ impl Frame {
         devices: &[Plan],
     ) -> Result<Self, BuildError> {
         let mode = mode(machine.irqchip);
-        let vm = Arc::new(host.kvm.create_vm().map_err(BuildError::CreateVm)?);
+        let vm = Arc::new(host.create_vm()?);
         log::debug!("virtual machine created");
         arch::vm::before_memory(&vm)?;
         memory::register(&vm, &memory)?;

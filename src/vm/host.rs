@@ -6,7 +6,7 @@ use std::os::fd::FromRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 use nix::errno::Errno;
 
 /// Where KVM lives.
@@ -58,6 +58,25 @@ pub enum KvmOpenError {
     /// Anything else.
     #[error("Cannot open {KVM_PATH}")]
     Open(#[source] io::Error),
+}
+
+/// KVM, and a virtual machine without anything, opened before it is known what for: a part of what a start takes that
+/// depends on nothing, with what KVM tells once.
+pub struct Ahead {
+    pub(super) kvm: Kvm,
+    pub(super) vm: VmFd,
+}
+
+impl Ahead {
+    /// Opens them. What fails now does again when it is needed, and is told then.
+    pub fn open() -> Option<Self> {
+        let kvm = open_kvm().ok()?;
+        let vm = kvm.create_vm().ok()?;
+        arch::xstate::permit_guests();
+        arch::cpuid::supported(&kvm).ok()?;
+        arch::msr::indices(&kvm).ok()?;
+        Some(Self { kvm, vm })
+    }
 }
 
 /// Opens /dev/kvm.

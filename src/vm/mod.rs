@@ -34,7 +34,7 @@ pub use build::BuildError;
 pub use exit::{ExitLatch, VmExit};
 pub use fork::{Fork, VmForkError};
 pub use frame::Host;
-pub use host::{KVM_PATH, KvmOpenError};
+pub use host::{Ahead, KVM_PATH, KvmOpenError};
 pub use hotplug::PlugError;
 pub use limits::LimitError;
 pub use shell::{Shape, ShapeError, Shell};

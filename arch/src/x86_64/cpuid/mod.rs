@@ -1,12 +1,13 @@
 //! What the guest's CPUID instruction answers.
 //!
-//! [`CpuidTemplate::new`] asks KVM once what the host can offer (0.3 ms on a typical host; it needs only
-//! `&Kvm`, so it can run beside the creation of the VM), normalises the answer to the guest's
+//! [`CpuidTemplate::new`] takes what the host can offer ([`supported`]), normalises the answer to the guest's
 //! topology and keeps it. [`CpuidTemplate::for_vcpu`] then only writes the APIC id.
 //! Invariants: the host's own topology never shows through, and leaves that are all zero are left
 //! out, because KVM answers zero for them anyway and every entry costs time in `KVM_SET_CPUID2`.
 
 mod normalise;
+
+use std::sync::OnceLock;
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
@@ -50,6 +51,21 @@ pub enum CpuidError {
     },
 }
 
+/// What this host's KVM supports, asked for once in a process: that takes 0.3 ms, and may not be done before
+/// [`permit_guests`](crate::xstate::permit_guests), on which it depends.
+///
+/// # Errors
+/// [`CpuidError::Supported`] when KVM does not answer.
+pub fn supported(kvm: &Kvm) -> Result<&'static [kvm_cpuid_entry2], CpuidError> {
+    static LIST: OnceLock<Vec<Entry>> = OnceLock::new();
+    if let Some(list) = LIST.get() {
+        return Ok(list);
+    }
+    let list = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+    let list = list.map_err(CpuidError::Supported)?;
+    Ok(LIST.get_or_init(|| list.as_slice().to_vec()))
+}
+
 /// CPUID of all vCPUs of a guest but for what differs between them.
 #[derive(Clone, Debug)]
 pub struct CpuidTemplate {
@@ -70,10 +86,7 @@ impl CpuidTemplate {
         tsc_khz: Option<u32>,
         changes: &[CpuidChange],
     ) -> Result<Self, CpuidError> {
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(CpuidError::Supported)?;
-        let mut supported = Leaves(supported.as_slice().to_vec());
+        let mut supported = Leaves(supported(kvm)?.to_vec());
         for change in changes {
             apply(&mut supported, change)?;
         }

@@ -3,12 +3,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
 use super::vcpu::get_cpuid;
 use super::{Feature, MissingFeatures, StateError, VcpuState};
-use crate::cpuid::CpuidError;
+use crate::cpuid::supported;
 
 /// What a host's KVM can give to a vCPU.
 #[derive(Debug)]
@@ -21,17 +21,15 @@ pub struct HostCpuid {
 }
 
 impl HostCpuid {
-    /// Ask KVM, which takes it 0.3 ms.
+    /// Ask KVM.
     ///
     /// # Errors
     /// [`StateError::Cpuid`] when KVM does not answer.
     pub fn new(kvm: Arc<Kvm>) -> Result<Self, StateError> {
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(CpuidError::Supported)?;
+        let supported = supported(&kvm)?.to_vec();
         Ok(Self {
             kvm: Some(kvm),
-            supported: supported.as_slice().to_vec(),
+            supported,
             known: Mutex::default(),
         })
     }
