@@ -208,6 +208,7 @@ pub fn run_as(args: ApiArgs, version: &'static str) -> Result<u8> {
             level: args.level,
             show_level: args.show_level.then_some(true),
             show_log_origin: args.show_log_origin.then_some(true),
+            format: None,
             module: args.module,
         },
         metrics: args.metrics_path.map(Metrics::to),

@@ -35,7 +35,7 @@ pub use machine::{
     CpuTemplate, HugePages, Irqchip, MachineConfig, MachineError, MachineUpdate, MemoryBacking,
 };
 pub use size::{SizeError, parse_bytes, parse_size};
-pub use telemetry::{Level, Logger, Metrics};
+pub use telemetry::{Level, LogFormat, Logger, Metrics};
 pub use validate::{
     ConfigError, DriveError, LimitsError, MmdsConfigError, PortsError, ShareError, Spec,
     VsockError, WatchdogError,

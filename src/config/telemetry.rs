@@ -25,6 +25,18 @@ pub struct Logger {
     /// Only what comes from the module with this path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
+    /// What a line is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<LogFormat>,
+}
+
+/// What a line of the log is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// An object of JSON with all that is known.
+    Json,
 }
 
 impl Logger {
@@ -36,6 +48,7 @@ impl Logger {
         self.show_level = other.show_level.or(self.show_level);
         self.show_log_origin = other.show_log_origin.or(self.show_log_origin);
         self.module = other.module.or(self.module.take());
+        self.format = other.format.or(self.format);
     }
 }
 

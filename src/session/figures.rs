@@ -97,9 +97,10 @@ const GROUPS: &[(&str, &str)] = &[
     ("vmm", "panic_count"),
     (
         "vsock",
-        "activate_fails cfg_fails conns_added conns_killed conns_removed killq_resync rx_bytes_count \
-         rx_packets_count rx_queue_event_count rx_read_fails tx_bytes_count tx_flush_fails tx_packets_count \
-         tx_queue_event_count tx_write_fails",
+        "activate_fails cfg_fails conn_event_fails conns_added conns_killed conns_removed ev_queue_event_fails \
+         killq_resync muxer_event_fails rx_bytes_count rx_packets_count rx_queue_event_count rx_queue_event_fails \
+         rx_read_fails tx_bytes_count tx_flush_fails tx_packets_count tx_queue_event_count \
+         tx_queue_event_fails tx_write_fails",
     ),
 ];
 

@@ -10,8 +10,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use log::{LevelFilter, Log, Metadata, Record};
+use serde_json::json;
 
-use crate::config;
+use crate::config::{self, LogFormat};
 
 /// A log file could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +32,7 @@ struct Settings {
     level: bool,
     origin: bool,
     module: Option<String>,
+    format: LogFormat,
 }
 
 struct Logger(Mutex<Settings>);
@@ -41,6 +43,7 @@ static LOGGER: Logger = Logger(Mutex::new(Settings {
     level: true,
     origin: false,
     module: None,
+    format: LogFormat::Text,
 }));
 
 /// Lines that could not be written.
@@ -75,6 +78,7 @@ pub fn configure(logger: &config::Logger) -> Result<(), LogFileError> {
     }
     settings.level = logger.show_level.unwrap_or(settings.level);
     settings.origin = logger.show_log_origin.unwrap_or(settings.origin);
+    settings.format = logger.format.unwrap_or(settings.format);
     if logger.module.is_some() {
         settings.module.clone_from(&logger.module);
     }
@@ -120,7 +124,10 @@ impl Log for Logger {
             return;
         }
         // One write, so that the lines of two processes do not mix. What cannot be written is lost.
-        let line = settings.line(record);
+        let line = match settings.format {
+            LogFormat::Text => settings.line(record),
+            LogFormat::Json => settings.object(record),
+        };
         let written = match &mut settings.file {
             Some(file) => file.write_all(line.as_bytes()),
             None => io::stderr().write_all(line.as_bytes()),
@@ -134,6 +141,25 @@ impl Log for Logger {
 }
 
 impl Settings {
+    /// A line of JSON.
+    fn object(&self, record: &Record<'_>) -> String {
+        let mut object = json!({
+            "time": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
+            "level": record.level().as_str(),
+            "thread": std::thread::current().name(),
+            "module": record.target(),
+            "text": record.args().to_string(),
+        });
+        if let Some(id) = &self.id {
+            object["id"] = json!(id);
+        }
+        if self.origin {
+            object["file"] = json!(record.file());
+            object["line"] = json!(record.line());
+        }
+        format!("{object}\n")
+    }
+
     fn line(&self, record: &Record<'_>) -> String {
         let now = SystemTime::now();
         let mut line = String::new();
@@ -171,31 +197,66 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn lines_of_both_looks() {
-        let line = |settings: &Settings| {
-            let record = Record::builder()
-                .args(format_args!("text"))
-                .level(Level::Warn)
-                .target("bulle::x")
-                .file(Some("src/x.rs"))
-                .line(Some(7))
-                .build();
-            settings.line(&record)
-        };
-        let mut settings = Settings {
+    fn record<T>(use_it: impl FnOnce(&Record<'_>) -> T) -> T {
+        let record = Record::builder()
+            .args(format_args!("say \"text\""))
+            .level(Level::Warn)
+            .target("bulle::x")
+            .file(Some("src/x.rs"))
+            .line(Some(7))
+            .build();
+        use_it(&record)
+    }
+
+    fn settings() -> Settings {
+        Settings {
             file: None,
             id: None,
             level: true,
             origin: true,
             module: None,
-        };
-        assert!(line(&settings).ends_with("Z WARN  bulle::x] text\n"));
+            format: LogFormat::Text,
+        }
+    }
+
+    #[test]
+    fn lines_of_both_looks() {
+        let line = |settings: &Settings| record(|record| settings.line(record));
+        let mut settings = settings();
+        assert!(line(&settings).ends_with("Z WARN  bulle::x] say \"text\"\n"));
         settings.id = Some("vm".into());
         let full = line(&settings);
-        assert!(full.ends_with(":WARN:src/x.rs:7] text\n"), "{full}");
+        assert!(full.ends_with(":WARN:src/x.rs:7] say \"text\"\n"), "{full}");
         assert!(full.contains(" [vm:"), "{full}");
         (settings.level, settings.origin) = (false, false);
         assert!(!line(&settings).contains("WARN"));
+    }
+
+    #[test]
+    fn lines_of_json() {
+        let object = |settings: &Settings| {
+            let line = record(|record| settings.object(record));
+            let (line, rest) = line.split_once('\n').unwrap();
+            assert_eq!(rest, "");
+            serde_json::from_str::<serde_json::Value>(line).unwrap()
+        };
+        let mut settings = settings();
+        let full = object(&settings);
+        assert_eq!(full["text"], "say \"text\"");
+        assert_eq!(
+            (&full["level"], &full["module"]),
+            (&json!("WARN"), &json!("bulle::x"))
+        );
+        assert_eq!(
+            (&full["file"], &full["line"]),
+            (&json!("src/x.rs"), &json!(7))
+        );
+        let time = full["time"].as_str().unwrap();
+        assert!(humantime::parse_rfc3339(time).is_ok(), "{time}");
+        assert!(full.get("id").is_none());
+        (settings.id, settings.origin) = (Some("vm".into()), false);
+        let short = object(&settings);
+        assert_eq!(short["id"], "vm");
+        assert!(short.get("file").is_none());
     }
 }

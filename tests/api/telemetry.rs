@@ -151,6 +151,30 @@ fn the_log_goes_where_it_is_told() {
 }
 
 #[test]
+fn a_log_can_be_lines_of_json() {
+    let mut vm = Served::payload("hello");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let logger =
+        json!({ "log_path": path, "level": "Debug", "format": "Json", "module": "bulle::vm" });
+    vm.put("/logger", logger).done();
+    assert_eq!(vm.get("/vm/config").value()["logger"]["format"], "Json");
+    vm.start().finish().exits(7);
+    let text = fs::read_to_string(path).unwrap();
+    assert!(!text.is_empty());
+    for line in text.lines() {
+        let object: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(object["level"], "DEBUG");
+        let module = object["module"].as_str().unwrap();
+        assert!(module.starts_with("bulle::vm"), "{line}");
+        assert!(
+            object["text"].is_string() && object["id"].is_string(),
+            "{line}"
+        );
+    }
+}
+
+#[test]
 fn figures_are_differences_between_lines() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("metrics");
