@@ -169,14 +169,6 @@ pub enum ActionError {
         /// How many there may be.
         most: usize,
     },
-    /// What bulle cannot do yet.
-    #[error("{what} cannot be had yet: bulle {why}")]
-    NotYet {
-        /// What was asked for.
-        what: &'static str,
-        /// What is missing.
-        why: &'static str,
-    },
     /// The metadata service.
     #[error("MMDS error: {0}")]
     Mmds(MmdsError),
@@ -285,7 +277,6 @@ impl ActionError {
             Self::Exec(ExtraError::Unsupported) => "no-agent",
             Self::Exec(ExtraError::Request(_)) => "bad-config",
             Self::Exec(ExtraError::TooMany) | Self::TooMany { .. } => "too-many",
-            Self::NotYet { .. } => "not-yet",
             Self::Mmds(_) => "no-metadata",
             Self::MmdsLimit(_) => "too-large",
             Self::SnapshotRunning => "not-paused",

@@ -18,6 +18,8 @@ pub enum Role {
     Reaper,
     /// Watches the process that brings guest memory.
     Pager,
+    /// Tells it what devices need of hot-pluggable memory.
+    Relay,
     /// Brings guest memory that is going to be used.
     Prefetch,
     /// Starts a passt that ended again.
@@ -34,6 +36,7 @@ impl Role {
             Self::Api => "api".to_string(),
             Self::Reaper => "reaper".to_string(),
             Self::Pager => "pager".to_string(),
+            Self::Relay => "relay".to_string(),
             Self::Prefetch => "prefetch".to_string(),
             Self::Passt => "passt".to_string(),
             Self::Writer => "writer".to_string(),

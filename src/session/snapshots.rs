@@ -111,14 +111,7 @@ fn open(load: &SnapshotLoad) -> Result<Snapshot, ActionError> {
                     });
                 }
                 let snapshot = Snapshot::open_state(state, &backend.backend_path);
-                let snapshot = snapshot.map_err(|e| failed(&e))?;
-                return match snapshot.config.memory_hotplug {
-                    None => Ok(snapshot),
-                    Some(_) => Err(ActionError::NotYet {
-                        what: "hot-pluggable memory from a page fault handler",
-                        why: "loads such a machine with backend_type File",
-                    }),
-                };
+                return snapshot.map_err(|e| failed(&e));
             }
         },
         (None, Some(path)) => path,

@@ -106,7 +106,7 @@ pub fn garbage(directory: &Path, keep: Option<&[PathBuf]>) -> Result<Vec<Garbage
                 all.extend(files(all_of_it, Why::Unneeded));
             }
             (_, Some(_)) => all.extend(replaced(place)),
-            (_, None) => {}
+            (_, None) => all.extend(first(place)?),
         }
         all.extend(unfinished(place)?);
     }
@@ -152,14 +152,27 @@ fn replaced(place: &Path) -> Vec<Garbage> {
     }
 }
 
+/// The memory file of a first snapshot that was interrupted before its state file, which is there under its temporary
+/// name, had its own.
+fn first(place: &Path) -> Result<Vec<Garbage>, GcError> {
+    let (state, memory) = (place.join(STATE), place.join(MEMORY));
+    let none = fs::symlink_metadata(state).is_err();
+    let alone = none && temporary(place)?.iter().any(|left| belongs(left, &memory));
+    let memory = alone.then_some(memory);
+    Ok(files(memory, Why::Unfinished))
+}
+
 /// Temporary files that nobody writes any more.
 fn unfinished(place: &Path) -> Result<Vec<Garbage>, GcError> {
+    Ok(files(temporary(place)?, Why::Unfinished))
+}
+
+fn temporary(place: &Path) -> Result<Vec<PathBuf>, GcError> {
     let is_ours = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str());
         name.is_some_and(publish::is_temporary) && abandoned(path)
     };
-    let ours = entries(place)?.into_iter().filter(is_ours);
-    Ok(files(ours, Why::Unfinished))
+    Ok(entries(place)?.into_iter().filter(is_ours).collect())
 }
 
 fn abandoned(path: &Path) -> bool {

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::create::{Created, Files, Request, create, same_file};
 use self::format::{FormatError, Kind, MAX_FILE, Reader};
-use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap};
+use self::image::{Base, Image, ImageError, MAX_CHAIN, MemoryMap, Region};
 pub use self::merge::merge;
 pub use self::plugged::Plugged;
 pub use self::reading::{OnRead, Reading};
@@ -228,8 +228,13 @@ pub enum Paging {
     Mapped,
     /// bulle brings each page from the memory files when it is touched, and this working set early.
     Lazy(Option<WorkingSet>),
-    /// The process that listens at this socket does.
-    Handler(PathBuf),
+    /// Another process does.
+    Handler {
+        /// The socket that it listens at.
+        path: PathBuf,
+        /// What is where in the memory file that it has.
+        regions: Vec<Region>,
+    },
 }
 
 /// A snapshot, read and checked.
@@ -282,12 +287,11 @@ impl Snapshot {
     /// [`SnapshotError`] of the state file; the handler is asked when the machine is made.
     pub fn open_state(state: &Path, handler: &Path) -> Result<Self, SnapshotError> {
         let parts = read_parts(state)?;
-        Ok(Self::new(
-            state,
-            parts,
-            Vec::new(),
-            Paging::Handler(handler.to_owned()),
-        ))
+        let paging = Paging::Handler {
+            path: handler.to_owned(),
+            regions: parts.memory.regions.clone(),
+        };
+        Ok(Self::new(state, parts, Vec::new(), paging))
     }
 
     fn new(state: &Path, parts: Parts, layers: Vec<Arc<Layer>>, paging: Paging) -> Self {

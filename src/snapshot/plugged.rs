@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use arch::memory::GuestMemory;
+use devices::virtio::mem;
 
 use super::Snapshot;
 use super::image::{ImageError, ImageWriter, MAX_RUN, Region};
@@ -18,19 +19,19 @@ use super::ram::{self, MapError, data_runs};
 pub struct Plugged<'a> {
     /// Guest physical address.
     pub address: u64,
-    /// Bytes.
-    pub len: u64,
     /// Its content; nothing is where nothing is plugged.
-    pub file: &'a File,
+    pub region: &'a mem::Region,
 }
 
 /// Writes the memory of a device, which has its place in the file at `offset`.
 fn write(plugged: &Plugged<'_>, offset: u64, writer: &mut ImageWriter<'_>) -> io::Result<()> {
     let mut buffer = vec![0; MAX_RUN as usize];
-    let runs = data_runs(plugged.file, 0, plugged.len)?;
+    plugged.region.bring();
+    let file = plugged.region.file();
+    let runs = data_runs(file, 0, plugged.region.len())?;
     writer.expect(runs.iter().map(|(_, len)| len).sum());
     for (start, len) in runs {
-        copy(plugged.file, (start, len), &mut buffer, |at, data| {
+        copy(file, (start, len), &mut buffer, |at, data| {
             writer.write(offset + at, data, true)
         })?;
     }
@@ -52,7 +53,7 @@ pub fn write_all(
         write(plugged, offset, writer)?;
         regions.push(Region {
             address: plugged.address,
-            len: plugged.len,
+            len: plugged.region.len(),
             offset,
         });
     }
@@ -67,7 +68,7 @@ pub fn fill(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), MapError> 
     // Whole in every file of a chain.
     let layer = snapshot.layers.first().ok_or(MapError::Layout)?;
     let mut regions = layer.map.regions.iter();
-    let fits = |r: &&Region| (r.address, r.len) == (plugged.address, plugged.len);
+    let fits = |r: &&Region| (r.address, r.len) == (plugged.address, plugged.region.len());
     let here = regions.find(fits).ok_or(MapError::Layout)?;
     let mut buffer = vec![0; MAX_RUN as usize];
     for run in &layer.map.runs {
@@ -80,7 +81,7 @@ pub fn fill(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), MapError> 
         };
         let range = (run.offset, run.len.min(here.len - start));
         let copied = copy(&layer.image.file, range, &mut buffer, |at, data| {
-            plugged.file.write_all_at(data, at - here.offset)
+            plugged.region.file().write_all_at(data, at - here.offset)
         });
         copied.map_err(|source| {
             let path = layer.image.path.clone();

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arch::memory::{GuestMemory, ram_regions};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::image::{ImageError, Region, Run};
+use super::image::{ImageError, MAX_RUN, Region, Run};
+use super::merge::{Piece, pieces};
 use super::ram::{COPIED, MapError, within};
 use super::{Layer, Paging, Snapshot};
 use crate::config::MachineConfig;
@@ -64,13 +65,18 @@ fn to_read(snapshot: &Snapshot) -> u64 {
     let reserved = config.machine_config.huge_pages.reserved_mib().is_some();
     let ram: u64 = match snapshot.paging {
         Paging::Mapped if reserved => {
-            let layers = snapshot.layers.iter();
-            layers
-                .map(|layer| sum(layer, regions, |_, in_ram| in_ram))
-                .sum()
+            let pieces = pieces(snapshot);
+            let end = snapshot
+                .layers
+                .first()
+                .map_or(0, |layer| end_of_ram(layer, regions));
+            let ram = pieces
+                .iter()
+                .filter_map(|piece| within(&run(piece), 0, end));
+            ram.map(|(_, len)| len).sum()
         }
         Paging::Mapped => changes.iter().map(|layer| small(layer, regions)).sum(),
-        Paging::Lazy(_) | Paging::Handler(_) => 0,
+        Paging::Lazy(_) | Paging::Handler { .. } => 0,
     };
     let newest = snapshot.layers.first();
     ram + newest.map_or(0, |layer| sum(layer, regions, |_, in_ram| !in_ram))
@@ -83,38 +89,53 @@ pub fn small(layer: &Layer, regions: usize) -> u64 {
 
 /// Bytes of the runs that `is_one` says of, told whether they are of RAM.
 fn sum(layer: &Layer, regions: usize, is_one: impl Fn(&Run, bool) -> bool) -> u64 {
-    let last = layer.map.regions.iter().take(regions).next_back();
-    let end = last.map_or(0, |region| region.offset + region.len);
+    let end = end_of_ram(layer, regions);
     let runs = layer.map.runs.iter();
     let runs = runs.filter(|run| is_one(run, run.offset < end));
     runs.map(|run| run.len).sum()
 }
 
-/// RAM with the data of all files of `snapshot`, the oldest first.
+fn end_of_ram(layer: &Layer, regions: usize) -> u64 {
+    let ram = layer.map.regions.iter().take(regions).next_back();
+    ram.map_or(0, |region| region.offset + region.len)
+}
+
+/// RAM with the data of all files of `snapshot`, each page read once.
 pub fn copied(snapshot: &Snapshot, config: &MachineConfig) -> Result<GuestMemory, MapError> {
     let memory = crate::vm::memory::map(config)?;
-    for layer in snapshot.layers.iter().rev() {
-        let regions = &layer.map.regions;
-        for (index, region) in memory.iter().enumerate() {
-            let fits = |r: &&Region| r.address == region.start_addr().0 && r.len == region.len();
-            let here = regions.get(index).filter(fits).ok_or(MapError::Layout)?;
-            let runs = layer.map.runs.iter();
-            for (start, len) in runs.filter_map(|run| within(run, here.offset, here.len)) {
+    let base = snapshot.layers.last().ok_or(MapError::Layout)?;
+    let pieces = pieces(snapshot);
+    for (index, region) in memory.iter().enumerate() {
+        let fits = |r: &&Region| r.address == region.start_addr().0 && r.len == region.len();
+        let regions = &base.map.regions;
+        let here = regions.get(index).filter(fits).ok_or(MapError::Layout)?;
+        for piece in &pieces {
+            let layer = snapshot.layers.get(piece.layer).ok_or(MapError::Layout)?;
+            let Some((start, len)) = within(&run(piece), here.offset, here.len) else {
+                continue;
+            };
+            for at in (start..start + len).step_by(MAX_RUN as usize) {
+                let count = MAX_RUN.min(start + len - at);
                 // SAFETY: within the region's mapping, as just checked, which nobody uses yet.
                 let bytes = unsafe {
-                    std::slice::from_raw_parts_mut(
-                        region.as_ptr().add(start as usize),
-                        len as usize,
-                    )
+                    std::slice::from_raw_parts_mut(region.as_ptr().add(at as usize), count as usize)
                 };
-                let read = layer.image.file.read_exact_at(bytes, here.offset + start);
+                let read = layer.image.file.read_exact_at(bytes, here.offset + at);
                 read.map_err(|source| {
                     let path = layer.image.path.clone();
                     MapError::Image(ImageError::Read { path, source })
                 })?;
-                snapshot.read(len)?;
+                snapshot.read(count)?;
             }
         }
     }
     Ok(memory)
+}
+
+fn run(piece: &Piece) -> Run {
+    Run {
+        offset: piece.offset,
+        len: piece.end - piece.offset,
+        crc: 0,
+    }
 }

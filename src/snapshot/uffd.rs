@@ -1,10 +1,11 @@
 //! userfaultfd: page faults of guest RAM that a process answers (ioctl_userfaultfd(2)).
 //!
-//! Here are the descriptor and its ioctls; who answers is in [`handler`] and [`lazy`]. A fault of a vCPU comes from
+//! Here are the descriptor and its ioctls; who answers is in [`handler`] (with [`relay`]) and [`lazy`]. A fault of a vCPU comes from
 //! the kernel's side of KVM, so a descriptor for faults of user mode alone is of no use.
 
 pub mod handler;
 pub mod lazy;
+pub mod relay;
 pub mod watch;
 
 use std::fs::File;

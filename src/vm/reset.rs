@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arch::memory::GuestMemory;
-use arch::state::{ClockPolicy, StateError};
+use arch::state::{ClockPolicy, StateError, VcpuState};
 use vm_memory::GuestMemoryError;
 
 use super::build::random;
@@ -124,10 +124,13 @@ impl Vm {
             same_cpuid: true,
             has: Has::Another,
         };
+        let write_back = || origin.pages.write_back(&origin.memory, &self.memory);
+        let first = saved.vcpus.iter().any(VcpuState::reads_memory);
+        let written = first.then(write_back);
         // The vCPU threads do that while memory and devices go back here.
         let vcpus = self.vcpus.iter();
         let answers: Vec<_> = vcpus.map(|vcpu| vcpu.give(given.clone())).collect();
-        let written = origin.pages.write_back(&origin.memory, &self.memory);
+        let written = written.unwrap_or_else(write_back);
         let board = self.board.restore(&saved.board);
         for (index, answer) in answers.into_iter().enumerate() {
             answer.recv().map_err(|_| ResetError::Ended { index })??;

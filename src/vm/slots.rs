@@ -189,8 +189,7 @@ impl DeviceSlots {
     pub fn plugged(&self) -> Vec<Plugged<'_>> {
         let slots = self.mem.iter().map(|(address, region)| Plugged {
             address: *address,
-            len: region.len(),
-            file: region.file(),
+            region,
         });
         slots.collect()
     }

@@ -120,11 +120,20 @@ fn of_two_memory_files_the_one_of_the_state_stays() {
     // As a process leaves it that was killed between the names of the new files.
     fs::rename(&first.memory, dir.join("first/.memory.previous")).unwrap();
     fs::copy(&second.memory, &first.memory).unwrap();
+    // The same of a first snapshot.
+    fs::create_dir(dir.join("third")).unwrap();
+    let third = files(dir, "third");
+    fs::copy(&second.memory, &third.memory).unwrap();
+    let left = dir.join("third/.bulle-left.tmp");
+    fs::copy(&second.state, &left).unwrap();
+    written_a_while_ago(&fs::File::options().append(true).open(left).unwrap());
     // And after them.
     fs::copy(&first.memory, dir.join("second/.memory.previous")).unwrap();
     let said = gc(dir, &[]).exits(0);
     said.prints("first/memory ")
-        .prints("second/.memory.previous ");
+        .prints("second/.memory.previous ")
+        .prints("third/memory ");
+    assert!(!dir.join("third").exists());
     assert_eq!(names(&dir.join("first")), [".memory.previous", "state"]);
     assert_eq!(names(&dir.join("second")), ["memory", "state"]);
     for files in [first, second] {

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::huge::{Pool, alone};
-use crate::saved::{Files, Story, machine, save, saved_with_changes, try_load};
+use crate::saved::{Files, Story, ends, machine, save, saved_with_changes, try_load};
 use crate::served::Served;
 
 fn lazy(files: &Files) -> Value {
@@ -145,15 +145,7 @@ fn a_file_that_cannot_be_read_ends_the_vm() {
             .unwrap();
     }
     let begin = Instant::now();
-    vm.running
-        .finish()
-        .exits(125)
-        .complains("cannot bring the guest's memory from ");
-    assert!(
-        begin.elapsed() < Duration::from_secs(30),
-        "{:?}",
-        begin.elapsed()
-    );
+    ends(vm, begin, "cannot bring the guest's memory from ");
 }
 
 #[test]

@@ -60,6 +60,14 @@ pub fn save(vm: &mut Served, files: &Files) {
     vm.put("/snapshot/create", files.create()).done();
 }
 
+/// Waits for the end of a VM whose memory nobody brings any more since `begin`.
+#[track_caller]
+pub fn ends(vm: Served, begin: Instant, text: &str) {
+    vm.running.finish().exits(125).complains(text);
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(30), "{took:?}");
+}
+
 /// A machine with a payload that is not started.
 pub fn machine(payload: &str, words: &str, machine: Value) -> Served {
     let mut vm = Served::new();

@@ -6,10 +6,9 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use super::GuestRam;
 
@@ -117,31 +116,23 @@ fn whole_pages(region: &GuestRegionMmap, range: Range<u64>, page: u64, done: &Di
 /// mapping of a file, such as that of a snapshot, the guest's copies go; what the file has is there
 /// again. So it is with a shared mapping that has become private, when its file was sealed for clones.
 fn drop_pages(region: &GuestRegionMmap, offset: u64, len: u64) -> io::Result<()> {
-    let shared = region.flags() & libc::MAP_SHARED != 0;
-    if let Some(file) = region.file_offset().filter(|_| shared) {
-        match punch(file, offset, len) {
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+    let advise = |advice| {
+        let start = region.as_ptr().wrapping_add(offset as usize);
+        // SAFETY: the range was cut to the region, which is mapped as long as it is borrowed. It is guest
+        // RAM, of which nothing in this process relies on the content.
+        match unsafe { libc::madvise(start.cast(), len as usize, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    if region.flags() & libc::MAP_SHARED != 0 && region.file_offset().is_some() {
+        // A hole in the file, of which who brings the mapping's pages is told.
+        match advise(libc::MADV_REMOVE) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {}
             done => return done,
         }
     }
-    let start = region.as_ptr().wrapping_add(offset as usize);
-    // SAFETY: the range was cut to the region, which is mapped as long as it is borrowed. It is guest
-    // RAM, of which nothing in this process relies on the content.
-    match unsafe { libc::madvise(start.cast(), len as usize, libc::MADV_DONTNEED) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn punch(file: &FileOffset, offset: u64, len: u64) -> io::Result<()> {
-    let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    let start = (file.start() + offset) as libc::off_t;
-    // SAFETY: touches no memory of this process other than guest RAM, which is volatile to all of it;
-    // the descriptor is open as long as the region.
-    match unsafe { libc::fallocate(file.file().as_raw_fd(), flags, start, len as libc::off_t) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    advise(libc::MADV_DONTNEED)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! RAM whose pages another process brings when they are touched, with Firecracker's protocol.
 //!
-//! bulle connects to the handler's socket and sends it one message: a JSON list of [`Mapping`]s with
+//! bulle connects to the handler's socket and sends it one message: a JSON list of [`Mapping`]s, also of what is plugged, with
 //! the userfaultfd (SCM_RIGHTS). Nothing follows, but the connection stays open: its end is the end of
 //! the handler and so of the VM, whose next fault nobody would answer ([`super::watch`]).
 
@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arch::memory::GuestMemory;
@@ -16,6 +17,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::relay::{Absent, Relay};
 use super::watch::{HandlerLost, Provider};
 use super::{Mode, Uffd, UffdError, feature};
 use crate::config::MachineConfig;
@@ -36,6 +38,18 @@ pub struct Mapping {
     pub page_size: u64,
     /// The same under an older name.
     pub page_size_kib: u64,
+}
+
+impl Mapping {
+    fn new((host, size): (u64, u64), offset: u64, page: u64) -> Self {
+        Self {
+            base_host_virt_addr: host,
+            size,
+            offset,
+            page_size: page,
+            page_size_kib: page,
+        }
+    }
 }
 
 /// No handler can be had.
@@ -65,6 +79,9 @@ pub enum HandlerError {
     /// RAM.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// Hot-pluggable memory.
+    #[error("Cannot map hot-pluggable memory as it was")]
+    Plug(#[source] io::Error),
     /// No event descriptor.
     #[error("Cannot create an event descriptor")]
     Event(#[source] io::Error),
@@ -79,15 +96,22 @@ pub struct Connected {
     path: PathBuf,
     stream: UnixStream,
     /// Faults wait as long as it is open; the handler's may be gone.
-    _uffd: Uffd,
+    _uffd: Arc<Uffd>,
+    /// Of devices in hot-pluggable memory.
+    _relay: Option<Relay>,
 }
 
-/// Maps the RAM of `config` empty and gives it to the handler that listens at `path`.
+/// Maps the RAM of `config` empty and gives it to the handler that listens at `path`, with what was plugged of
+/// `absent`.
 ///
 /// # Errors
 /// [`HandlerError`].
-pub fn map(config: &MachineConfig, path: &Path) -> Result<(GuestMemory, Connected), HandlerError> {
-    let uffd = Uffd::new(feature::EVENT_REMOVE)?;
+pub fn map(
+    config: &MachineConfig,
+    path: &Path,
+    absent: &[Absent],
+) -> Result<(GuestMemory, Connected), HandlerError> {
+    let uffd = Arc::new(Uffd::new(feature::EVENT_REMOVE)?);
     let stream = socket::connect(path).map_err(|source| HandlerError::Connect {
         path: path.to_owned(),
         source,
@@ -98,7 +122,12 @@ pub fn map(config: &MachineConfig, path: &Path) -> Result<(GuestMemory, Connecte
         // SAFETY: all of one region of guest RAM, which nobody uses yet.
         unsafe { uffd.register(range, Mode::Missing)? };
     }
-    let message = mappings(&memory, config);
+    let relay = match absent {
+        [] => None,
+        absent => Some(Relay::new(absent, &uffd)?),
+    };
+    let mut message = mappings(&memory, config);
+    message.extend(absent.iter().flat_map(plugged));
     send(&stream, &message, &uffd).map_err(|source| HandlerError::Send {
         path: path.to_owned(),
         source,
@@ -108,6 +137,7 @@ pub fn map(config: &MachineConfig, path: &Path) -> Result<(GuestMemory, Connecte
         path,
         stream,
         _uffd: uffd,
+        _relay: relay,
     };
     Ok((memory, connected))
 }
@@ -116,14 +146,20 @@ fn mappings(memory: &GuestMemory, config: &MachineConfig) -> Vec<Mapping> {
     let page = config.huge_pages.reserved_mib();
     let page = page.map_or(super::super::pages::PAGE, |mib| mib << 20);
     let regions = memory.iter().zip(ram::regions(memory));
-    let mapping = regions.map(|(region, here)| Mapping {
-        base_host_virt_addr: region.as_ptr() as u64,
-        size: here.len,
-        offset: here.offset,
-        page_size: page,
-        page_size_kib: page,
+    let mapping = regions.map(|(region, here)| {
+        let host = region.as_ptr() as u64;
+        Mapping::new((host, here.len), here.offset, page)
     });
     mapping.collect()
+}
+
+/// What was plugged of a device's memory, where KVM has it.
+fn plugged(absent: &Absent) -> impl Iterator<Item = Mapping> {
+    let region = &absent.region;
+    absent.plugged.iter().map(|piece| {
+        let range = (region.address() + piece.start, piece.end - piece.start);
+        Mapping::new(range, absent.offset + piece.start, region.page())
+    })
 }
 
 fn send(stream: &UnixStream, mappings: &[Mapping], uffd: &Uffd) -> io::Result<()> {

@@ -168,8 +168,8 @@ impl Lazy {
         Ok(any)
     }
 
-    /// Brings the `len` bytes of whole pages at `offset`, which are in `place`. Says how many are there
-    /// now; fewer where some memory is just being given back.
+    /// Brings the `len` bytes of whole pages at `offset`, which are in `place`, all given back or none. Says how many
+    /// are there now; fewer where some memory is just being given back.
     fn bring(&mut self, place: Place, offset: u64, len: u64) -> io::Result<u64> {
         let host = place.host + (offset - place.offset);
         let gone = self.gone.has(offset);
@@ -177,23 +177,29 @@ impl Lazy {
         if gone {
             self.buffer.fill(0);
         }
-        let filled = match any || self.page != PAGE {
-            true => self
-                .uffd
-                .copy(host, self.buffer.get(..len as usize).unwrap_or_default()),
-            false => self.uffd.zero(host, len),
-        };
-        match filled? {
-            Filled::Bytes(count) => Ok(count),
-            // One that is there already: whoever waits for it looks again.
-            Filled::Present => {
-                self.uffd.wake(host, self.page)?;
-                Ok(self.page)
-            }
-            Filled::Later => Ok(0),
-            // No memory of ours any more, so nobody waits for it.
-            Filled::Nowhere => Ok(len),
+        let zeros = !any && self.page == PAGE;
+        let mut done = 0;
+        while done < len {
+            let filled = match zeros {
+                true => self.uffd.zero(host + done, len - done),
+                false => {
+                    let rest = self.buffer.get(done as usize..len as usize);
+                    self.uffd.copy(host + done, rest.unwrap_or_default())
+                }
+            };
+            done += match filled? {
+                Filled::Bytes(count) => count,
+                // One that is there already: whoever waits for it looks again.
+                Filled::Present => {
+                    self.uffd.wake(host + done, self.page)?;
+                    self.page
+                }
+                Filled::Later => break,
+                // No memory of ours any more, so nobody waits for it.
+                Filled::Nowhere => len - done,
+            };
         }
+        Ok(done)
     }
 
     fn on_fault(&mut self, host: u64) -> io::Result<()> {

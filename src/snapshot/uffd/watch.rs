@@ -164,13 +164,18 @@ impl Drop for Watched {
 }
 
 /// Whoever stands in a fault would do so for ever, so a panic of the thread is the process's end.
-struct EndsWithPanic;
+pub(super) struct EndsWithPanic;
 
 impl Drop for EndsWithPanic {
     fn drop(&mut self) {
-        tell("the thread that brings the guest's memory panicked");
-        std::process::exit(CODE_FAILURE);
+        end_process("the thread that brings the guest's memory panicked");
     }
+}
+
+/// Says why, and ends the process: nothing else can end a thread that stands in a fault.
+pub(super) fn end_process(why: impl std::fmt::Display) -> ! {
+    tell(why);
+    std::process::exit(CODE_FAILURE)
 }
 
 /// What the thread has.
@@ -202,7 +207,7 @@ impl<P: Provider> Watch<P> {
             }
             self.wait();
             if self.deadline.is_some_and(|(at, _)| Instant::now() >= at) {
-                self.end_process();
+                self.give_up();
             }
         }
     }
@@ -258,8 +263,7 @@ impl<P: Provider> Watch<P> {
         self.end_soon();
     }
 
-    /// Nothing else can end a thread that stands in a fault.
-    fn end_process(&self) {
+    fn give_up(&self) -> ! {
         let silent = || {
             let patience = match self.shared.phase.load(Ordering::SeqCst) {
                 LOADING => LOAD_PATIENCE,
@@ -269,7 +273,6 @@ impl<P: Provider> Watch<P> {
             self.provider.silent(what, patience)
         };
         let lost = self.lost.clone().unwrap_or_else(silent);
-        tell(lost);
-        std::process::exit(CODE_FAILURE);
+        end_process(lost)
     }
 }

@@ -188,6 +188,17 @@ impl VcpuState {
         interrupts::timer_count(&self.lapic) == 0 && self.nested.is_empty()
     }
 
+    /// Whether its registers are taken together with some of memory, which has to be in place: with the page tables of
+    /// PAE, KVM_SET_SREGS reads the four entries that CR3 leads to.
+    #[must_use]
+    pub fn reads_memory(&self) -> bool {
+        const PG: u64 = 1 << 31;
+        const PAE: u64 = 1 << 5;
+        const LMA: u64 = 1 << 10;
+        let sregs = &self.sregs;
+        sregs.cr0 & PG != 0 && sregs.cr4 & PAE != 0 && sregs.efer & LMA == 0
+    }
+
     /// Give the TSC, and what compares with it, to a vCPU that was [prepared](Self::prepare) and has not
     /// run.
     ///

@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::blocks::Blocks;
 use self::counters::Counters;
-pub use self::region::Region;
+pub use self::region::{Pager, Region};
 use self::space::Space;
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::{Chain, Io, read_at, total, write_at};
@@ -279,7 +279,7 @@ impl Mem {
                 return Err(MemError::State);
             }
             let bytes = range.start * block..range.end * block;
-            region.plug(bytes).map_err(host("map saved blocks"))?;
+            region.plug_saved(bytes).map_err(host("map saved blocks"))?;
             blocks.set(range, true);
         }
         let plugged = blocks.plugged() * block;

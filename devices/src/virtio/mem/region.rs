@@ -3,13 +3,16 @@
 //! KVM has one mapping, in which only plugged blocks are the file's; the others are zeros that
 //! cannot be written and take no memory. The devices' view of guest RAM has mappings of its own, of
 //! plugged blocks only, so that nothing of this process ever meets memory that went away.
+//!
+//! The content of blocks that were plugged when the machine was saved may be elsewhere, and come when it is
+//! touched by way of KVM's mapping, which a [`Pager`] sees to.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
@@ -18,6 +21,25 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 const ALIGN: u64 = 2 << 20;
 /// Bytes of a page of ordinary memory.
 const PAGE: u64 = 4096;
+
+/// Has the content of saved blocks come when it is touched.
+pub trait Pager: std::fmt::Debug + Send + Sync {
+    /// Devices have `len` bytes at address `host` of this process from now on, the ones that KVM has at `kvm`.
+    ///
+    /// # Errors
+    /// Where faults there cannot be told; the devices do not get it then.
+    fn shown(&self, host: u64, len: u64, kvm: u64) -> io::Result<()>;
+
+    /// The `len` bytes at `kvm` are no memory any more: nobody is to wait for them.
+    fn gone(&self, kvm: u64, len: u64);
+}
+
+/// What comes when it is touched.
+#[derive(Debug)]
+struct Absent {
+    pieces: Vec<Range<u64>>,
+    pager: Arc<dyn Pager>,
+}
 
 /// Memory that is plugged block by block. Dropping it unmaps.
 #[derive(Debug)]
@@ -29,6 +51,7 @@ pub struct Region {
     reserved: (usize, usize),
     start: usize,
     len: u64,
+    absent: OnceLock<Absent>,
 }
 
 impl Region {
@@ -64,7 +87,39 @@ impl Region {
             reserved: (start, total),
             start: start.next_multiple_of(align as usize),
             len,
+            absent: OnceLock::new(),
         })
+    }
+
+    /// Bytes of a page.
+    pub fn page(&self) -> u64 {
+        self.page
+    }
+
+    /// Plugs the bytes of `pieces` before there is a device, which is going to find them plugged; `pager` has their
+    /// content come. Only once.
+    ///
+    /// # Errors
+    /// For what is not in the region, and what the host refuses.
+    pub fn plug_absent(&self, pieces: Vec<Range<u64>>, pager: Arc<dyn Pager>) -> io::Result<()> {
+        for piece in &pieces {
+            self.plug(piece.clone())?;
+        }
+        let set = self.absent.set(Absent { pieces, pager });
+        set.map_err(|_| io::ErrorKind::AlreadyExists.into())
+    }
+
+    /// Has all come that is to come when it is touched, so that [`file`](Self::file) has it.
+    pub fn bring(&self) {
+        let pieces = self.absent.get().map(|absent| &absent.pieces[..]);
+        for piece in pieces.unwrap_or_default() {
+            for at in piece.clone().step_by(self.page as usize) {
+                let byte = (self.start + at as usize) as *const u8;
+                // SAFETY: in KVM's mapping, as it was when it was plugged, all of which can be read as long as
+                // there is the region.
+                let _ = unsafe { byte.read_volatile() };
+            }
+        }
     }
 
     /// Address in this process of what KVM maps.
@@ -88,9 +143,22 @@ impl Region {
         self.map(range, Some(&self.file))
     }
 
+    /// As [`plug`](Self::plug), of blocks that were plugged when the machine was saved.
+    pub(super) fn plug_saved(&self, range: Range<u64>) -> io::Result<()> {
+        let absent = self.absent.get();
+        match absent.is_some_and(|absent| absent.pieces.contains(&range)) {
+            true => Ok(()),
+            false => self.plug(range),
+        }
+    }
+
     /// The bytes of `range` read as zeros from now on, cannot be written, and are the host's.
     pub(super) fn unplug(&self, range: Range<u64>) -> io::Result<()> {
         self.map(range.clone(), None)?;
+        if let Some(absent) = self.absent.get() {
+            let host = self.start as u64 + range.start;
+            absent.pager.gone(host, range.end - range.start);
+        }
         let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let (start, len) = (
             range.start as libc::off_t,
@@ -126,6 +194,10 @@ impl Region {
             .with_file_offset(file)
             .build()
             .map_err(io::Error::other)?;
+        if let Some(absent) = self.absent.get() {
+            let (host, kvm) = (region.as_ptr() as u64, self.start as u64 + range.start);
+            absent.pager.shown(host, range.end - range.start, kvm)?;
+        }
         GuestRegionMmap::new(region, GuestAddress(address))
             .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }

@@ -1,8 +1,10 @@
 //! A memory device: plugs a block, uses it, unplugs it. With `write=1` it then writes to it, which
-//! no driver may; with `dma=1` it lets the device read a request from it.
+//! no driver may; with `dma=1` it lets the device read a request from it; with `wait=1` it waits for a byte on COM1
+//! while it uses it.
 #![no_std]
 #![no_main]
 
+use payloads::console::COM1;
 use payloads::start::StartInfo;
 use payloads::virtio::queue::{Desc, NEXT, Queue, WRITE};
 use payloads::virtio::{Device, devices};
@@ -40,6 +42,29 @@ fn send(device: &Device, queue: &mut Queue, at: u64) -> Option<(u16, u16)> {
     Some((io::read(ANSWER), io::read(ANSWER + 8)))
 }
 
+/// Bytes that nobody touches but whoever is to find them.
+const FAR: u64 = 0x10_0000;
+
+/// Waits, then has the device read a request from a page that nothing else has touched since, and looks at all of it.
+fn wait(device: &Device, queue: &mut Queue, start: u64) {
+    let pages = || (0..FAR).step_by(4096);
+    for page in pages() {
+        io::write(start + page + 8, page ^ 0x5a5a);
+    }
+    let at = start + FAR;
+    io::write(at, STATE);
+    io::write(at + 8, start);
+    io::write(at + 16, 1u64);
+    println!("waits");
+    while io::in8(COM1 + 5) & 1 == 0 {
+        core::hint::spin_loop();
+    }
+    println!("state then {:?}", send(device, queue, at));
+    println!("used then {:#x}", io::read::<u64>(start));
+    let kept = pages().filter(|page| io::read::<u64>(start + page + 8) == page ^ 0x5a5a);
+    println!("kept {}", kept.count());
+}
+
 fn main(info: &StartInfo) -> u8 {
     let Some(device) = devices().find(|device| device.id == ID) else {
         println!("no memory device");
@@ -65,6 +90,9 @@ fn main(info: &StartInfo) -> u8 {
         "state {:?}",
         ask(&device, &mut queue, start + 64, STATE, start)
     );
+    if info.option("wait").is_some() {
+        wait(&device, &mut queue, start);
+    }
     println!(
         "unplug {:?}",
         ask(&device, &mut queue, REQUEST, UNPLUG, start)
