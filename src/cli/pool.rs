@@ -1,12 +1,13 @@
 //! `bulle clone --pool`: processes that wait, and a clone for each line of standard input.
 
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::api::parse_id;
 use super::chain;
@@ -19,6 +20,14 @@ use crate::telemetry::tell;
 
 /// Most bytes of a line.
 const MAX_LINE: usize = 4096;
+
+/// A clone that runs.
+struct Alive {
+    process: Child,
+    /// Readable when it has ended.
+    end: Option<OwnedFd>,
+    config: Config,
+}
 
 /// Lines of standard input, as they come.
 #[derive(Default)]
@@ -63,22 +72,24 @@ pub fn serve(
     pool.fill()?;
     pool.ready()?;
     let (mut lines, mut number, mut code) = (Lines::default(), 0, 0);
-    let mut alive: Vec<(Child, Config)> = Vec::new();
+    let mut alive: Vec<Alive> = Vec::new();
     loop {
         let stdin = rustix::stdio::stdin();
         let mut fds = vec![PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-        fds.extend(pool.events().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        let ends = alive.iter().filter_map(|clone| clone.end.as_ref());
+        let events = pool.events().chain(ends.map(AsFd::as_fd));
+        fds.extend(events.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, PollTimeout::NONE) {
             Err(Errno::EINTR) => continue,
             count => count.context("Cannot wait for names on stdin")?,
         };
         let more = fds.first().and_then(PollFd::any).unwrap_or(false);
+        alive.retain_mut(|clone| matches!(clone.process.try_wait(), Ok(None)));
         if more && !lines.read()? {
             return Ok(code);
         }
         while let Some(name) = lines.next()? {
             number += 1;
-            alive.retain_mut(|(child, _)| matches!(child.try_wait(), Ok(None)));
             match one(&mut pool, &alive, &order, (number, &name)) {
                 Ok(clone) => alive.push(clone),
                 Err(error) => {
@@ -93,20 +104,26 @@ pub fn serve(
 
 fn one(
     pool: &mut Pool,
-    alive: &[(Child, Config)],
+    alive: &[Alive],
     order: &impl Fn(usize, Option<String>) -> Result<(Order, Config)>,
     (number, name): (usize, &str),
-) -> Result<(Child, Config)> {
+) -> Result<Alive> {
     let name = match name {
         "" => None,
         name => Some(parse_id(name).map_err(anyhow::Error::msg)?),
     };
     let (order, config) = order(number, name)?;
-    let mut configs: Vec<_> = alive.iter().map(|(_, config)| config.clone()).collect();
+    let mut configs: Vec<_> = alive.iter().map(|clone| clone.config.clone()).collect();
     configs.push(config.clone());
     exclusive::check(None, &configs)?;
-    let running = pool.clone(&order)?;
+    let process = pool.clone(&order)?.process;
     let name = order.name.unwrap_or_default();
     writeln!(io::stdout(), "{name}").context("Cannot print to stdout")?;
-    Ok((running.process, config))
+    // Without one its end is noticed with the next line.
+    let end = pidfd_open(Pid::from_child(&process), PidfdFlags::empty()).ok();
+    Ok(Alive {
+        process,
+        end,
+        config,
+    })
 }

@@ -21,6 +21,8 @@ pub fn run(_: &ShellArgs) -> Result<u8> {
     let socket: OwnedFd = rustix::io::fcntl_dupfd_cloexec(stdin, 3).context("No socket")?;
     let null = std::fs::File::open("/dev/null").context("Cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("Cannot replace standard input")?;
+    // Whoever is next closes all but the socket.
+    drop(null);
     let mmds = metadata::read(None, DEFAULT_LIMIT)?;
     Ok(session::become_clone(socket, &mmds)?)
 }

@@ -1,8 +1,9 @@
 //! Processes that wait to become clones, each with a machine that has all but a guest.
 //!
-//! Whoever wants clones starts `bulle shell` processes ([`Waiting`]) and hands each the template over the
-//! socket that is its standard input ([`crate::snapshot::template`]). It makes a shell of that shape,
-//! says that it is ready, and waits for an [`Order`]. A [`Pool`] keeps some that are ready. One process has one
+//! Whoever wants clones starts `bulle shell` processes ([`Waiting`]) and hands each a template over the
+//! socket that is its standard input ([`crate::snapshot::template`]). It confines itself, makes a shell of that shape,
+//! says that it is ready, and waits for an [`Order`], with which another template of that shape may come. A [`Pool`] keeps
+//! some that are ready, for clones of any templates, and closes those that are gone off the path. One process has one
 //! microVM, so none reaches another's memory, files or rights. What both sides say after the template
 //! are words: a length (u32, little-endian) and JSON.
 
@@ -16,7 +17,10 @@ use std::path::PathBuf;
 pub use process::{Running, Stdio, Waiting};
 pub use words::{Order, Word, receive, send};
 
+use crate::sandbox::reaper::Reaper;
+use crate::sandbox::thread::ThreadError;
 use crate::snapshot::template::{Template, TemplateError};
+use crate::vm::Shape;
 
 /// Processes that may end before they are ready until the reason is with all of them.
 const MOST_LOST: usize = 8;
@@ -56,6 +60,8 @@ pub struct Pool {
     waiting: VecDeque<Waiting>,
     /// Those that ended before they were ready, one after the other.
     lost: usize,
+    /// Waits for the end of those that are gone, which takes as long as closing their machines does.
+    reaper: Option<Reaper>,
 }
 
 impl Pool {
@@ -68,6 +74,19 @@ impl Pool {
             size,
             waiting: VecDeque::new(),
             lost: 0,
+            reaper: None,
+        }
+    }
+
+    fn reap(&mut self, gone: Waiting) {
+        if self.reaper.is_none() {
+            let reaper = Reaper::new();
+            let told = |error: &ThreadError| log::warn!("processes are waited for here: {error}");
+            self.reaper = reaper.inspect_err(told).ok();
+        }
+        match &self.reaper {
+            Some(reaper) => reaper.reap(gone),
+            None => drop(gone),
         }
     }
 
@@ -87,6 +106,7 @@ impl Pool {
                 Err(PoolError::Talk(error)) if was_ready || self.lost < MOST_LOST => {
                     self.lost += usize::from(!was_ready);
                     log::debug!("a process that waited is gone: {error}");
+                    self.reap(process);
                 }
                 Err(error) => return Err(error),
             }
@@ -122,16 +142,33 @@ impl Pool {
     /// # Errors
     /// [`PoolError`], of the order.
     pub fn clone(&mut self, order: &Order) -> Result<Running, PoolError> {
-        while let Some(mut process) = self.waiting.pop_front() {
-            let ordered = process.order(order).and_then(|()| process.begun());
-            match ordered {
+        self.clone_of(None, order)
+    }
+
+    /// As [`clone`](Self::clone), of `another` template than the pool's. Processes that wait are for it if its
+    /// machine has the [`Shape`] of theirs; else the clone is in a new one.
+    ///
+    /// # Errors
+    /// [`PoolError`], of the order or the template.
+    pub fn clone_of(
+        &mut self,
+        another: Option<&Template>,
+        order: &Order,
+    ) -> Result<Running, PoolError> {
+        let shape = |template: &Template| Shape::of(&template.config.machine_config);
+        let fits = another.is_none_or(|another| shape(another) == shape(&self.template));
+        while fits && let Some(mut process) = self.waiting.pop_front() {
+            let ordered = process.order_of(order, another);
+            match ordered.and_then(|()| process.begin()) {
                 Err(PoolError::Talk(error)) => {
-                    log::debug!("a process that waited is gone: {error}")
+                    log::debug!("a process that waited is gone: {error}");
+                    self.reap(process);
                 }
                 ordered => return ordered,
             }
         }
-        let mut process = Waiting::start(&self.program, &self.template, Stdio::default())?;
+        let template = another.unwrap_or(&self.template);
+        let mut process = Waiting::start(&self.program, template, Stdio::default())?;
         process.order(order)?;
         process.begun()
     }

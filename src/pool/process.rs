@@ -72,13 +72,7 @@ impl Waiting {
             .set_read_timeout(Some(PATIENCE))
             .and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
             .map_err(PoolError::Talk)?;
-        // It may have been killed before it took it.
-        template.send(socket).map_err(|error| match error {
-            TemplateError::Host { source, .. } if source.kind() == ErrorKind::BrokenPipe => {
-                PoolError::Talk(source)
-            }
-            error => PoolError::Template(error),
-        })?;
+        hand(template, socket)?;
         Ok(waiting)
     }
 
@@ -118,7 +112,17 @@ impl Waiting {
     /// # Errors
     /// It is gone.
     pub fn order(&mut self, order: &Order) -> Result<(), PoolError> {
-        send(&self.socket, order).map_err(PoolError::Talk)
+        self.order_of(order, None)
+    }
+
+    /// As [`order`](Self::order), a clone of `another` template than it has. What it prepared is of use if
+    /// machines of both have the same [`Shape`](crate::vm::Shape).
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn order_of(&mut self, order: &Order, another: Option<&Template>) -> Result<(), PoolError> {
+        send(&self.socket, &(order, another.is_some())).map_err(PoolError::Talk)?;
+        another.map_or(Ok(()), |template| hand(template, &self.socket))
     }
 
     /// Waits until it is what it was told to become.
@@ -126,6 +130,11 @@ impl Waiting {
     /// # Errors
     /// It is not, and says why, or is gone.
     pub fn begun(mut self) -> Result<Running, PoolError> {
+        self.begin()
+    }
+
+    /// As [`begun`](Self::begun), so that one that is gone can be closed elsewhere.
+    pub(super) fn begin(&mut self) -> Result<Running, PoolError> {
         self.ready()?;
         self.hear(&Word::Begun)?;
         match self.process.take() {
@@ -142,6 +151,16 @@ impl Waiting {
             None => Err(PoolError::Talk(ErrorKind::UnexpectedEof.into())),
         }
     }
+}
+
+/// Hands a template to a process, which may have been killed before it takes it.
+fn hand(template: &Template, socket: &UnixStream) -> Result<(), PoolError> {
+    template.send(socket).map_err(|error| match error {
+        TemplateError::Host { source, .. } if source.kind() == ErrorKind::BrokenPipe => {
+            PoolError::Talk(source)
+        }
+        error => PoolError::Template(error),
+    })
 }
 
 impl AsFd for Waiting {

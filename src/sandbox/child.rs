@@ -106,7 +106,7 @@ fn work(kept: &[RawFd], pipe: OwnedFd, body: impl FnOnce(&Mouth) -> Result<(), S
     unsafe { libc::_exit(code) }
 }
 
-fn close_others(mut keep: Vec<RawFd>) -> io::Result<()> {
+pub(super) fn close_others(mut keep: Vec<RawFd>) -> io::Result<()> {
     keep.sort_unstable();
     let mut first: libc::c_uint = 0;
     for fd in keep {

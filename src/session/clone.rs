@@ -1,9 +1,10 @@
 //! The process that becomes a clone: `bulle shell`, which a pool starts.
 //!
-//! It has its template before it makes the machine that waits, and what it is to become, the host's side of
-//! it, only with the order. All of KVM is open by then.
+//! It confines itself before anything else. It has a template before it makes the machine that waits, and what it
+//! is to become, the host's side of it, only with the order, which another template may come with: one of the same
+//! shape takes the machine that waits. All of KVM is open by then.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -16,7 +17,8 @@ use crate::config::{Config, Console};
 use crate::control::{chain, startable};
 use crate::pool::{Order, Word, receive, send};
 use crate::registry::Place;
-use crate::snapshot::{Snapshot, template};
+use crate::sandbox::confine;
+use crate::snapshot::template;
 use crate::vm::limits::allow_most_open_files;
 use crate::vm::{Host, Shell};
 
@@ -25,6 +27,8 @@ use crate::vm::{Host, Shell};
 /// # Errors
 /// As of a launch; told at the other end too, while it listens.
 pub fn become_clone(socket: OwnedFd, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
+    // Before anything else is open.
+    confine::waiting(socket.as_fd()).map_err(|error| session("confinement", error))?;
     let socket = UnixStream::from(socket);
     let told = socket.try_clone();
     let told = told.map_err(|error| session("the pool's socket", error))?;
@@ -44,12 +48,22 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
     let _signals = block_signals()?;
     allow_most_open_files();
     let host = Host::open(&startable(&snapshot.config)?, 0)?;
-    let shell = has_no_memory_of_devices(&snapshot)
+    let shell = Shell::can_wait_for(&snapshot)
         .then(|| Shell::new(host.clone(), &snapshot))
         .transpose()?;
     send(&socket, &Word::Ready).map_err(talk)?;
-    let Some(order) = receive::<Order>(&socket).map_err(talk)? else {
+    let Some((order, another)) = receive::<(Order, bool)>(&socket).map_err(talk)? else {
         return Ok(0);
+    };
+    let mut fits = true;
+    if another {
+        snapshot = template::receive(&socket)?;
+        own_output(&mut snapshot.config);
+        fits = shell.as_ref().is_some_and(|shell| shell.takes(&snapshot));
+    }
+    let have = match fits {
+        true => Have::Host(Box::new(host), shell.map(Box::new)),
+        false => Have::Nothing,
     };
     let (saved, mut config) = Saved::of(snapshot, &order.load, &Config::new("".into()))?;
     give_command(&mut config, &saved, order.command)?;
@@ -66,12 +80,7 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
         begun: Some(begun),
     };
     launch_with(spec, mmds, place, after, |spec| {
-        Prepared::load(
-            spec,
-            saved,
-            Have::Host(Box::new(host), shell.map(Box::new)),
-            mmds,
-        )
+        Prepared::load(spec, saved, have, mmds)
     })
 }
 
@@ -86,9 +95,4 @@ pub fn own_output(config: &mut Config) {
     for net in &mut config.network_interfaces {
         net.publish.clear();
     }
-}
-
-/// A shell's slots are those of RAM.
-fn has_no_memory_of_devices(snapshot: &Snapshot) -> bool {
-    snapshot.config.pmem.is_empty() && snapshot.config.memory_hotplug.is_none()
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use arch::memory::GuestMemory;
 use arch::state::{ClockPolicy, Context, VcpuState};
 use kvm_bindings::kvm_cpuid_entry2;
+use vm_memory::GuestMemoryBackend;
 
 use super::build::{BuildError, random};
 use super::frame::{Frame, Host};
@@ -22,6 +23,7 @@ use crate::config::{Irqchip, MachineConfig, MemoryBacking};
 use crate::io::IoThread;
 use crate::snapshot::uffd::handler::{self, Connected};
 use crate::snapshot::uffd::lazy::{self, Lazy};
+use crate::snapshot::uffd::relay;
 use crate::snapshot::uffd::watch::Watched;
 use crate::snapshot::{MachineState, Paging, Snapshot, plugged, ram};
 use crate::vcpu::{Given, Has, Reach, VcpuHandle};
@@ -39,6 +41,8 @@ pub struct ShapeError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     vcpus: u16,
+    dies: u16,
+    threads_per_core: u16,
     mib: u64,
     irqchip: Irqchip,
 }
@@ -48,6 +52,8 @@ impl Shape {
     pub fn of(machine: &MachineConfig) -> Self {
         Self {
             vcpus: machine.vcpu_count,
+            dies: machine.dies,
+            threads_per_core: machine.threads_per_core,
             mib: machine.mem_size_mib,
             irqchip: machine.irqchip,
         }
@@ -57,6 +63,12 @@ impl Shape {
         let split = |shape: &Self| u64::from(shape.irqchip == Irqchip::Split);
         for (what, saved, here) in [
             ("vCPUs", saved.vcpus.into(), self.vcpus.into()),
+            ("dies", saved.dies.into(), self.dies.into()),
+            (
+                "threads per core",
+                saved.threads_per_core.into(),
+                self.threads_per_core.into(),
+            ),
             ("MiB of memory", saved.mib, self.mib),
             ("split interrupt controllers", split(saved), split(self)),
         ] {
@@ -116,6 +128,26 @@ impl Shell {
             shell.io.push(IoThread::start(0)?);
         }
         Ok(shell)
+    }
+
+    /// Whether a machine can wait for the like of `snapshot`: its slots are those of RAM.
+    pub fn can_wait_for(snapshot: &Snapshot) -> bool {
+        snapshot.config.pmem.is_empty() && snapshot.config.memory_hotplug.is_none()
+    }
+
+    /// Whether it can become the machine of `snapshot`, another than it was prepared for.
+    pub fn takes(&self, snapshot: &Snapshot) -> bool {
+        let machine = &snapshot.config.machine_config;
+        // Reserved pages are filled when the machine is prepared.
+        self.shape == Shape::of(machine)
+            && machine.huge_pages.reserved_mib().is_none()
+            && !self.reserved()
+            && Self::can_wait_for(snapshot)
+    }
+
+    fn reserved(&self) -> bool {
+        let mut regions = self.frame.memory.iter();
+        regions.any(|region| region.is_hugetlbfs() == Some(true))
     }
 
     /// `same`: the snapshot whose CPUID the vCPUs are given.
@@ -184,6 +216,7 @@ impl Shell {
         let state = &snapshot.machine.board;
         state.arrange(&mut wiring, machine.virtio_transport, machine.irqchip)?;
         if self.laid != Some(snapshot.id) {
+            check(&self.frame.host, snapshot)?;
             ram::lay(&self.frame.memory, &snapshot.layers)?;
             if self.has == Has::Prepared {
                 self.has = Has::Another;
@@ -272,16 +305,19 @@ impl Vm {
                 provider = Absent::Lazy(lazy);
                 (memory.clone(), ram::anywhere(&memory))
             }
-            Paging::Handler(path) => {
-                let (memory, connected) = handler::map(machine, path)?;
+            Paging::Handler { path, regions } => {
+                let plugged = relay::Absent::of(&wiring.devices, state, regions)?;
+                let (memory, connected) = handler::map(machine, path, &plugged)?;
                 provider = Absent::Handler(connected);
                 (memory.clone(), ram::anywhere(&memory))
             }
         };
         let shell = Shell::around(machine, host, memory, &wiring.devices, None)?;
-        // Not RAM, and it may take its time.
-        for plugged in shell.frame.slots.plugged() {
-            plugged::fill(snapshot, &plugged)?;
+        if !matches!(provider, Absent::Handler(_)) {
+            // Not RAM, and it may take its time.
+            for plugged in shell.frame.slots.plugged() {
+                plugged::fill(snapshot, &plugged)?;
+            }
         }
         // From here on RAM is touched.
         let watched = match provider {

@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bulle::bench::{Cloner, at, line};
@@ -38,8 +39,9 @@ impl Drop for Process {
 
 impl Process {
     fn start(program: &Program) -> Self {
-        let socket = program.dir.path().join("socket");
-        let _ = std::fs::remove_file(&socket);
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let socket = program.path(&format!("socket{number}"));
         let mut command = Command::new(&program.binary);
         command.args(program.args).arg("--api-sock").arg(&socket);
         command.args(["--no-seccomp", "--log-path", "/dev/null"]);
@@ -116,6 +118,11 @@ impl Program {
 
     /// How long it takes from the start of a process to the guest's number.
     fn load(&self) -> Duration {
+        self.loaded().1
+    }
+
+    /// A process that has given its guest's number, and how long that took.
+    fn loaded(&self) -> (Process, Duration) {
         let begin = Instant::now();
         let mut process = Process::start(self);
         // It waits for the guest to read it.
@@ -130,8 +137,36 @@ impl Program {
         process.stdout.read_exact(&mut bytes).unwrap();
         let time = begin.elapsed();
         assert_eq!(bytes, self.nonce.to_be_bytes(), "{}", self.name);
-        time
+        (process, time)
     }
+
+    /// What each of `count` clones that stand still costs, of the host's available memory and of their own (PSS), in KiB.
+    fn cost(&self, count: u64) -> [u64; 2] {
+        let before = kib("/proc/meminfo", "MemAvailable:");
+        let clones: Vec<_> = (0..count)
+            .map(|_| {
+                let mut process = self.loaded().0;
+                let paused = json!({ "state": "Paused" });
+                process.call("PATCH", "/vm", &paused).done();
+                process
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(500));
+        let taken = before.saturating_sub(kib("/proc/meminfo", "MemAvailable:"));
+        let pss = clones.iter().map(|process| {
+            let pid = process.child.id();
+            kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:")
+        });
+        [taken / count, pss.sum::<u64>() / count]
+    }
+}
+
+/// A figure of a file of /proc.
+fn kib(file: &str, key: &str) -> u64 {
+    let text = std::fs::read_to_string(file).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let number = line.unwrap().split_whitespace().next().unwrap();
+    number.parse().unwrap()
 }
 
 fn named(variable: &str) -> Option<PathBuf> {
@@ -175,5 +210,34 @@ pub fn print(cloner: &mut Cloner, guest: &mut Nonce, count: usize) {
         let middle = |times: &mut [Duration]| at(times, 50).unwrap().as_secs_f64();
         let ratio = middle(times) / middle(&mut clones);
         println!("    {ratio:.1} times a clone in this process");
+    }
+    print_costs(&programs);
+}
+
+/// By turns, since what is available changes by itself.
+fn print_costs(programs: &[Program]) {
+    const CLONES: u64 = 40;
+    const ROUNDS: usize = 3;
+    println!(
+        "The same, {CLONES} at once that stand still; goals: memory of the host 0.60 of Firecracker's, PSS 200 KiB"
+    );
+    let mut costs = vec![Vec::new(); programs.len()];
+    for _ in 0..ROUNDS {
+        for (program, costs) in programs.iter().zip(&mut costs) {
+            costs.push(program.cost(CLONES));
+        }
+    }
+    let mut memory = Vec::new();
+    for (program, costs) in programs.iter().zip(&mut costs) {
+        costs.sort_unstable();
+        let [taken, pss] = costs[ROUNDS / 2];
+        println!(
+            "  {}: {taken} KiB each (MemAvailable), {pss} KiB each (PSS)",
+            program.name
+        );
+        memory.push(taken);
+    }
+    if let [own, other] = memory[..] {
+        println!("    {:.2} of it", own as f64 / other as f64);
     }
 }

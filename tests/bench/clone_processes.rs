@@ -59,10 +59,12 @@ pub fn processes(count: usize) {
     // The byte that it waits for is there as soon as it goes on.
     parent.vm.pause(PATIENCE).unwrap();
     machine::types(&parent.vm, b"n");
-    let snapshot = machine::save(&parent.vm, &parent.spec, dir.path(), "a");
+    let [template, other] = ["a", "b"].map(|name| {
+        let snapshot = machine::save(&parent.vm, &parent.spec, dir.path(), name);
+        Template::new(snapshot).unwrap()
+    });
     let nonce = parent.nonce.to_be_bytes();
     drop(parent);
-    let template = Template::new(snapshot).unwrap();
     let order = Order {
         load: SnapshotLoad::new(PathBuf::new(), PathBuf::new()),
         base: None,
@@ -80,11 +82,12 @@ pub fn processes(count: usize) {
             reader,
         )
     };
-    let (mut new, mut pooled, mut filling) = (Vec::new(), Vec::new(), Vec::new());
+    let mut filling = Vec::new();
+    let [mut new, mut pooled, mut handed] = [const { Vec::new() }; 3];
     let mut pool = VecDeque::new();
-    let first = |(mut process, mut output): (Waiting, PipeReader), begin: Instant| {
+    let first = |(mut process, mut output): (Waiting, PipeReader), another, begin: Instant| {
         let mut bytes = [0; 8];
-        process.order(&order).unwrap();
+        process.order_of(&order, another).unwrap();
         output.read_exact(&mut bytes).unwrap();
         let time = begin.elapsed();
         assert_eq!(bytes, nonce);
@@ -102,16 +105,20 @@ pub fn processes(count: usize) {
             pool.push_back(one);
         }
         let begin = Instant::now();
-        let time = first(start(), begin);
+        let time = first(start(), None, begin);
         let begin = Instant::now();
-        let pool_time = first(pool.pop_front().unwrap(), begin);
+        let pool_time = first(pool.pop_front().unwrap(), None, begin);
+        let begin = Instant::now();
+        let handed_time = first(pool.pop_front().unwrap(), Some(&other), begin);
         if round >= 3 {
             new.push(time);
             pooled.push(pool_time);
+            handed.push(handed_time);
         }
     }
     print("new process, 128 MiB, 2 devices", &mut new);
     print("pooled process, 128 MiB, 2 devices", &mut pooled);
+    print("  which gets another template", &mut handed);
     print("  making one for the pool", &mut filling);
 }
 

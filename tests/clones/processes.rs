@@ -1,10 +1,13 @@
 //! `bulle clone` and `bulle fork`: each clone a process of its own, found by its name.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use bulle::control::SnapshotLoad;
+use bulle::pool::{Order, Pool};
+use bulle::snapshot::{Snapshot, Template};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -266,6 +269,10 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
     let (before, files) = (children(pid), fds());
     // The youngest waits for an order, ready or not.
     let victim = *before.iter().next_back().unwrap();
+    soon("it confines itself", || {
+        let status = std::fs::read_to_string(format!("/proc/{victim}/status"));
+        status.unwrap().contains("NoNewPrivs:\t1")
+    });
     let victim = nix::unistd::Pid::from_raw(victim);
     nix::sys::signal::kill(victim, nix::sys::signal::Signal::SIGKILL).unwrap();
     soon("it is replaced", || {
@@ -276,10 +283,12 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
         pool = pool.types(&format!("{name}\n")).wait_for(name);
         assert!(!place.lines(name).join("").contains("LOST"));
     }
+    // Each of the four that are more is watched.
     soon("as many as before wait", || {
-        children(pid).len() == 2 + 5 && fds() <= files
+        children(pid).len() == 2 + 5 && fds() <= files + 4
     });
     place.bulle(&["kill", "third"]).exits(0);
+    soon("it is waited for", || children(pid).len() == 2 + 4);
     // A name that is taken is refused, and the next line is not.
     pool = pool.types("first\n\n").wait_for("\n");
     soon("the ended one is gone", || children(pid).len() == 2 + 5);
@@ -294,4 +303,47 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
         place.names().iter().any(|name| name == "last"),
         "a line without an end is one"
     );
+}
+
+#[test]
+fn a_pool_makes_clones_of_other_templates() {
+    let _alone = alone();
+    let place = Place::new();
+    let [a, b, c] = [("a", "64M"), ("b", "64M"), ("c", "128M")].map(|(name, memory)| {
+        let parent = Bulle::payload("carry_on").args(["--name", name, "--memory", memory]);
+        let parent = parent.arg("--runtime-dir").arg(place.0.path());
+        let parent = parent.input(Input::Open).start().wait_for("tick");
+        let saved = place.path(&format!("saved-{name}"));
+        place.bulle(&["snapshot", "create", name, &saved]).exits(0);
+        let file = |file| Path::new(&saved).join(file);
+        let snapshot = Snapshot::open(&file("state"), &file("memory")).unwrap();
+        (Template::new(snapshot).unwrap(), parent)
+    });
+    let mut pool = Pool::new(env!("CARGO_BIN_EXE_bulle").into(), a.0.clone(), 2);
+    pool.fill().unwrap();
+    pool.ready().unwrap();
+    let mut clones = Vec::new();
+    for (name, another, left) in [
+        ("of-b", Some(&b.0), 1),
+        // Of another shape, which no process waits for.
+        ("of-c", Some(&c.0), 1),
+        ("of-a", None, 0),
+    ] {
+        let order = Order {
+            load: SnapshotLoad::new(PathBuf::new(), PathBuf::new()),
+            base: Some(place.0.path().to_owned()),
+            name: Some(name.to_owned()),
+            command: Vec::new(),
+        };
+        clones.push(pool.clone_of(another, &order).unwrap().process);
+        assert_eq!(pool.events().count(), left, "{name}");
+    }
+    for (name, (_, mut parent)) in [("of-a", a), ("of-b", b), ("of-c", c)] {
+        let lines = place.lines(name);
+        follows(&mut parent, &mut String::new(), &lines);
+    }
+    for mut clone in clones {
+        clone.kill().unwrap();
+        clone.wait().unwrap();
+    }
 }
