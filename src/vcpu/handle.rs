@@ -1,7 +1,6 @@
 //! What the rest of bulle holds of a vCPU.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{
     Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel,
 };
@@ -17,6 +16,7 @@ use kvm_ioctls::VcpuFd;
 use nix::time::{ClockId, clock_gettime};
 
 use super::exit::ExitCounts;
+use super::flags::Flags;
 use super::{kick, thread};
 use crate::sandbox::thread::{Role, ThreadError, spawn};
 use crate::snapshot::MachineState;
@@ -124,31 +124,6 @@ pub enum Command {
     Stop,
 }
 
-/// What makes a running vCPU look at its commands.
-#[derive(Debug, Default)]
-pub struct Flags {
-    stop: AtomicBool,
-    /// Pauses that were asked for and not answered yet.
-    pauses: AtomicU32,
-}
-
-impl Flags {
-    /// Whether the vCPU is to leave the guest.
-    pub fn leave(&self) -> bool {
-        self.stop.load(Ordering::SeqCst) || self.pausing()
-    }
-
-    /// Whether the vCPU is to park.
-    pub fn pausing(&self) -> bool {
-        self.pauses.load(Ordering::SeqCst) > 0
-    }
-
-    /// The vCPU is parked and answers one request.
-    pub fn paused(&self) {
-        self.pauses.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
 /// A vCPU that is on its way to be parked.
 #[must_use]
 pub struct Pausing<'a> {
@@ -228,9 +203,8 @@ impl VcpuHandle {
     /// Asks the vCPU to leave the guest and park; the answer waits for that.
     pub fn request_pause(&self) -> Pausing<'_> {
         let (reply, parked) = sync_channel(1);
-        self.flags.pauses.fetch_add(1, Ordering::SeqCst);
-        self.send(Command::Pause(reply));
-        self.kick();
+        let tell = || self.send(Command::Pause(reply));
+        self.flags.ask_to_pause(tell, || self.kick());
         Pausing { vcpu: self, parked }
     }
 
@@ -268,9 +242,8 @@ impl VcpuHandle {
 
     /// Asks the thread to end and gets it out of KVM_RUN; does not wait.
     pub fn request_stop(&self) {
-        self.flags.stop.store(true, Ordering::SeqCst);
-        self.send(Command::Stop);
-        self.kick();
+        let tell = || self.send(Command::Stop);
+        self.flags.ask_to_stop(tell, || self.kick());
     }
 
     fn kick(&self) {
@@ -288,8 +261,7 @@ impl Drop for VcpuHandle {
             return;
         };
         let begin = Instant::now();
-        self.flags.stop.store(true, Ordering::SeqCst);
-        self.send(Command::Stop);
+        self.flags.ask_to_stop(|| self.send(Command::Stop), || {});
         while !thread.is_finished() {
             if begin.elapsed() > PATIENCE {
                 log::error!("a vCPU thread does not leave KVM_RUN: it is left behind");

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use arch::state::{Context, StateError, VcpuState};
 
 use super::exit::{Handled, complete, handle, tell_clock};
-use super::handle::{Command, Flags, Given, Has, Vcpu};
+use super::flags::Flags;
+use super::handle::{Command, Given, Has, Vcpu};
 use super::kick::Registration;
 use super::warm;
 use crate::snapshot::MachineState;
@@ -41,9 +42,8 @@ pub fn parked(mut vcpu: Vcpu, commands: &Receiver<Command>, flags: &Flags) {
                 }
             }
             Command::Pause(reply) => {
-                flags.paused();
                 // Nobody waits any more where the answer came too late.
-                let _ = reply.send(());
+                flags.paused(|| reply.send(()).unwrap_or_default());
             }
             Command::Save(context, reply) => {
                 let state = VcpuState::save(&vcpu.fd, vcpu.index, &context);
@@ -106,15 +106,18 @@ fn take(vcpu: &Vcpu, given: &Given) -> Result<(), StateError> {
 /// Runs the guest until it ends or is asked to leave.
 fn running(vcpu: &mut Vcpu, flags: &Flags) -> Left {
     let mut first = true;
-    while !flags.leave() {
+    let end = flags.until_asked(|| {
         let handled = handle(vcpu);
         if std::mem::take(&mut first) {
             vcpu.counts.ran();
         }
         match handled {
-            Handled::Continue | Handled::Interrupted => {}
-            Handled::End(exit) => return ended(vcpu, exit),
+            Handled::Continue | Handled::Interrupted => None,
+            Handled::End(exit) => Some(exit),
         }
+    });
+    if let Some(exit) = end {
+        return ended(vcpu, exit);
     }
     match flags.pausing().then(|| complete(vcpu)).flatten() {
         Some(exit) => ended(vcpu, exit),
