@@ -35,8 +35,8 @@ pub struct RebindArgs {
     /// Another tap interface for a network interface
     #[arg(long, value_name = "ID=TAP", value_parser = pair)]
     tap: Vec<(String, PathBuf)>,
-    /// Another Ethernet address for a network interface, or 'random' for one that nobody has; the guest is to
-    /// take it itself
+    /// Another Ethernet address for a network interface, or 'random' for one that nobody has; a
+    /// guest without bulle's agent is to take it itself
     #[arg(long, value_name = "ID=ADDRESS", value_parser = mac)]
     mac: Vec<(String, Address)>,
     /// Another path for the sockets of the vsock device

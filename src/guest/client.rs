@@ -43,6 +43,8 @@ pub struct AgentClient {
     /// Which command may say something next.
     turn: usize,
     shutdown: Option<Power>,
+    /// Addresses that interfaces have, and those that they get.
+    addresses: Vec<[[u8; 6]; 2]>,
     widened: bool,
     outgoing: Outgoing,
     /// Nothing is sent, so that the agent waits for its command.
@@ -63,6 +65,7 @@ impl AgentClient {
             extra: Vec::new(),
             turn: 0,
             shutdown: None,
+            addresses: Vec::new(),
             widened: false,
             outgoing: Outgoing::new(OUTGOING),
             held: false,
@@ -269,6 +272,13 @@ impl AgentClient {
         self.fill();
     }
 
+    /// Gives the network interface with the one address the other, before anything else is said. An agent of an older
+    /// bulle, without [`features::ADDRESS`], is not told.
+    pub fn change_address(&mut self, from: [u8; 6], to: [u8; 6]) {
+        self.addresses.push([from, to]);
+        self.fill();
+    }
+
     /// The agent has said Hello.
     pub fn is_connected(&self) -> bool {
         self.state == State::Talking
@@ -313,6 +323,12 @@ impl AgentClient {
     /// Sends one message if there is one to send.
     fn send_next(&mut self) -> bool {
         let out = &mut self.outgoing;
+        if self.features & features::ADDRESS != 0
+            && let Some([from, to]) = self.addresses.pop()
+        {
+            out.send(0, FromHost::Address { from, to });
+            return true;
+        }
         if self.main.grant(out) {
             return true;
         }

@@ -6,13 +6,16 @@ use std::sync::Arc;
 
 use devices::legacy::serial::Serial;
 use devices::virtio::console::HostPort;
+use devices::virtio::device::DeviceState;
+use devices::virtio::net::Mac;
 use nix::sys::signal::Signal;
 
 use super::agent_port::{AgentPort, Channel};
 use super::outcome::Outcome;
 use super::output::Output;
 use super::terminal::window_size;
-use crate::config::Guest;
+use crate::board::BoardState;
+use crate::config::{Guest, Spec};
 use crate::control::ExecRequest;
 use crate::guest::client::{
     AgentClient, AgentEvent, Exit, ExtraError, Job, Level, Power, RequestError, StartRequest,
@@ -147,6 +150,20 @@ impl AgentLink {
     /// Whether the guest reports panics through pvpanic.
     pub fn has_pvpanic(&self) -> bool {
         self.features & features::PVPANIC != 0
+    }
+
+    /// Has the guest's network interfaces that have the first of two addresses get the second.
+    pub fn change_addresses(&mut self, all: &[[Mac; 2]]) {
+        let old = self.client.is_connected() && self.features & features::ADDRESS == 0;
+        if old && !all.is_empty() {
+            log::warn!(
+                "the agent in this guest is that of an older bulle: the guest itself has to take the other \
+                 addresses of its network interfaces"
+            );
+        }
+        for [from, to] in all {
+            self.client.change_address(*from, *to);
+        }
     }
 
     /// Whether input would be taken.
@@ -300,6 +317,20 @@ impl AgentLink {
         }
         None
     }
+}
+
+/// Of the network interfaces of `spec` that have another address than `saved` ones had: that, and the new one.
+pub fn new_addresses(spec: &Spec, saved: &BoardState) -> Vec<[Mac; 2]> {
+    let had = |id: &str| {
+        let mut states = saved.parts.iter().flat_map(|parts| &parts.virtio);
+        states.find_map(|state| match &state.virtio.device {
+            DeviceState::Net(net) if state.id == id => net.mac,
+            _ => None,
+        })
+    };
+    let interfaces = spec.config().network_interfaces.iter();
+    let both = interfaces.filter_map(|net| Some([had(&net.iface_id)?, net.mac()?]));
+    both.filter(|[from, to]| from != to).collect()
 }
 
 fn request(guest: &Guest, tty: bool) -> StartRequest {

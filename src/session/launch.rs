@@ -11,12 +11,13 @@ use devices::legacy::boot_timer::{BootTimer, Times};
 use devices::mmds::Mmds;
 use devices::virtio::console::HostPort;
 use devices::virtio::limiter::Limiter;
+use devices::virtio::net::Mac;
 use event_manager::{EventManager, SubscriberOps};
 use nix::poll::PollTimeout;
 use nix::time::{ClockId, clock_gettime};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::agent::AgentLink;
+use super::agent::{AgentLink, new_addresses};
 use super::agent_port::{AgentPort, Channel};
 use super::console::{ConsoleFileError, ConsoleTap, ConsoleWriter, Sink};
 use super::events::Events;
@@ -266,6 +267,8 @@ pub struct Session {
     runs: bool,
     /// What was going on with bulle's agent in a machine that was saved.
     guest: GuestFacts,
+    /// Addresses that its network interfaces had, and that they have now.
+    addresses: Vec<[Mac; 2]>,
     after: After,
 }
 
@@ -306,9 +309,12 @@ impl Session {
                 .then(|| BootTimer::new(times, begin)),
             devices,
         };
-        let guest = match &source {
-            Source::Kernel(..) => GuestFacts::default(),
-            Source::Saved(saved, _) => saved.snapshot.guest.clone(),
+        let (guest, addresses) = match &source {
+            Source::Kernel(..) => (GuestFacts::default(), Vec::new()),
+            Source::Saved(saved, _) => {
+                let addresses = new_addresses(&spec, &saved.snapshot.machine.board);
+                (saved.snapshot.guest.clone(), addresses)
+            }
         };
         let mut touched = Touched::Ignored;
         let (vm, saver, runs) = match source {
@@ -342,6 +348,7 @@ impl Session {
             touched,
             runs,
             guest,
+            addresses,
             after: After::default(),
         })
     }
@@ -380,9 +387,13 @@ impl Session {
             touched,
             runs,
             guest,
+            addresses,
             after,
         } = self;
-        let agent = agent_link(&spec, guest, (port, ends.agent))?;
+        let mut agent = agent_link(&spec, guest, (port, ends.agent))?;
+        if let Some(agent) = &mut agent {
+            agent.change_addresses(&addresses);
+        }
         let raw = if agent.as_ref().is_none_or(AgentLink::has_tty) {
             enter_raw()?
         } else {

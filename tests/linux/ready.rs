@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::common::{Input, Outcome, Running};
 use crate::linux;
+use crate::net::{in_a_network, sh};
 
 fn restore(dir: &Path, words: &[&str], input: Input) -> Outcome {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
@@ -75,15 +76,35 @@ fn bulle(words: &[&str]) -> Command {
     command
 }
 
+/// Where the host believes that the guest is.
+fn neighbour() -> String {
+    let output = Command::new("ip")
+        .args(["neigh", "show", "10.9.0.2"])
+        .output();
+    String::from_utf8(output.unwrap().stdout).unwrap()
+}
+
 #[test]
 fn a_command_goes_on_in_another_process() {
-    const COMMAND: &str = "trap 'echo hung up' HUP; echo begun >&2; echo begun
+    in_a_network(goes_on);
+}
+
+fn goes_on() {
+    const COMMAND: &str =
+        "trap 'echo hung up' HUP; ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up
+        ping -c 1 -W 60 10.9.0.1 >/dev/null; echo begun >&2; echo begun
         while read line; do n=$((n + 1)); echo got $n $line; done; exit 5";
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("saved");
     let dir = path.to_str().unwrap();
     let at = |words: &[&str]| begin(place.path(), bulle(words));
-    let run = linux("amd64").args(["--name", "vm", "--runtime-dir"]);
+    sh(
+        "ip tuntap add dev clone0 mode tap; ip addr add 10.9.0.1/24 dev clone0
+        ip link set clone0 up",
+    );
+    let (old, new) = ("02:00:00:00:be:ef", "02:00:00:00:be:f0");
+    let net = format!("tap=clone0,id=net0,mac={old}");
+    let run = linux("amd64").args(["--name", "vm", "--net", &net, "--runtime-dir"]);
     let run = run.arg(place.path()).input(Input::Open);
     let first = run.command(["sh", "-c", COMMAND]).start();
     let first = first.wait_for("begun\n").types("one\n");
@@ -98,8 +119,16 @@ fn a_command_goes_on_in_another_process() {
         .finish()
         .exits(125)
         .complains("leave yours out");
-    let mut vm = at(&["snapshot", "restore", dir, "--name", "vm"]);
+    assert!(neighbour().contains(old), "{}", neighbour());
+    let mac = format!("net0={new}");
+    let mut vm = at(&["snapshot", "restore", dir, "--name", "vm", "--mac", &mac]);
     vm = vm.types("other\n").wait_for("got 2 other\n");
+    at(&["exec", "vm", "--", "cat", "/sys/class/net/eth0/address"])
+        .finish()
+        .exits(0)
+        .prints(new);
+    // Nobody has asked the guest for it.
+    assert!(neighbour().contains(new), "{}", neighbour());
     at(&["exec", "vm", "--", "sh", "-c", "echo beside; exit 3"])
         .finish()
         .exits(3)

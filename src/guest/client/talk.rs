@@ -126,6 +126,7 @@ impl AgentClient {
             extra: Vec::new(),
             turn: 0,
             shutdown: None,
+            addresses: Vec::new(),
             widened: talk.widened,
             outgoing,
             held: false,

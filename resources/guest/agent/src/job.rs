@@ -98,7 +98,9 @@ impl<const N: usize> Job<N> {
             }
             FromHost::Signal(signal) => self.signal(signal),
             FromHost::Credit(n) => self.credit = self.credit.saturating_add(u64::from(n)),
-            FromHost::Start { .. } | FromHost::Shutdown(_) => return false,
+            FromHost::Start { .. } | FromHost::Shutdown(_) | FromHost::Address { .. } => {
+                return false;
+            }
         }
         true
     }

@@ -1,7 +1,8 @@
 //! Network interfaces that the host describes: address, route and resolver.
 //!
 //! `bulle.net=MAC,ADDRESS/PREFIX,GATEWAY,RESOLVER[,ADDRESS6,GATEWAY6]` on the kernel command line, once
-//! for each interface. What failed is noted; a kernel without IPv6 does without.
+//! for each interface. What failed is noted; a kernel without IPv6 does without. A guest that is loaded may get other
+//! Ethernet addresses.
 
 use core::fmt::Write;
 use core::net::Ipv6Addr;
@@ -123,16 +124,46 @@ fn bring_up(interface: &Interface<'_>, default_route: bool) -> Result<(), (&'sta
     }
 }
 
+/// Gives the interface with the one Ethernet address the other. The kernel tells the network where its addresses
+/// are now.
+pub fn change(from: [u8; 6], to: [u8; 6]) -> Result<(), (&'static str, Errno)> {
+    use rustix::net::{AddressFamily, SocketType, socket};
+    let [a, b, c, d, e, f] = from;
+    let mut mac = Text::<32>::new();
+    let _ = write!(mac, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    let name = find(mac.as_bytes()).ok_or(("find", Errno::NODEV))?;
+    let name = name.as_bytes();
+    let socket: OwnedFd =
+        socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(|e| ("reach", e))?;
+    // It does so while the address changes, if it is told to.
+    let notify = [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")];
+    let before = notify.map(|(family, key)| setting(family, name, key, b"1"));
+    let result = sys::interface_ethernet(&socket, name, to);
+    for ((family, key), before) in notify.into_iter().zip(before) {
+        setting(family, name, key, &[before]);
+    }
+    result.map_err(|e| ("change", e))
+}
+
 /// Nobody else is there who could have an address of IPv6: it need not be asked for, which takes a second.
 fn trust_addresses(name: &[u8]) {
+    setting("ipv6", name, "accept_dad", b"0");
+}
+
+/// Sets what an interface does, and says what it was, one digit. What cannot be set stays.
+fn setting(family: &str, name: &[u8], key: &str, value: &[u8]) -> u8 {
     let mut path = Text::<64>::new();
-    path.push(b"/proc/sys/net/ipv6/conf/");
+    let _ = write!(path, "/proc/sys/net/{family}/conf/");
     path.push(name);
-    path.push(b"/accept_dad");
+    let _ = write!(path, "/{key}");
+    let mut buffer = [0; 8];
+    let before = setup::read_file(path.as_str(), &mut buffer);
+    let before = before.first().copied().unwrap_or(b'0');
     let flags = OFlags::WRONLY | OFlags::CLOEXEC;
     if let Ok(file) = rustix::fs::open(path.as_str(), flags, Mode::empty()) {
-        let _ = rustix::io::write(&file, b"0");
+        let _ = rustix::io::write(&file, value);
     }
+    before
 }
 
 /// Beside what the kernel takes from router advertisements: at once, and an address that is known.
@@ -159,26 +190,32 @@ fn bring_up_ipv6(
 fn wait_for(mac: &[u8]) -> Option<Text<16>> {
     let end = sys::now_ms() + PATIENCE_MS;
     loop {
-        let mut found = None;
-        setup::any_entry("/sys/class/net", |name| {
-            let mut path = Text::<64>::new();
-            path.push(b"/sys/class/net/");
-            path.push(name);
-            path.push(b"/address");
-            let mut buffer = [0; 64];
-            let here = setup::read_file(path.as_str(), &mut buffer).trim_ascii_end() == mac;
-            if here {
-                let mut text = Text::new();
-                text.push(name);
-                found = Some(text);
-            }
-            here
-        });
+        let found = find(mac);
         if found.is_some() || sys::now_ms() > end {
             return found;
         }
         sys::sleep_ms(PAUSE_MS);
     }
+}
+
+/// The name of the interface with this address.
+fn find(mac: &[u8]) -> Option<Text<16>> {
+    let mut found = None;
+    setup::any_entry("/sys/class/net", |name| {
+        let mut path = Text::<64>::new();
+        path.push(b"/sys/class/net/");
+        path.push(name);
+        path.push(b"/address");
+        let mut buffer = [0; 64];
+        let here = setup::read_file(path.as_str(), &mut buffer).trim_ascii_end() == mac;
+        if here {
+            let mut text = Text::new();
+            text.push(name);
+            found = Some(text);
+        }
+        here
+    });
+    found
 }
 
 /// Names the resolver: a file where the root has none, over the one that it has otherwise, so that

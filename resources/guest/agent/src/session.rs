@@ -3,6 +3,8 @@
 //! Every buffer is bounded. What has no room is not read, so a command that writes faster than the
 //! host takes simply blocks.
 
+use core::fmt::Write;
+
 use agent_protocol::start::StartView;
 use agent_protocol::{
     Decoder, EXTRA_WINDOW, Exit, FromGuest, FromHost, Hello, Level, MAX_EXTRA, MAX_GUEST_WINDOW,
@@ -17,7 +19,8 @@ use crate::job::{self, Job};
 use crate::link::Link;
 use crate::power::{Buttons, MAX_BUTTONS};
 use crate::root::Trouble;
-use crate::{setup, sys};
+use crate::text::Text;
+use crate::{net, setup, sys};
 
 const HUP: u32 = 1;
 const INT: u32 = 2;
@@ -183,6 +186,7 @@ impl Session {
             (self.buttons.any(), features::POWER_BUTTON),
             (setup::has_pty(), features::PTY),
             (true, features::EXTRA),
+            (true, features::ADDRESS),
         ] {
             have |= if present { feature } else { 0 };
         }
@@ -416,6 +420,10 @@ impl Session {
                 self.end(power);
                 true
             }
+            (FromHost::Address { from, to }, _) => {
+                self.change_address(from, to);
+                true
+            }
             (FromHost::Stdin(bytes), 0) if self.done_at.is_some() => {
                 self.main.consumed(bytes.len());
                 true
@@ -426,6 +434,21 @@ impl Session {
                 Some(job) => !job.is_running() || job.on_message(message),
                 None => false,
             },
+        }
+    }
+
+    fn change_address(&mut self, from: [u8; 6], to: [u8; 6]) {
+        if let Err((what, errno)) = net::change(from, to) {
+            let mut text = Text::<96>::new();
+            let errno = errno.raw_os_error();
+            let _ = write!(
+                text,
+                "cannot {what} the network interface that gets another address: error {errno}"
+            );
+            self.link.send(&FromGuest::Log {
+                level: Level::Warn,
+                text: text.as_bytes(),
+            });
         }
     }
 

@@ -23,6 +23,7 @@ const IFF_UP_RUNNING: u16 = 0x41;
 const SIOCSIFFLAGS: usize = 0x8914;
 const SIOCSIFADDR: usize = 0x8916;
 const SIOCSIFNETMASK: usize = 0x891c;
+const SIOCSIFHWADDR: usize = 0x8924;
 const SIOCADDRT: usize = 0x890b;
 const SIOCGIFINDEX: usize = 0x8933;
 const AF_INET: u8 = 2;
@@ -149,6 +150,13 @@ fn internet(address: [u8; 4]) -> [u8; 8] {
 pub fn interface_up(socket: &OwnedFd, name: &[u8]) -> Result<(), Errno> {
     let [low, high] = IFF_UP_RUNNING.to_le_bytes();
     interface_request(socket, SIOCSIFFLAGS, name, &[low, high, 0, 0, 0, 0, 0, 0])
+}
+
+/// Gives an interface another Ethernet address.
+pub fn interface_ethernet(socket: &OwnedFd, name: &[u8], mac: [u8; 6]) -> Result<(), Errno> {
+    // struct sockaddr: ARPHRD_ETHER, then the address.
+    let [a, b, c, d, e, f] = mac;
+    interface_request(socket, SIOCSIFHWADDR, name, &[1, 0, a, b, c, d, e, f])
 }
 
 /// Gives an interface its address.

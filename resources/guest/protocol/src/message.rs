@@ -12,6 +12,8 @@ pub mod features {
     pub const PTY: u32 = 1 << 2;
     /// Commands run beside the main one.
     pub const EXTRA: u32 = 1 << 3;
+    /// Network interfaces are given other addresses.
+    pub const ADDRESS: u32 = 1 << 4;
 }
 
 /// A frame that is intact but not a message of this direction and version.
@@ -156,6 +158,13 @@ pub enum FromHost<'a> {
     Signal(u8),
     /// End the guest in an orderly way.
     Shutdown(Power),
+    /// A network interface gets another address, and announces it.
+    Address {
+        /// The one that it has.
+        from: [u8; 6],
+        /// The one that it is to have.
+        to: [u8; 6],
+    },
     /// So many bytes of Stdout and Stderr have been consumed.
     Credit(u32),
 }
@@ -176,6 +185,7 @@ const RESIZE: u8 = 0x84;
 const SIGNAL: u8 = 0x85;
 const SHUTDOWN: u8 = 0x86;
 const HOST_CREDIT: u8 = 0x87;
+const ADDRESS: u8 = 0x88;
 
 /// Flag of Start: no more pieces follow.
 const LAST: u8 = 1;
@@ -353,7 +363,9 @@ impl<'a> FromHost<'a> {
     /// [`Malformed`] as for [`FromGuest::parse`].
     pub fn parse(frame: Frame<'a>) -> Result<Self, Malformed> {
         let known = if frame.kind == START { LAST } else { 0 };
-        if frame.flags & !JOB & !known != 0 || frame.job() > 0 && frame.kind == SHUTDOWN {
+        if frame.flags & !JOB & !known != 0
+            || frame.job() > 0 && matches!(frame.kind, SHUTDOWN | ADDRESS)
+        {
             return Err(Malformed { kind: frame.kind });
         }
         whole(frame, |p| {
@@ -368,6 +380,10 @@ impl<'a> FromHost<'a> {
                 SIGNAL => Self::Signal(p.u8()?),
                 SHUTDOWN => Self::Shutdown(Power::from_u8(p.u8()?)?),
                 HOST_CREDIT => Self::Credit(p.u32()?),
+                ADDRESS => Self::Address {
+                    from: p.array()?,
+                    to: p.array()?,
+                },
                 _ => return None,
             })
         })
@@ -381,7 +397,7 @@ impl<'a> FromHost<'a> {
 
     /// As [`encode`](Self::encode), about the command `job`.
     pub fn encode_for(&self, job: u8, out: &mut [u8]) -> Option<usize> {
-        let mut short = [0; 4];
+        let mut short = [0; 12];
         let mut flags = 0;
         let (kind, payload) = match *self {
             Self::Start { last, bytes } => {
@@ -397,6 +413,11 @@ impl<'a> FromHost<'a> {
             Self::Signal(n) => (SIGNAL, fixed(&mut short, [n])),
             Self::Shutdown(power) => (SHUTDOWN, fixed(&mut short, [power as u8])),
             Self::Credit(n) => (HOST_CREDIT, fixed(&mut short, n.to_le_bytes())),
+            Self::Address { from, to } => {
+                short[..6].copy_from_slice(&from);
+                short[6..].copy_from_slice(&to);
+                (ADDRESS, &short[..])
+            }
         };
         encode(
             Frame {

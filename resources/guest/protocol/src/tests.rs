@@ -153,6 +153,10 @@ fn every_host_message_survives_the_wire() {
         FromHost::Stdin(b"in"),
         FromHost::StdinEof,
         FromHost::Resize(WinSize { rows: 24, cols: 80 }),
+        FromHost::Address {
+            from: [2, 0, 0, 0, 0, 1],
+            to: [2, 0, 0, 0, 0, 2],
+        },
         FromHost::Signal(2),
         FromHost::Shutdown(Power::Off),
         FromHost::Credit(4096),
