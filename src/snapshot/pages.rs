@@ -8,6 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::process;
+use std::sync::OnceLock;
 
 /// Bytes of a page of the host.
 pub const PAGE: u64 = 4096;
@@ -86,8 +88,18 @@ pub enum Which {
 #[derive(Debug)]
 pub struct Pagemap(File);
 
+/// That of a process which is going to be without /proc.
+static KEPT: OnceLock<(u32, File)> = OnceLock::new();
+
 impl Pagemap {
-    /// Whether the host tells of pages: not in a jail, which has no /proc.
+    /// Keeps that of this process, `file`, for when there is no /proc any more. Its children have none then.
+    pub fn keep(file: File) {
+        if KEPT.set((process::id(), file)).is_err() {
+            log::debug!("this process keeps its pagemap already");
+        }
+    }
+
+    /// Whether the host tells of pages.
     pub fn is_there() -> bool {
         Self::open().is_ok()
     }
@@ -95,9 +107,12 @@ impl Pagemap {
     /// Opens it.
     ///
     /// # Errors
-    /// Where there is no /proc.
+    /// Where there is no /proc, and none was kept.
     pub fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
+        match KEPT.get() {
+            Some((owner, file)) if *owner == process::id() => file.try_clone().map(Self),
+            _ => File::open("/proc/self/pagemap").map(Self),
+        }
     }
 
     /// Calls `f` with the runs of such pages in `len` bytes from address `start` on, as offsets from

@@ -148,7 +148,7 @@ pub(super) fn runs(
     Ok(runs)
 }
 
-/// The runs of such pages in a range of addresses; in a jail, which has no /proc to tell, all of it.
+/// The runs of such pages in a range of addresses; where nothing tells them, all of it.
 fn pages(
     which: Which,
     range: (u64, u64),

@@ -441,6 +441,12 @@ fn snapshots_in_jails() {
             json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory }),
         );
     }
+    // The guest did nothing between both, as the pages tell that it has.
+    let [all, changes] = ["memory1", "memory2"].map(|name| {
+        let file = fs::metadata(jails.root().join(name)).unwrap();
+        file.blocks() * 512
+    });
+    assert!(changes <= 64 << 10 && changes < all, "{changes} of {all}");
     drop(running);
     fs::remove_file(jails.root().join("s")).unwrap();
     let _running = jails.start(&["--new-pid-ns"], &["--api-sock", "/s"]);

@@ -123,6 +123,7 @@ impl Jail {
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.map_err(host("open /dev/null"))?;
         let of_this_host = root::of_this_host();
+        let proc = root::proc();
         root::keep_mounts_apart()?;
         let root = root::make(&self.base, [&self.name, &self.id, "root"])?;
         if let Some(path) = &self.netns {
@@ -151,6 +152,7 @@ impl Jail {
         } else {
             self.note_pid(process::id())?;
         }
+        root::keep_pagemap(proc);
         self.become_user()
     }
 

@@ -15,6 +15,7 @@ use nix::unistd::{Gid, Uid, fchdir, fchown, fchownat, pivot_root, unlink};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::{JailError, host};
+use crate::snapshot::pages::Pagemap;
 
 /// Major number of /dev/kvm and other small devices (Documentation/admin-guide/devices.txt).
 const MISC: u64 = 10;
@@ -69,6 +70,21 @@ pub(super) fn change(root: &OwnedFd) -> Result<(), JailError> {
     pivot_root(".", ".").map_err(host("change the root directory"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(host("let go of the old root"))?;
     std::env::set_current_dir("/").map_err(host("enter the jail"))
+}
+
+/// /proc, for what is of the process that is going to be in the jail.
+pub(super) fn proc() -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open("/proc", flags, Mode::empty())
+}
+
+/// Keeps which pages of memory this process has, which snapshots of changes need, and lets go of `proc`.
+pub(super) fn keep_pagemap(proc: Result<OwnedFd, Errno>) {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    match proc.and_then(|proc| openat(proc, "self/pagemap", flags, Mode::empty())) {
+        Ok(file) => Pagemap::keep(file.into()),
+        Err(errno) => log::debug!("snapshots of changes will have all of memory: {errno}"),
+    }
 }
 
 /// Devices that not every host has, as nodes with major and minor number.
