@@ -21,6 +21,7 @@ pub const ECHO: u32 = 1001;
 const SUM: u32 = 1002;
 const MESSAGES: u32 = 1003;
 const END: u32 = 1004;
+pub const TIME: u32 = 1005;
 /// Ports that the host listens on.
 const HOST_SUM: u32 = 2000;
 const HOST_MESSAGES: u32 = 2001;

@@ -12,6 +12,7 @@ use std::error::Error;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -30,6 +31,7 @@ const ECHO: u32 = 1001;
 const SUM: u32 = 1002;
 const MESSAGES: u32 = 1003;
 const END: u32 = 1004;
+const TIME: u32 = 1005;
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -102,7 +104,7 @@ fn serve_port(kind: SockType, port: u32, serve: fn(OwnedFd) -> Result<()>) -> Re
 }
 
 /// Sends back what comes ([`ECHO`]); the length and CRC-32 of it at its end ([`SUM`]); messages as
-/// they are ([`MESSAGES`]). Ends when somebody connects to [`END`].
+/// they are ([`MESSAGES`]); for each byte the time in nanoseconds ([`TIME`]). Ends when somebody connects to [`END`].
 fn serve() -> Result<()> {
     serve_port(SockType::Stream, ECHO, |client| {
         let mut file = std::fs::File::from(client);
@@ -131,6 +133,14 @@ fn serve() -> Result<()> {
                 )?),
             }
         }
+    })?;
+    serve_port(SockType::Stream, TIME, |client| {
+        let mut file = std::fs::File::from(client);
+        while file.read(&mut [0])? == 1 {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+            file.write_all(&(now.as_nanos() as u64).to_le_bytes())?;
+        }
+        Ok(())
     })?;
     let end = listener(SockType::Stream, END)?;
     println!("serving");
