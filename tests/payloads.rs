@@ -16,6 +16,8 @@ mod memory;
 mod messages;
 #[path = "payloads/passt.rs"]
 mod passt;
+#[path = "payloads/vhost_user.rs"]
+mod vhost_user;
 #[path = "payloads/watchdog.rs"]
 mod watchdog;
 

@@ -418,10 +418,12 @@ impl Devices {
     /// Looks at the sizes of all disks again; guests are told of those that changed.
     pub fn look_at_disks(&self) {
         for device in &self.present().list {
-            let DeviceHandle::Block(disk) = &device.handle else {
-                continue;
+            let sectors = match &device.handle {
+                DeviceHandle::Block(disk) => disk.resize().map_err(|error| error.to_string()),
+                DeviceHandle::VhostUserBlock(disk) => disk.reread().map_err(|e| e.to_string()),
+                _ => continue,
             };
-            match disk.resize() {
+            match sectors {
                 Ok(sectors) => log::info!("disk '{}' has {sectors} sectors", device.id),
                 Err(error) => log::warn!("the size of disk '{}' is unknown: {error}", device.id),
             }

@@ -16,7 +16,8 @@ use crate::config::{
 pub struct DeviceArgs {
     /// Disk (repeatable): path=FILE[,ro][,id=NAME][,cache=writeback|unsafe|none]
     /// [,engine=io_uring|sync][,queues=N][,rate.bandwidth.size=BYTES][,rate.ops.size=N]
-    /// [,rate.group=NAME: limits shared by all devices that name it]
+    /// [,rate.group=NAME: limits shared by all devices that name it]; or
+    /// socket=PATH[,id=NAME][,queues=N][,cache=unsafe], of a vhost-user backend that has the disk
     #[arg(long, value_name = "LIST", value_parser = parse_list::<Drive>)]
     disk: Vec<Drive>,
     /// Directory of the host in the guest (repeatable): HOST:GUEST[:ro][,cache=none|auto|always]

@@ -197,7 +197,6 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         for (text, words) in [
-            ("ro", "path_on_host"),
             ("path=a,speed=9", "speed"),
             ("path=a,path=b", "'path' is given twice"),
             ("path=a,id", "lacks its value"),

@@ -291,6 +291,11 @@ impl Config {
         interfaces.filter_map(|(index, interface)| interface.user_network(index))
     }
 
+    /// The drives that other processes serve by vhost-user.
+    pub fn vhost_user_drives(&self) -> impl Iterator<Item = &Drive> {
+        self.drives.iter().filter(|drive| drive.socket.is_some())
+    }
+
     /// The drive with the guest's root file system.
     pub fn root_drive(&self) -> Option<&Drive> {
         self.drives.iter().find(|drive| drive.is_root_device)

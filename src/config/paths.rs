@@ -12,7 +12,8 @@ impl Config {
     /// # Errors
     /// Of the host, without a current directory.
     pub fn make_paths_absolute(&mut self) -> io::Result<()> {
-        let drives = self.drives.iter_mut().map(|drive| &mut drive.path_on_host);
+        let drives = self.drives.iter_mut();
+        let drives = drives.map(|drive| drive.socket.as_mut().unwrap_or(&mut drive.path_on_host));
         let pmem = self.pmem.iter_mut().map(|pmem| &mut pmem.path_on_host);
         let shares = self.shares.iter_mut().map(|share| &mut share.path_on_host);
         let vsock = self.vsock.iter_mut().map(|vsock| &mut vsock.uds_path);

@@ -21,6 +21,24 @@ pub enum ActionError {
     /// Too late.
     #[error("The requested operation is not supported after starting the microVM.")]
     AfterStart,
+    /// A disk that another process serves, and memory that is no other process's.
+    #[error(
+        "drive '{id}' with a socket cannot be added: guest memory is private to bulle, and its vhost-user backend \
+         needs it shared; start the microVM with memory_backing memfd, or with such a drive"
+    )]
+    PrivateMemory {
+        /// The drive.
+        id: String,
+    },
+    /// What a vhost-user backend decides, or nobody.
+    #[error(
+        "Unable to patch the block device: Running method expected different backend. Drive '{id}' has its disk from a \
+         vhost-user backend: give drive_id only, to have its configuration read again"
+    )]
+    OtherBackend {
+        /// The drive.
+        id: String,
+    },
     /// No kernel.
     #[error("Start microvm error: Cannot start microvm without kernel configuration.")]
     NoKernel,
@@ -39,6 +57,19 @@ pub enum ActionError {
     /// Words for the kernel that no kernel takes.
     #[error("The kernel command line is invalid: {0}")]
     CommandLine(#[source] CmdlineError),
+    /// No such socket.
+    #[error(
+        "Unable to create the vhost-user block device '{id}': cannot connect to {}: {source}; start its backend first",
+        path.display()
+    )]
+    Socket {
+        /// The drive.
+        id: String,
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// No such image.
     #[error("Unable to create the virtio {kind} device '{id}': cannot open {}: {source}", path.display())]
     File {
@@ -258,7 +289,11 @@ impl ActionError {
             Self::Config(_) | Self::Machine(_) | Self::CommandLine(_) | Self::LoadMemory => {
                 "bad-config"
             }
-            Self::Kernel(_) | Self::Initrd(_) | Self::File { .. } | Self::LogFile(_) => "no-file",
+            Self::Kernel(_)
+            | Self::Initrd(_)
+            | Self::File { .. }
+            | Self::Socket { .. }
+            | Self::LogFile(_) => "no-file",
             Self::NoDevice { .. } => "no-device",
             Self::IdInUse { .. } => "id-in-use",
             Self::NoPci => "no-pci",
@@ -269,6 +304,8 @@ impl ActionError {
             Self::UnplugTimeout { .. } => "guest-busy",
             Self::MetricsTwice
             | Self::NothingToChange { .. }
+            | Self::OtherBackend { .. }
+            | Self::PrivateMemory { .. }
             | Self::BalloonSize { .. }
             | Self::StatisticsSwitch
             | Self::Limits { .. } => "bad-update",

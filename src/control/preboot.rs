@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -102,7 +102,13 @@ impl Preboot {
             Action::PutCpu(template) => self.change(|config| config.set_cpu(*template)),
             Action::PutBootSource(boot) => self.boot_source(boot),
             Action::PutDrive(drive) => {
-                try_open("block", &drive.drive_id, &drive.path_on_host)?;
+                let path = Some(&drive.path_on_host).filter(|path| **path != Path::new(""));
+                match (&drive.socket, path) {
+                    (Some(socket), None) => find_socket(&drive.drive_id, socket)?,
+                    (None, Some(path)) => try_open("block", &drive.drive_id, path)?,
+                    // Refused below.
+                    (Some(_), Some(_)) | (None, None) => {}
+                }
                 let same = |other: &Drive| other.drive_id == drive.drive_id;
                 let at = self.config.drives.iter().position(same);
                 self.device(|config| place(&mut config.drives, at, drive))
@@ -299,6 +305,23 @@ fn can_open(path: &Path) -> io::Result<()> {
 fn try_open(kind: &'static str, id: &str, path: &Path) -> Result<(), ActionError> {
     can_open(path).map_err(|source| ActionError::File {
         kind,
+        id: id.to_owned(),
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Backends may end with their first connection: they are not tried.
+fn find_socket(id: &str, path: &Path) -> Result<(), ActionError> {
+    let kind = std::fs::metadata(path).map(|meta| meta.file_type().is_socket());
+    let found = kind.and_then(|is_socket| match is_socket {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is no socket",
+        )),
+    });
+    found.map_err(|source| ActionError::Socket {
         id: id.to_owned(),
         path: path.to_owned(),
         source,

@@ -22,6 +22,8 @@ pub enum Role {
     Relay,
     /// Brings guest memory that is going to be used.
     Prefetch,
+    /// Ends a conversation with a vhost-user backend that takes too long.
+    Backend,
     /// Starts a passt that ended again.
     Passt,
     /// Writes protected guest memory to a snapshot.
@@ -38,6 +40,7 @@ impl Role {
             Self::Pager => "pager".to_string(),
             Self::Relay => "relay".to_string(),
             Self::Prefetch => "prefetch".to_string(),
+            Self::Backend => "vhost-user".to_string(),
             Self::Passt => "passt".to_string(),
             Self::Writer => "writer".to_string(),
         }

@@ -8,6 +8,7 @@ use devices::virtio::block::BlockHandle;
 use devices::virtio::limiter::LimiterConfig;
 use devices::virtio::mem::MemHandle;
 use devices::virtio::registry::DeviceHandle;
+use devices::virtio::vhost_user::VhostUserHandle;
 
 use crate::board::attach::Devices;
 use crate::board::plan::{self, limits};
@@ -28,6 +29,14 @@ pub fn drive(
     update: &DriveUpdate,
 ) -> Result<Reply, ActionError> {
     let id = &update.drive_id;
+    if let Some(disk) = vhost_user(devices, id) {
+        if update.path_on_host.is_some() || update.rate_limiter.is_some() {
+            return Err(ActionError::OtherBackend { id: id.clone() });
+        }
+        let sectors = disk.reread().map_err(|error| failed(&error))?;
+        log::info!("disk '{id}' has {sectors} sectors");
+        return Ok(Reply::Done);
+    }
     let Some(disk) = disk(devices, id) else {
         return Err(no_device("block", id));
     };
@@ -324,6 +333,14 @@ fn disk(devices: &Devices, id: &str) -> Option<BlockHandle> {
             DeviceHandle::Block(handle) if device.id == id => Some(handle.clone()),
             _ => None,
         })
+}
+
+fn vhost_user(devices: &Devices, id: &str) -> Option<VhostUserHandle> {
+    let list = devices.list();
+    list.iter().find_map(|device| match &device.handle {
+        DeviceHandle::VhostUserBlock(handle) if device.id == id => Some(handle.clone()),
+        _ => None,
+    })
 }
 
 fn no_device(kind: &'static str, id: &str) -> ActionError {

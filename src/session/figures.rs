@@ -41,6 +41,11 @@ const NET: &str = "activate_fails cfg_fails event_fails no_rx_avail_buffer no_tx
 const PMEM: &str = "activate_fails cfg_fails event_fails queue_event_count rate_limiter_event_count \
     rate_limiter_throttled_events";
 
+/// Of disks that other processes serve, which have no sums.
+const VHOST_USER: &str = "vhost_user_block";
+const VHOST_USER_BLOCK: &str =
+    "activate_fails activate_time_us cfg_fails config_change_time_us init_time_us";
+
 /// The same of all groups whose figures are there without a device, too.
 const GROUPS: &[(&str, &str)] = &[
     (
@@ -266,6 +271,9 @@ fn figures(console: Console<'_>) -> Figures {
 fn counted(handle: &DeviceHandle) -> Option<(&'static str, Option<&'static str>, Values)> {
     Some(match handle {
         DeviceHandle::Block(block) => ("block", Some(BLOCK), block.counters()),
+        DeviceHandle::VhostUserBlock(block) => {
+            (VHOST_USER, Some(VHOST_USER_BLOCK), block.counters())
+        }
         DeviceHandle::Net(net) => ("net", Some(NET), net.counters()),
         DeviceHandle::Pmem(pmem) => ("pmem", Some(PMEM), pmem.counters()),
         DeviceHandle::Vsock(vsock) => ("vsock", None, vsock.counters()),
@@ -300,6 +308,7 @@ fn device_figures(device: &Attached, figures: &mut Figures) -> Option<String> {
             (false, false) => figures.total(kind, name, value),
             (false, true) => figures.value(kind, name, value),
             (true, true) => figures.value(&own, name, value),
+            (true, false) if kind == VHOST_USER => figures.total(&own, name, value),
             (true, false) => {
                 figures.total(kind, name, value);
                 figures.total(&own, name, value);

@@ -16,7 +16,7 @@ use nix::sys::timerfd::TimerFd;
 use super::timer::{arm, timer};
 use crate::board::attach::{Attached, Devices};
 use crate::board::plan::added::{self, Added};
-use crate::config::{Config, Drive, NetMode, NetworkInterface, Pmem, RateLimiter};
+use crate::config::{Config, Drive, MemoryBacking, NetMode, NetworkInterface, Pmem, RateLimiter};
 use crate::control::{ActionError, Call, PluggedKind, Reply, State, Unplug, chain};
 use crate::vm::Vm;
 
@@ -33,6 +33,10 @@ pub fn add_drive(vm: &Vm, config: &mut Config, drive: &Drive) -> Result<Reply, A
         return Err(ActionError::SecondRoot { kind: "block" });
     }
     own_limits(&drive.drive_id, [drive.rate_limiter.as_ref()])?;
+    if drive.socket.is_some() && config.machine_config.memory_backing != MemoryBacking::Memfd {
+        let id = drive.drive_id.clone();
+        return Err(ActionError::PrivateMemory { id });
+    }
     let mut with = config.clone();
     with.drives.push(drive.clone());
     add(vm, config, with, Added::Drive(drive))
@@ -274,7 +278,9 @@ fn find(vm: &Vm, config: &Config, unplug: &Unplug) -> Result<Arc<Attached>, Acti
 fn forget(config: &mut Config, device: &Attached) {
     let id = device.id.as_str();
     match device.handle {
-        DeviceHandle::Block(_) => config.drives.retain(|drive| drive.drive_id != id),
+        DeviceHandle::Block(_) | DeviceHandle::VhostUserBlock(_) => {
+            config.drives.retain(|drive| drive.drive_id != id)
+        }
         DeviceHandle::Pmem(_) => config.pmem.retain(|pmem| pmem.id != id),
         DeviceHandle::Net(_) => forget_network(config, id),
         _ => {}

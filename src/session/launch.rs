@@ -32,7 +32,7 @@ use super::output::{Output, finish};
 use super::progress::Progress;
 use super::runtime::{FigureParts, Runtime, has_command};
 use super::signals::Signals;
-use super::snapshots::{Saved, Saver};
+use super::snapshots::{self, Saved, Saver};
 use super::terminal::{RawTerminal, window_size};
 use super::touched::Touched;
 use crate::board::plan::{ConsoleEnds, Plan, fit, limits, open_files, plan};
@@ -66,6 +66,7 @@ pub fn save_ready(
     place: Option<Place>,
     create: SnapshotCreate,
 ) -> Result<u8, LaunchError> {
+    snapshots::may_save(spec.config())?;
     let after = After {
         save: Some(create),
         begun: None,

@@ -10,7 +10,7 @@ use devices::virtio::registry::DeviceHandle;
 
 use super::agent::AgentLink;
 use super::touched;
-use crate::config::{Config, HugePages, MemoryBacking, Spec};
+use crate::config::{Config, Drive, HugePages, MemoryBacking, Spec};
 use crate::control::{
     ActionError, LoadPages, MemoryBackendType, PAUSE_PATIENCE, Reply, SnapshotCreate, SnapshotLoad,
     SnapshotType, chain,
@@ -301,6 +301,7 @@ impl Saver {
     /// # Errors
     /// [`ActionError::Save`] where its files cannot be written.
     pub fn prepare(&self, vm: &Vm, create: &SnapshotCreate) -> Result<Prepared, ActionError> {
+        savable(vm).map_err(|text| ActionError::Save { text })?;
         if let Some(why) = vm.not_copied() {
             return Ok(Prepared::Waits(why));
         }
@@ -398,6 +399,7 @@ impl Saver {
         watch: Watch<'_>,
     ) -> Result<(), ActionError> {
         let failed = |error: &dyn std::error::Error| ActionError::Save { text: chain(error) };
+        savable(vm).map_err(|text| ActionError::Save { text })?;
         let machine = vm.save().map_err(|e| failed(&e))?;
         let changes = create.snapshot_type == SnapshotType::Diff;
         let plugged = vm.plugged();
@@ -448,6 +450,7 @@ impl Saver {
         to: &Path,
     ) -> Result<Duration, ActionError> {
         let failed = |error: &dyn std::error::Error| ActionError::Fork { text: chain(error) };
+        savable(vm).map_err(|text| ActionError::Fork { text })?;
         let socket = socket::connect(to).map_err(|error| ActionError::Fork {
             text: format!(
                 "cannot connect to {}, where what clones are made of was to go: {error}",
@@ -469,6 +472,32 @@ impl Saver {
         template.send(&socket).map_err(|e| failed(&e))?;
         Ok(fork.pause)
     }
+}
+
+/// Whether all devices of `vm` can be saved: why not.
+fn savable(vm: &Vm) -> Result<(), String> {
+    let devices = vm.board().devices.list();
+    let mut devices = devices.iter();
+    let other = devices.find(|device| matches!(device.handle, DeviceHandle::VhostUserBlock(_)));
+    other.map_or(Ok(()), |device| Err(unsavable(&device.id)))
+}
+
+/// Whether a machine of `config` can be saved once it runs.
+///
+/// # Errors
+/// [`ActionError::Save`].
+pub fn may_save(config: &Config) -> Result<(), ActionError> {
+    let text = |drive: &Drive| unsavable(&drive.drive_id);
+    let text = config.vhost_user_drives().next().map(text);
+    text.map_or(Ok(()), |text| Err(ActionError::Save { text }))
+}
+
+/// Why a machine with this vhost-user drive is not saved.
+fn unsavable(drive: &str) -> String {
+    format!(
+        "drive '{drive}' is served by another process (vhost-user), whose state bulle cannot save: a microVM with \
+         such a drive has no snapshots and no clones, give the drive by path_on_host"
+    )
 }
 
 /// Whether changes since `base` can be loaded: it is still where it was, neither it nor what it builds on, `layers`,

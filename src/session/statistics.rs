@@ -72,6 +72,10 @@ fn device(device: &Attached) -> DeviceStatistics {
             totals.extend(plain(block.counters()));
             "block"
         }
+        DeviceHandle::VhostUserBlock(block) => {
+            totals.extend(plain(block.counters()));
+            "vhost-user-block"
+        }
         DeviceHandle::Console(_) => "console",
         DeviceHandle::Vsock(vsock) => {
             totals.extend(plain(vsock.counters()));
@@ -123,7 +127,9 @@ fn plain(counters: Values) -> impl Iterator<Item = (String, u64)> {
     })
 }
 
-/// The shortest and the longest of all are no sum.
+/// The shortest and the longest of all are no sum, nor is the last.
 pub fn is_bound(name: &str) -> bool {
-    name.ends_with(".min_us") || name.ends_with(".max_us")
+    [".min_us", ".max_us", "_time_us"]
+        .iter()
+        .any(|end| name.ends_with(end))
 }

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use devices::virtio::vhost_user::peer::{Fault, Peer, PeerOptions, request};
+
 use crate::common::{Bulle, Outcome};
 use crate::refuses;
 
@@ -155,4 +157,56 @@ fn a_root_image_that_is_not_there() {
     let words = ["--kernel", "/dev/null", "--root", "/no/image"].map(OsString::from);
     let outcome = Bulle::run().args(words).command(["true"]).outcome();
     refuses(outcome, &["/no/image", "No such file"]);
+}
+
+/// A directory with a backend that listens at `s` in it.
+fn backend(options: PeerOptions) -> (tempfile::TempDir, Peer) {
+    let dir = tempfile::tempdir().unwrap();
+    let peer = Peer::start(&dir.path().join("s"), 8, options);
+    (dir, peer)
+}
+
+#[test]
+fn vhost_user_backends_that_are_none() {
+    let (dir, peer) = backend(PeerOptions::default());
+    let socket = format!("socket={}", dir.path().join("s").display());
+    refuses(
+        with_disks(&["socket=/nowhere".to_owned()]),
+        &["'disk0'", "/nowhere", "start it first", "No such file"],
+    );
+    let both = format!("{socket},path=/dev/null");
+    refuses(with_disks(&[both]), &["either path_on_host", "or socket"]);
+    refuses(with_disks(&["ro".to_owned()]), &["either path_on_host"]);
+    for (more, field) in [
+        ("ro", "is_read_only"),
+        ("cache=none", "cache_type"),
+        ("engine=sync", "io_engine"),
+        ("rate.ops.size=1", "rate_limiter"),
+        ("logical_block_size=512", "logical_block_size"),
+    ] {
+        refuses(
+            with_disks(&[format!("{socket},{more}")]),
+            &["Invalid block config", field],
+        );
+    }
+    refuses(
+        with_disks(&[format!("{socket},queues=3")]),
+        &["3 queues", "has 2"],
+    );
+    let plugged = Bulle::run().args(["--root", "none", "--kernel", "/dev/null"]);
+    let plugged = plugged.args(["--disk", &socket, "--hotplug-memory", "total=1G"]);
+    refuses(plugged.outcome(), &["'disk0'", "hot-pluggable memory"]);
+    peer.set_fault(Some(Fault::Close(request::GET_CONFIG)));
+    refuses(
+        with_disks(std::slice::from_ref(&socket)),
+        &["'disk0'", "tell the configuration space"],
+    );
+    drop(peer);
+    refuses(with_disks(&[socket]), &["start it first", "refused"]);
+    let (dir, _peer) = backend(PeerOptions {
+        protocol: 1,
+        ..PeerOptions::default()
+    });
+    let socket = format!("socket={}", dir.path().join("s").display());
+    refuses(with_disks(&[socket]), &["VHOST_USER_PROTOCOL_F_CONFIG"]);
 }

@@ -33,6 +33,8 @@ pub struct Traits {
     pub queues: Vec<u16>,
     /// Shared memory regions (section 2.10), by their id.
     pub shm: Vec<ShmRegion>,
+    /// Those of the core's feature bits that the device cannot have.
+    pub withheld: u64,
 }
 
 /// A shared memory region the device offers.

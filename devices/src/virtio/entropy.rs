@@ -96,6 +96,7 @@ impl VirtioDevice for Entropy {
             features: 0,
             queues: vec![QUEUE_SIZE],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

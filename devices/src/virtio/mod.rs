@@ -29,6 +29,7 @@ pub mod registry;
 pub mod rtc;
 pub mod transport;
 pub mod uds;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

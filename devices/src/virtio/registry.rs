@@ -15,6 +15,7 @@ use super::mem::{Mem, MemError, MemHandle, MemOptions, MemState};
 use super::net::{Net, NetError, NetHandle, NetOptions};
 use super::pmem::{Pmem, PmemError, PmemHandle, PmemOptions};
 use super::rtc::{Rtc, RtcHandle, RtcOptions};
+use super::vhost_user::{VhostUserBlock, VhostUserHandle};
 use super::vsock::{Vsock, VsockEnd, VsockError, VsockHandle};
 
 /// What a device is made of, one arm per device type.
@@ -24,6 +25,8 @@ pub enum DeviceConfig {
     Entropy(Option<Arc<Limiter>>),
     /// Block device.
     Block(Disk, BlockOptions),
+    /// Block device that another process serves.
+    VhostUserBlock(Box<VhostUserBlock>, VhostUserHandle),
     /// Console device.
     Console(ConsoleOptions),
     /// Socket device.
@@ -47,7 +50,7 @@ impl DeviceConfig {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Entropy(_) => "entropy",
-            Self::Block(..) => "block",
+            Self::Block(..) | Self::VhostUserBlock(..) => "block",
             Self::Console(_) => "console",
             Self::Vsock(_) => "vsock",
             Self::Fs(_) => "fs",
@@ -67,6 +70,8 @@ pub enum DeviceHandle {
     Entropy(EntropyHandle),
     /// Resizing and limits.
     Block(BlockHandle),
+    /// The way to a new configuration, and figures.
+    VhostUserBlock(VhostUserHandle),
     /// Sizes and ports.
     Console(ConsoleHandle),
     /// What it has done.
@@ -150,6 +155,12 @@ pub fn build(
             let (block, handle) = Block::new(disk, options, state)?;
             Ok((Box::new(block), DeviceHandle::Block(handle)))
         }
+        DeviceConfig::VhostUserBlock(block, handle) => match state {
+            DeviceState::Reset => Ok((block, DeviceHandle::VhostUserBlock(handle))),
+            _ => Err(BuildError::State {
+                device: "a vhost-user block device",
+            }),
+        },
         DeviceConfig::Console(options) => {
             let state = match state {
                 DeviceState::Reset => Default::default(),

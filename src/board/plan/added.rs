@@ -32,7 +32,7 @@ pub fn plan(
         Added::Drive(drive) => {
             disk::tell_apart(&config.drives.iter().collect::<Vec<_>>())?;
             let limiter = limiters.get(drive.rate_limiter.as_ref());
-            Ok(disk::plan(drive, spec.machine().vcpu_count, limiter)?)
+            disk::plan(drive, spec.machine().vcpu_count, limiter)
         }
         Added::Net(interface) => {
             let index = config.network_interfaces.len().saturating_sub(1);

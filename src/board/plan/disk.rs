@@ -1,17 +1,20 @@
 //! Disks: files opened and locked.
 
-use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
+use std::{fs, io};
 
 use devices::virtio::block::{
     BlockOptions, Cache, Disk, DiskError, DiskOptions, EngineKind, Format,
 };
 use devices::virtio::limiter::Limiter;
 use devices::virtio::registry::DeviceConfig;
+use devices::virtio::vhost_user::{VhostUserBlock, VhostUserOptions};
 
 use super::{Plan, PlanError};
 use crate::config::{self, CacheType, Drive, IoEngine};
+use crate::sandbox::thread::{Role, spawn};
 
 /// Opens and locks the image of `drive`.
 pub fn open(drive: &Drive) -> Result<Disk, DiskError> {
@@ -36,7 +39,10 @@ pub(super) fn plan(
     drive: &Drive,
     vcpus: u16,
     limiter: Option<Arc<Limiter>>,
-) -> Result<Plan, DiskError> {
+) -> Result<Plan, PlanError> {
+    if let Some(socket) = &drive.socket {
+        return connect(drive, socket, vcpus);
+    }
     let disk = open(drive)?;
     let options = BlockOptions {
         engine: match drive.io_engine {
@@ -53,6 +59,28 @@ pub(super) fn plan(
         id: drive.drive_id.clone(),
         config: DeviceConfig::Block(disk, options),
     })
+}
+
+/// Connects to the vhost-user backend that listens at `socket` for `drive`.
+fn connect(drive: &Drive, socket: &Path, vcpus: u16) -> Result<Plan, PlanError> {
+    let id = drive.drive_id.clone();
+    let block = VhostUserBlock::new(&VhostUserOptions {
+        socket: socket.to_owned(),
+        flush: drive.cache_type != CacheType::Unsafe,
+        queues: drive.num_queues,
+        vcpus,
+        spawn: |body| {
+            let thread = spawn(Role::Backend, body);
+            thread.map(drop).map_err(io::Error::other)
+        },
+    });
+    match block {
+        Ok((block, handle)) => Ok(Plan {
+            id,
+            config: DeviceConfig::VhostUserBlock(Box::new(block), handle),
+        }),
+        Err(source) => Err(PlanError::VhostUser { id, source }),
+    }
 }
 
 /// One file is one disk, unless nobody writes to it. What cannot be looked at is left to `plan`.

@@ -24,6 +24,7 @@ use devices::virtio::block::DiskError;
 use devices::virtio::fs::FsError;
 use devices::virtio::pmem::PmemError;
 use devices::virtio::registry::DeviceConfig;
+use devices::virtio::vhost_user::VhostUserError;
 use devices::virtio::vsock::VsockError;
 
 pub use self::addresses::AddressError;
@@ -63,6 +64,15 @@ pub enum PlanError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A disk that another process serves.
+    #[error("drive '{id}'")]
+    VhostUser {
+        /// Its name.
+        id: String,
+        /// Why.
+        #[source]
+        source: VhostUserError,
+    },
     /// Memory that is plugged.
     #[error(transparent)]
     Region(#[from] RegionError),
@@ -127,6 +137,7 @@ pub fn open_files(plans: &[Plan]) -> u64 {
     let files = plans.iter().map(|plan| match &plan.config {
         // A kick and a ring for each queue.
         DeviceConfig::Block(_, options) => EACH + 2 * u64::from(options.queues),
+        DeviceConfig::VhostUserBlock(block, _) => EACH + 2 * u64::from(block.queues()),
         // As for a disk, and a tap's file descriptor for each pair; four more with vhost-net.
         DeviceConfig::Net(options) => EACH + 9 * u64::from(options.backend.pairs()),
         // Two queues for each port, and the host's end.

@@ -1,6 +1,6 @@
 //! Disks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,9 +14,17 @@ pub struct Drive {
     /// disk's serial number. Left out on the command line: `disk` and a number.
     #[serde(alias = "id", default)]
     pub drive_id: String,
-    /// Image file or block device.
-    #[serde(alias = "path")]
+    /// Image file or block device; empty with `socket`.
+    #[serde(
+        alias = "path",
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "is_empty"
+    )]
     pub path_on_host: PathBuf,
+    /// In place of it: the socket of a vhost-user backend that has the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// Meaning of its content, which is never guessed.
     #[serde(default)]
     pub format: Format,
@@ -58,6 +66,7 @@ impl Drive {
         Self {
             drive_id: drive_id.into(),
             path_on_host,
+            socket: None,
             format: Format::default(),
             is_root_device: false,
             is_read_only: false,
@@ -76,6 +85,10 @@ impl Drive {
         let id = self.drive_id.as_str();
         id.get(..Self::SERIAL_LEN).unwrap_or(id)
     }
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 /// What the content of a disk means.

@@ -1,6 +1,8 @@
 //! Disks: names, queues, at most one root.
 
-use crate::config::Drive;
+use std::path::Path;
+
+use crate::config::{CacheType, Config, Drive, IoEngine};
 
 /// A disk that no machine can have.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -42,6 +44,35 @@ pub enum DriveError {
         /// As given.
         partuuid: String,
     },
+    /// No disk, or two.
+    #[error(
+        "drive '{id}' needs either path_on_host (an image or a block device) or socket (that of a vhost-user \
+         backend): give one of them"
+    )]
+    Place {
+        /// The drive.
+        id: String,
+    },
+    /// What a backend decides.
+    #[error(
+        "Invalid block config. Drive '{id}' with a socket cannot have {field}, which is the vhost-user \
+         backend's affair: leave it out"
+    )]
+    Backend {
+        /// The drive.
+        id: String,
+        /// As in the configuration.
+        field: &'static str,
+    },
+    /// Memory that comes when a backend has its own view of it.
+    #[error(
+        "drive '{id}' with a socket does not go with hot-pluggable memory, of which its vhost-user backend \
+         would not hear: leave one of them out"
+    )]
+    Hotplug {
+        /// The drive.
+        id: String,
+    },
     /// Several root drives.
     #[error(
         "A root block device already exists! Drives '{first}' and '{second}' are both the root device: leave it to one"
@@ -54,12 +85,17 @@ pub enum DriveError {
     },
 }
 
-pub(super) fn validate(drives: &[Drive]) -> Result<(), DriveError> {
+pub(super) fn validate(config: &Config) -> Result<(), DriveError> {
+    let drives = &config.drives;
     for (index, drive) in drives.iter().enumerate() {
         let id = || drive.drive_id.clone();
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if drive.drive_id.is_empty() || !drive.drive_id.chars().all(allowed) {
             return Err(DriveError::DriveId { id: id() });
+        }
+        place(drive)?;
+        if drive.socket.is_some() && config.memory_hotplug.is_some() {
+            return Err(DriveError::Hotplug { id: id() });
         }
         let earlier = drives.iter().take(index);
         for other in earlier {
@@ -85,4 +121,27 @@ pub(super) fn validate(drives: &[Drive]) -> Result<(), DriveError> {
         }
     }
     Ok(())
+}
+
+/// Where the disk is, and what does not go with a socket.
+fn place(drive: &Drive) -> Result<(), DriveError> {
+    let id = drive.drive_id.clone();
+    let has_path = drive.path_on_host != Path::new("");
+    if drive.socket.is_none() {
+        return has_path.then_some(()).ok_or(DriveError::Place { id });
+    }
+    let wrong = [
+        ("is_read_only", drive.is_read_only),
+        ("cache_type None", drive.cache_type == CacheType::None),
+        ("io_engine", drive.io_engine != IoEngine::Auto),
+        ("rate_limiter", drive.rate_limiter.is_some()),
+        ("logical_block_size", drive.logical_block_size.is_some()),
+        ("physical_block_size", drive.physical_block_size.is_some()),
+    ];
+    let wrong = wrong.into_iter().find(|(_, wrong)| *wrong);
+    match (has_path, wrong) {
+        (true, _) => Err(DriveError::Place { id }),
+        (false, Some((field, _))) => Err(DriveError::Backend { id, field }),
+        (false, None) => Ok(()),
+    }
 }

@@ -29,7 +29,7 @@ pub use watchdog::WatchdogError;
 
 use super::{
     Config, Console, CpuConfig, Guest, HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
-    MachineConfig, Root,
+    MachineConfig, MemoryBacking, Root,
 };
 
 /// A value or a combination that no machine can have.
@@ -194,12 +194,13 @@ impl Spec {
 
 impl Config {
     /// Checks every number and combination; files are not touched.
-    pub fn validate(self) -> Result<Spec, ConfigError> {
+    /// Guest memory is shared where a vhost-user drive needs it so.
+    pub fn validate(mut self) -> Result<Spec, ConfigError> {
         self.machine_config.validate()?;
         if let Some(CpuConfig::File(path)) = &self.cpu_config {
             return Err(ConfigError::CpuFile { path: path.clone() });
         }
-        drives::validate(&self.drives)?;
+        drives::validate(&self)?;
         limits::validate(self.rate_limiters())?;
         vsock::validate(self.vsock.as_ref())?;
         self.watchdog.iter().try_for_each(watchdog::validate)?;
@@ -227,6 +228,9 @@ impl Config {
         }
         if self.timeout_ms == Some(0) {
             return Err(ConfigError::Timeout);
+        }
+        if self.vhost_user_drives().next().is_some() {
+            self.machine_config.memory_backing = MemoryBacking::Memfd;
         }
         Ok(Spec { config: self })
     }

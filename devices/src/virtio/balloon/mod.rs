@@ -522,6 +522,7 @@ impl VirtioDevice for Balloon {
             features: bits.fold(0, |all, (_, bit)| all | 1 << bit),
             queues: vec![QUEUE_SIZE; queues],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

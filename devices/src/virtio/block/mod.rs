@@ -486,6 +486,7 @@ impl VirtioDevice for Block {
             features,
             queues: vec![self.queue_size; self.held.len()],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

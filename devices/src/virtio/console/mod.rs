@@ -498,6 +498,7 @@ impl VirtioDevice for Console {
             features: 1 << F_SIZE | 1 << F_MULTIPORT,
             queues: vec![QUEUE_SIZE; 2 * self.ports.len() + 2],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

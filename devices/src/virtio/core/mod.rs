@@ -35,7 +35,7 @@ use super::notifier::{ISR_CONFIG, Notifier, VirtioInterrupt};
 use super::worker::{Backend, Retired, Start};
 use crate::lock;
 
-/// Features that the core implements for every device.
+/// Features that the core implements for every device, unless that withholds them.
 pub const CORE_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
@@ -103,7 +103,7 @@ impl VirtioCore {
             interrupt,
             memory,
         } = parts;
-        let features = traits.features | CORE_FEATURES;
+        let features = traits.features | CORE_FEATURES & !traits.withheld;
         let queues = check(&state, &traits, features, &memory)?;
         let kicks = traits
             .queues

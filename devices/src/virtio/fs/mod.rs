@@ -372,6 +372,7 @@ impl VirtioDevice for Fs {
             // The first one is for requests that go ahead of others.
             queues: vec![self.queue_size; usize::from(self.queues) + 1],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

@@ -466,6 +466,7 @@ impl VirtioDevice for Mem {
             features: 1 << F_UNPLUGGED_INACCESSIBLE,
             queues: vec![QUEUE_SIZE],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

@@ -454,6 +454,7 @@ impl VirtioDevice for Net {
             features,
             queues,
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

@@ -251,6 +251,7 @@ impl VirtioDevice for Pmem {
             features: 0,
             queues: vec![QUEUE_SIZE],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

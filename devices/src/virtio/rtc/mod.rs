@@ -219,6 +219,7 @@ impl VirtioDevice for Rtc {
             features: 0,
             queues: vec![QUEUE_SIZE],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

@@ -281,6 +281,7 @@ impl VirtioDevice for Vsock {
             features: 1 << F_STREAM | seqpacket,
             queues: vec![QUEUE_SIZE; 3],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 

@@ -26,6 +26,7 @@ impl VirtioDevice for Feeder {
             features: 0,
             queues: vec![16],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 
@@ -101,6 +102,7 @@ impl VirtioDevice for Hoarder {
             features: 0,
             queues: vec![16],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 
@@ -162,6 +164,7 @@ impl VirtioDevice for Echo {
             features: 0,
             queues: vec![16, 16],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 
@@ -246,6 +249,7 @@ impl VirtioDevice for Lender {
             features: 0,
             queues: vec![16],
             shm: Vec::new(),
+            withheld: 0,
         }
     }
 
