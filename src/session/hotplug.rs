@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use devices::virtio::registry::DeviceHandle;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::timerfd::TimerFd;
+use vm_memory::GuestMemoryBackend;
 
 use super::timer::{arm, timer};
 use crate::board::attach::{Attached, Devices};
 use crate::board::plan::added::{self, Added};
-use crate::config::{Config, Drive, MemoryBacking, NetMode, NetworkInterface, Pmem, RateLimiter};
+use crate::config::{Config, Drive, NetMode, NetworkInterface, Pmem, RateLimiter};
 use crate::control::{ActionError, Call, PluggedKind, Reply, State, Unplug, chain};
 use crate::vm::Vm;
 
@@ -33,7 +34,9 @@ pub fn add_drive(vm: &Vm, config: &mut Config, drive: &Drive) -> Result<Reply, A
         return Err(ActionError::SecondRoot { kind: "block" });
     }
     own_limits(&drive.drive_id, [drive.rate_limiter.as_ref()])?;
-    if drive.socket.is_some() && config.machine_config.memory_backing != MemoryBacking::Memfd {
+    let mut memory = vm.memory().iter();
+    let is_private = memory.any(|piece| piece.flags() & libc::MAP_SHARED == 0);
+    if drive.socket.is_some() && is_private {
         let id = drive.drive_id.clone();
         return Err(ActionError::PrivateMemory { id });
     }

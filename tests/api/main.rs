@@ -25,3 +25,4 @@ mod served;
 mod snapshot_command;
 mod snapshots;
 mod telemetry;
+mod vhost_user;
