@@ -1,7 +1,7 @@
 //! What the VMM keeps of a vhost-user block device: figures, and the way to a new configuration.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -10,6 +10,7 @@ use super::link::Link;
 use super::options::VhostUserError;
 use super::space::Space;
 use crate::counters::{Counter, Values};
+use crate::lock;
 
 /// What happened, and how long it took when it happened last.
 #[derive(Debug, Default)]
@@ -39,7 +40,7 @@ impl Counters {
 /// The side of a vhost-user block device that the VMM keeps.
 #[derive(Clone)]
 pub struct VhostUserHandle {
-    pub(super) link: Link,
+    pub(super) link: Arc<Mutex<Link>>,
     pub(super) space: Arc<Space>,
     pub(super) wake: Arc<EventFd>,
     pub(super) counters: Arc<Counters>,
@@ -59,7 +60,8 @@ impl VhostUserHandle {
     /// Of the backend.
     pub fn reread(&self) -> Result<u64, VhostUserError> {
         let begun = Instant::now();
-        let config = self.link.config();
+        let link = lock(&self.link).clone();
+        let config = link.config();
         let config = config.inspect_err(|_| self.counters.config_fails.one())?;
         self.space.update(config);
         let woken = self.wake.write(1);

@@ -84,28 +84,24 @@ impl Link {
             frontend: Frontend::from_stream(socket, MAX_QUEUES.into()),
             spawn: options.spawn,
         };
-        let lacks = |what| VhostUserError::Lacks {
-            path: link.path.clone(),
-            what,
-        };
         let features = link.talk("tell its features", |backend| {
             backend.set_owner()?;
             backend.get_features()
         })?;
         if features >> VIRTIO_F_VERSION_1 & 1 == 0 {
-            return Err(lacks("VIRTIO_F_VERSION_1"));
+            return Err(link.lacks("VIRTIO_F_VERSION_1"));
         }
         if features & PROTOCOL == 0 {
-            return Err(lacks("VHOST_USER_F_PROTOCOL_FEATURES"));
+            return Err(link.lacks("VHOST_USER_F_PROTOCOL_FEATURES"));
         }
-        let most = link.protocol(&lacks)?;
+        let most = link.protocol()?;
         let queues = match (most, options.queues) {
             (most, Some(wanted)) if u64::from(wanted) > most => {
                 let path = link.path.clone();
                 return Err(VhostUserError::Queues { path, wanted, most });
             }
             (_, Some(wanted)) => wanted,
-            (0, None) => return Err(lacks("a queue")),
+            (0, None) => return Err(link.lacks("a queue")),
             (most, None) => options
                 .vcpus
                 .clamp(1, u16::try_from(most).unwrap_or(MAX_QUEUES)),
@@ -130,16 +126,13 @@ impl Link {
     }
 
     /// Agrees on the protocol: the most queues.
-    fn protocol(
-        &self,
-        lacks: &dyn Fn(&'static str) -> VhostUserError,
-    ) -> Result<u64, VhostUserError> {
+    fn protocol(&self) -> Result<u64, VhostUserError> {
         let has = self.talk(
             "tell its protocol features",
             Frontend::get_protocol_features,
         )?;
         if !has.contains(VhostUserProtocolFeatures::CONFIG) {
-            return Err(lacks("VHOST_USER_PROTOCOL_F_CONFIG"));
+            return Err(self.lacks("VHOST_USER_PROTOCOL_F_CONFIG"));
         }
         let wanted = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
@@ -288,6 +281,14 @@ impl Link {
             && polled
                 .iter()
                 .any(|p| p.revents().intersects(PollFlags::HUP | PollFlags::ERR))
+    }
+
+    /// That the backend has not `what` is needed.
+    pub fn lacks(&self, what: &'static str) -> VhostUserError {
+        VhostUserError::Lacks {
+            path: self.path.clone(),
+            what,
+        }
     }
 
     /// That the backend went away.

@@ -5,8 +5,8 @@
 //! RAM and the queues when the driver starts it. It hears the driver's kicks itself; its interrupts are
 //! messages that KVM sends where vectors are not masked, and come by way of the I/O thread otherwise.
 //! It is trusted with guest RAM, which it maps, and with nothing else: its answers are checked, each has
-//! [`PATIENCE`], and a backend that fails or goes away fails the device until a reset by the driver, and
-//! then again. Nothing of it is saved.
+//! [`PATIENCE`], and a backend that fails or goes away fails the device until a reset by the driver, which
+//! finds the next one that listens. Nothing of it is saved.
 
 mod handle;
 mod link;
@@ -21,7 +21,7 @@ mod tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -35,6 +35,7 @@ use self::space::Space;
 use super::core::CORE_FEATURES;
 use super::device::{ConfigSpace, DeviceError, DeviceState, Source, Traits, VirtioDevice};
 use super::io::Io;
+use crate::lock;
 
 /// Size of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -45,7 +46,8 @@ const CALLS: u32 = 1 << 17;
 
 /// The block device.
 pub struct VhostUserBlock {
-    link: Link,
+    options: VhostUserOptions,
+    link: Arc<Mutex<Link>>,
     features: u64,
     queues: u16,
     space: Arc<Space>,
@@ -94,14 +96,18 @@ impl VhostUserBlock {
             source,
         })?;
         let handle = VhostUserHandle {
-            link,
+            link: Arc::new(Mutex::new(link)),
             space: Arc::new(Space::new(config, queues)),
             wake: Arc::new(wake),
             counters: Arc::default(),
         };
         handle.counters.initialised(begun.elapsed());
         let device = Self {
-            link: handle.link.clone(),
+            options: VhostUserOptions {
+                queues: Some(queues),
+                ..options.clone()
+            },
+            link: Arc::clone(&handle.link),
             features,
             queues,
             space: Arc::clone(&handle.space),
@@ -115,6 +121,26 @@ impl VhostUserBlock {
     /// The number of queues.
     pub fn queues(&self) -> u16 {
         self.queues
+    }
+
+    fn link(&self) -> Link {
+        lock(&self.link).clone()
+    }
+
+    /// Another connection where the backend went away, as it may have been started again.
+    fn connected(&self) -> Result<Link, VhostUserError> {
+        let link = self.link();
+        if !link.is_closed() {
+            return Ok(link);
+        }
+        let found = Link::open(&self.options)?;
+        if self.features & !found.features != 0 {
+            return Err(found.link.lacks("features that the guest has seen"));
+        }
+        self.space.update(found.config);
+        log::info!("connected to another vhost-user backend");
+        *lock(&self.link) = found.link.clone();
+        Ok(found.link)
     }
 
     /// Hands the backend all queues that the driver set up.
@@ -136,10 +162,14 @@ impl VhostUserBlock {
         }
         let negotiated = (0..64).filter(|bit| io.has(*bit));
         let negotiated = negotiated.fold(0, |all, bit| all | 1 << bit);
-        if let Err(error) = self.link.start(negotiated, io.ram(), &queues) {
+        let begun_by = self.connected().and_then(|link| {
+            link.start(negotiated, io.ram(), &queues)?;
+            Ok(link)
+        });
+        let link = begun_by.map_err(|error| {
             self.counters.activate_fails.one();
-            return Err(to_device(&error));
-        }
+            to_device(&error)
+        })?;
         for Served { index, lent, call } in &queues {
             io.watch(Source::readable(CALLS + *index as u32, call.as_raw_fd()));
             io.direct(*index, Some(call));
@@ -149,7 +179,7 @@ impl VhostUserBlock {
         drop(queues);
         self.served = served;
         // Its hang-up, which comes whatever is waited for; answers are read by those who asked.
-        io.watch(Source::readable(GONE, self.link.as_raw_fd()));
+        io.watch(Source::readable(GONE, link.as_raw_fd()));
         io.arm(GONE, false);
         self.counters.activated(begun.elapsed());
         Ok(())
@@ -165,7 +195,7 @@ impl VhostUserBlock {
         for queue in &queues {
             io.direct(*queue, None);
         }
-        let next = self.link.stop(&queues);
+        let next = self.link().stop(&queues);
         for (queue, call) in &served {
             if call.read().is_ok() {
                 io.interrupt(*queue);
@@ -211,8 +241,9 @@ impl VirtioDevice for VhostUserBlock {
                 io.config_changed();
             }
             GONE => {
-                if self.link.is_closed() {
-                    return Err(to_device(&self.link.gone()));
+                let link = self.link();
+                if link.is_closed() {
+                    return Err(to_device(&link.gone()));
                 }
             }
             _ => {

@@ -36,8 +36,13 @@ struct Setup {
 impl Setup {
     fn new(options: PeerOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let peer = Some(Peer::start(&dir.path().join("s"), 64, options));
-        Self { dir, peer }
+        let mut setup = Self { dir, peer: None };
+        setup.listen(options);
+        setup
+    }
+
+    fn listen(&mut self, options: PeerOptions) {
+        self.peer = Some(Peer::start(&self.dir.path().join("s"), 64, options));
     }
 
     fn peer(&self) -> &Peer {
@@ -255,7 +260,7 @@ fn the_driver_hears_of_another_size() {
 }
 
 #[test]
-fn a_backend_that_goes_fails_the_device_again_and_again() {
+fn a_backend_that_goes_fails_the_device_until_there_is_another() {
     for transport in TRANSPORTS {
         let mut setup = Setup::new(PeerOptions::default());
         let mut guest = Guest::new(transport, &setup);
@@ -264,10 +269,22 @@ fn a_backend_that_goes_fails_the_device_again_and_again() {
         guest.fails();
         guest.vqs = guest.rig.start(None);
         guest.fails();
-        guest.rig.core.pause();
         guest.handle.reread().unwrap_err();
         let counters = guest.handle.counters();
         assert!(counters.contains(&("activate_fails", 1)), "{counters:?}");
+        setup.listen(PeerOptions {
+            features: 1 << 32 | 1 << 30,
+            ..PeerOptions::default()
+        });
+        guest.vqs = guest.rig.start(None);
+        guest.fails();
+        setup.listen(PeerOptions::default());
+        guest.vqs = guest.rig.start(None);
+        guest.rig.run(0);
+        write(&mut guest, 0, 1, 2);
+        assert_eq!(setup.peer().read(512, 1), [2]);
+        assert_eq!(guest.handle.reread().unwrap(), 64);
+        assert!(!guest.needs_reset());
     }
 }
 
