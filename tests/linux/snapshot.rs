@@ -334,6 +334,8 @@ fn a_guest_goes_on_in_another_process_on_pci() {
 
 const MINUTE: u64 = 60_000;
 const HOUR: u64 = 60 * MINUTE;
+/// Linux before 6.10 gets longer jumps wrong (docs/snapshots.md).
+const LONG: u64 = 30 * MINUTE;
 
 /// This machine's time in milliseconds.
 fn now() -> u64 {
@@ -365,7 +367,7 @@ fn clones_have_the_time_that_was_asked_for() {
     worker.vm = Served::new();
     let path = worker.path("saved.state");
     let state = fs::read(&path).unwrap();
-    for (ago, realtime) in [(HOUR, true), (MINUTE, true), (HOUR, false)] {
+    for (ago, realtime) in [(LONG, true), (MINUTE, true), (HOUR, false)] {
         // As if it had been saved some time ago.
         let mut machine = state_file::section(&state, "machine");
         let time = state_file::field(&mut machine, &["vm", "realtime"]);
@@ -389,7 +391,7 @@ fn clones_have_the_time_that_was_asked_for() {
         let mut story = worker.story.clone();
         story.follow(&mut vm, 3);
         // Watchdogs of the guest's kernel look every 4 s.
-        while ago == HOUR && begin.elapsed() < Duration::from_secs(10) {
+        while ago >= LONG && begin.elapsed() < Duration::from_secs(10) {
             story.follow(&mut vm, 1);
         }
         story.check();
