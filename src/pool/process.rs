@@ -147,7 +147,7 @@ impl Waiting {
         match receive(&self.socket).map_err(PoolError::Talk)? {
             Some(Word::Failed(text)) => Err(PoolError::Refused { text }),
             Some(word) if word == *wanted => Ok(()),
-            Some(_) => Err(PoolError::Talk(std::io::ErrorKind::InvalidData.into())),
+            Some(_) => Err(PoolError::Talk(ErrorKind::InvalidData.into())),
             None => Err(PoolError::Talk(ErrorKind::UnexpectedEof.into())),
         }
     }

@@ -68,9 +68,9 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Opens them. What fails now does again when it is needed, and is told then.
+    /// Opens them. What fails now does again when it is needed, and is looked into and told then.
     pub fn open() -> Option<Self> {
-        let kvm = open_kvm().ok()?;
+        let kvm = Kvm::new().ok()?;
         let vm = kvm.create_vm().ok()?;
         arch::xstate::permit_guests();
         arch::cpuid::supported(&kvm).ok()?;
