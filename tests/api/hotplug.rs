@@ -78,7 +78,7 @@ fn devices_of_different_kinds_may_have_the_same_name() {
     let memory = vm.file("memory", &vec![0; 2 << 20]);
     let pmem = json!({ "id": "x", "path_on_host": memory });
     vm.put("/pmem/x", pmem).done();
-    let mut vm = vm.wait_for("slot 2: device 27");
+    let mut vm = vm.wait_for("slot 2: driven true");
     let more = json!({ "ops": { "size": 10, "refill_time": 100 } });
     vm.patch("/pmem/x", json!({ "id": "x", "rate_limiter": more }))
         .done();
@@ -309,14 +309,14 @@ fn networks_and_persistent_memory_come_and_go() {
 
     let p1 = file(&vm, "p1");
     vm.put("/pmem/p1", p1).done();
-    let mut vm = vm.wait_for("slot 3: device 27\nstart 0x140000000 holds 0x5a");
+    let mut vm = vm.wait_for("start 0x140000000 holds 0x5a\nslot 3: driven true");
     delete(&mut vm, "/pmem/p0").done();
     delete(&mut vm, "/network-interfaces/n").done();
     // What it had of the host is closed with it.
     assert!(!vm.has_open(&theirs));
     let p2 = file(&vm, "p2");
     vm.put("/pmem/p2", p2).done();
-    let mut vm = vm.wait_for("slot 1: device 27\nstart 0x100000000 holds 0x5a");
+    let mut vm = vm.wait_for("start 0x100000000 holds 0x5a\nslot 1: driven true");
     let config = vm.get("/vm/config").value();
     let places = ["p1", "p2"].map(|id| {
         let all = config["pmem"].as_array().unwrap();

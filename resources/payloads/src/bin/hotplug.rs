@@ -42,8 +42,7 @@ fn added(slot: u64) {
         let start = io::read::<u64>(device.config());
         memory::map(start);
         println!("start {start:#x} holds {:#x}", io::read::<u8>(start));
-        device.negotiate(0);
-        return;
+        return println!("slot {slot}: driven {}", device.negotiate(0));
     }
     if device.id != disk::ID {
         return;
