@@ -81,7 +81,7 @@ pub fn fill(snapshot: &Snapshot, plugged: &Plugged<'_>) -> Result<(), MapError> 
         };
         let range = (run.offset, run.len.min(here.len - start));
         let copied = copy(&layer.image.file, range, &mut buffer, |at, data| {
-            plugged.region.file().write_all_at(data, at - here.offset)
+            plugged.region.write(at - here.offset, data)
         });
         copied.map_err(|source| {
             let path = layer.image.path.clone();

@@ -109,5 +109,6 @@ fn main() {
     bench(64, true, count, 0);
     bench(8192, true, count, 0);
     processes::processes(count);
+    processes::alive(alive);
     processes::forks(count);
 }

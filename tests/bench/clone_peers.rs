@@ -162,7 +162,7 @@ impl Program {
 }
 
 /// A figure of a file of /proc.
-fn kib(file: &str, key: &str) -> u64 {
+pub fn kib(file: &str, key: &str) -> u64 {
     let text = std::fs::read_to_string(file).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(key));
     let number = line.unwrap().split_whitespace().next().unwrap();

@@ -1,12 +1,15 @@
 //! Memory that a page fault handler brings.
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::client;
+use crate::common::{Input, Outcome, Running};
+use crate::huge::{self, Pool};
 use crate::pager::{Pager, Way};
 use crate::saved::{Files, Story, ends, machine, save, try_load};
 use crate::served::Served;
@@ -97,9 +100,21 @@ fn looks_at_what_is_plugged(mut vm: Served) {
 
 #[test]
 fn plugged_memory_comes_when_a_vcpu_or_a_device_touches_it() {
+    plugged_memory_comes(json!({}));
+}
+
+#[test]
+fn plugged_memory_comes_in_huge_pages() {
+    let _alone = huge::alone();
+    // Of a machine and of its snapshot's, which are there at once for a moment.
+    let _pool = Pool::of("80");
+    plugged_memory_comes(json!({ "huge_pages": "2M" }));
+}
+
+fn plugged_memory_comes(config: Value) {
     let dir = tempfile::tempdir().unwrap();
     let files = Files::named(dir.path(), "plugged");
-    let mut vm = machine("plug", "wait=1", json!({}));
+    let mut vm = machine("plug", "wait=1", config);
     let hotplug = json!({ "total_size_mib": 128, "requested_size_mib": 4 });
     vm.put("/hotplug/memory", hotplug).done();
     let mut vm = vm.start().wait_for("waits");
@@ -128,6 +143,60 @@ fn plugged_memory_comes_when_a_vcpu_or_a_device_touches_it() {
     let (vm, answer) = try_load(&again, json!({}));
     answer.done();
     looks_at_what_is_plugged(vm);
+}
+
+/// A microVM that commands find in a directory, killed when dropped.
+struct Child<'a>(&'a Path);
+
+impl Child<'_> {
+    fn bulle(&self, words: &[&str]) -> Outcome {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+        command.args(words).env("BULLE_RUNTIME_DIR", self.0);
+        Running::start(command, Input::Null, Duration::from_secs(60)).finish()
+    }
+}
+
+impl Drop for Child<'_> {
+    fn drop(&mut self) {
+        self.bulle(&["kill", "child"]);
+    }
+}
+
+#[test]
+fn a_fork_has_what_the_handler_had_not_brought_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let (files, mut story) = saved(dir.path());
+    let (socket, place) = (dir.path().join("socket"), dir.path().join("run"));
+    let pager = Pager::start(&socket, &files.memory, Way::Serve);
+    let mut vm = Served::with(&["--runtime-dir", place.to_str().unwrap(), "--id", "parent"]);
+    let mut body = files.load();
+    body["mem_backend"] = uffd(&socket)["mem_backend"].clone();
+    vm.put("/snapshot/load", body).done();
+    let child = Child(&place);
+    child
+        .bulle(&["fork", "parent", "--name", "child"])
+        .exits(0)
+        .prints("child\n");
+    // In so many ticks it goes through all of its memory.
+    let begin = Instant::now();
+    let said = loop {
+        let said = child.bulle(&["logs", "child"]).exits(0).stdout;
+        let whole = said.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        if let Some((_, whole)) = whole.split_once('\n')
+            && whole.lines().count() > 20
+        {
+            break whole.to_owned();
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "{said}");
+    };
+    // Its parent goes on as if nothing had been, and comes to say the same.
+    while !story.text().contains(&said) {
+        story.follow(&mut vm, 1);
+        assert!(begin.elapsed() < Duration::from_secs(120), "{said}");
+    }
+    story.check();
+    drop(vm);
+    pager.end();
 }
 
 #[test]

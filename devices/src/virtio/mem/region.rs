@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::{Arc, OnceLock};
 
@@ -175,6 +176,31 @@ impl Region {
         Ok(())
     }
 
+    /// Writes `data` to the file from byte `at` on.
+    ///
+    /// # Errors
+    /// For what is not in the region, and of the file.
+    pub fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        let end = at
+            .checked_add(data.len() as u64)
+            .filter(|end| *end <= self.len)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        if self.page == PAGE || data.is_empty() {
+            return self.file.write_all_at(data, at);
+        }
+        // Reserved huge pages are written to by way of mappings only.
+        let first = at - at % self.page;
+        let len = (end.next_multiple_of(self.page) - first) as usize;
+        let start = map(None, len, Some((&self.file, first)))?;
+        // SAFETY: within the mapping just made, whose pages are reserved, and which nobody else knows.
+        unsafe {
+            let to = (start as *mut u8).add((at - first) as usize);
+            ptr::copy_nonoverlapping(data.as_ptr(), to, data.len());
+        }
+        unmap(start, len);
+        Ok(())
+    }
+
     fn map(&self, range: Range<u64>, file: Option<&File>) -> io::Result<()> {
         if range.start >= range.end || range.end > self.len {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -205,15 +231,19 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        // Reserved as a whole by this region, and nobody else may use it; the owner keeps it longer than the VM that
+        // has it in a slot.
         let (start, len) = self.reserved;
-        // SAFETY: a range that this region reserved as a whole and that nobody else may use; the
-        // owner keeps it longer than the VM that has it in a slot.
-        if unsafe { libc::munmap(start as *mut libc::c_void, len) } != 0 {
-            log::error!(
-                "plugged memory stays mapped: {}",
-                io::Error::last_os_error()
-            );
-        }
+        unmap(start, len);
+    }
+}
+
+/// Unmaps what [`map`] mapped and nobody uses any more.
+fn unmap(start: usize, len: usize) {
+    // SAFETY: a mapping of this module's, to which no reference is left.
+    if unsafe { libc::munmap(start as *mut libc::c_void, len) } != 0 {
+        let error = io::Error::last_os_error();
+        log::error!("plugged memory stays mapped: {error}");
     }
 }
 
