@@ -21,6 +21,7 @@ mod lies;
 #[path = "../common/machine.rs"]
 mod machine;
 mod pager;
+mod plugged;
 mod rebind;
 mod saved;
 #[path = "../api/served.rs"]

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use crate::client;
 use crate::common::{Input, Outcome, Running};
-use crate::huge::{self, Pool};
 use crate::pager::{Pager, Way};
 use crate::saved::{Files, Story, ends, machine, save, try_load};
 use crate::served::Served;
@@ -25,7 +24,7 @@ fn saved(dir: &Path) -> (Files, Story) {
     (files, story)
 }
 
-fn uffd(socket: &Path) -> Value {
+pub fn uffd(socket: &Path) -> Value {
     json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": socket } })
 }
 
@@ -84,65 +83,6 @@ fn what_the_balloon_gave_back_is_told_and_stays_zero() {
         .prints("kept then 3");
     assert_eq!(pager.removed.load(Ordering::SeqCst), 48 << 8);
     pager.end();
-}
-
-/// Has a guest whose memory was plugged go on, and look at it.
-fn looks_at_what_is_plugged(mut vm: Served) {
-    vm.types("x");
-    vm.finish()
-        .exits(0)
-        .prints("state then Some((0, 0))")
-        .prints("used then 0x12345678")
-        .prints("kept 256")
-        .prints("unplug Some((0, 0))")
-        .prints("after 0x0");
-}
-
-#[test]
-fn plugged_memory_comes_when_a_vcpu_or_a_device_touches_it() {
-    plugged_memory_comes(json!({}));
-}
-
-#[test]
-fn plugged_memory_comes_in_huge_pages() {
-    let _alone = huge::alone();
-    // Of a machine and of its snapshot's, which are there at once for a moment.
-    let _pool = Pool::of("80");
-    plugged_memory_comes(json!({ "huge_pages": "2M" }));
-}
-
-fn plugged_memory_comes(config: Value) {
-    let dir = tempfile::tempdir().unwrap();
-    let files = Files::named(dir.path(), "plugged");
-    let mut vm = machine("plug", "wait=1", config);
-    let hotplug = json!({ "total_size_mib": 128, "requested_size_mib": 4 });
-    vm.put("/hotplug/memory", hotplug).done();
-    let mut vm = vm.start().wait_for("waits");
-    save(&mut vm, &files);
-    drop(vm);
-    let socket = dir.path().join("a");
-    let pager = Pager::start(&socket, &files.memory, Way::Serve);
-    let (vm, answer) = try_load(&files, uffd(&socket));
-    answer.done();
-    looks_at_what_is_plugged(vm);
-    let mappings = pager.end();
-    let [.., plugged] = mappings.as_slice() else {
-        panic!("{mappings:?}");
-    };
-    assert_eq!((plugged.size, plugged.offset), (2 << 20, 64 << 20));
-    // Nothing has touched it when it is saved again.
-    let (socket, again) = (dir.path().join("b"), Files::named(dir.path(), "again"));
-    let pager = Pager::start(&socket, &files.memory, Way::Serve);
-    let mut body = uffd(&socket);
-    body["resume_vm"] = json!(false);
-    let (mut vm, answer) = try_load(&files, body);
-    answer.done();
-    vm.put("/snapshot/create", again.create()).done();
-    drop(vm);
-    pager.end();
-    let (vm, answer) = try_load(&again, json!({}));
-    answer.done();
-    looks_at_what_is_plugged(vm);
 }
 
 /// A microVM that commands find in a directory, killed when dropped.
