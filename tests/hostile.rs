@@ -123,6 +123,9 @@ fn watch(mut running: Running) -> (Outcome, Footprint) {
         most.descriptors = most.descriptors.max(now.descriptors);
         samples += 1;
         at_rest += u32::from(rests);
+        if at_rest == 5 {
+            running = running.types("x");
+        }
     }
     assert!(
         samples > 10 && at_rest > 0,
@@ -152,6 +155,7 @@ fn attack_by(
         .args(["--memory", "128M", "--append", &append])
         .args(transport)
         .args(devices)
+        .input(Input::Open)
         .timeout("490s")
         .patience(DEADLINE)
         .start()

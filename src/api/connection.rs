@@ -19,7 +19,7 @@ use crate::control::{ActionError, Pending, Reply, Stream};
 /// Bytes read at once.
 const CHUNK: usize = 16 << 10;
 /// How long a client has to end its side, once the server has ended its own.
-const LINGER: Duration = Duration::from_secs(1);
+pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// Bytes of it that are thrown away meanwhile.
 const LINGER_BYTES: usize = 4 << 20;
 

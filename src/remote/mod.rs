@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(35);
 /// The same for a question about the state, which is answered at once.
 pub const GLANCE: Duration = Duration::from_secs(2);
 /// How long a microVM that lives may take to open its socket, and the time between two attempts.
-const OPENING: Duration = Duration::from_secs(2);
+const OPENING: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(5);
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 20;

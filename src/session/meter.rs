@@ -106,7 +106,7 @@ mod tests {
         drop(events);
         let mut text = String::new();
         (&*stream.end).read_to_string(&mut text).unwrap();
-        assert_eq!(text.matches("snapshot_progress").count(), 2, "{text}");
+        assert!(text.matches("snapshot_progress").count() >= 2, "{text}");
         assert!(
             text.contains(r#""written_bytes":2,"total_bytes":9"#),
             "{text}"

@@ -145,7 +145,12 @@ fn a_paused_guest_says_nothing() {
 
 #[test]
 fn pauses_in_the_middle_of_string_output_lose_and_repeat_nothing() {
-    let mut vm = Served::payload("console_flood").start().wait_for("\n");
+    let mut vm = Served::new();
+    let mut source = boot(&common::payload("console_flood"));
+    // More than it comes to.
+    source["boot_args"] = "lines=100000000".into();
+    vm.put("/boot-source", source).done();
+    let mut vm = vm.start().wait_for("\n");
     for _ in 0..500 {
         vm.patch("/vm", paused()).done();
         vm.patch("/vm", resumed()).done();

@@ -45,7 +45,8 @@ impl Held {
 
     /// Not more than before: memory and mappings may be cached by the allocator.
     fn is_within(&self, before: &Self) -> bool {
-        (self.files, self.threads) == (before.files, before.threads)
+        self.files <= before.files
+            && self.threads <= before.threads
             && self.mappings <= before.mappings + 16
             && self.kib <= before.kib + 4096
     }
@@ -102,7 +103,7 @@ fn ten_thousand_clones_leave_nothing() {
         // A thread that was joined may be listed a moment longer.
         let begin = Instant::now();
         while !Held::now().is_within(&before) {
-            let late = begin.elapsed() > Duration::from_secs(1);
+            let late = begin.elapsed() > PATIENCE;
             assert!(!late, "{machine}: {before:?}, now {:?}", Held::now());
         }
     }

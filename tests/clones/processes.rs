@@ -258,6 +258,7 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
     let mut pool = Running::start(command, Input::Open, PATIENCE);
     let pid = pool.pid();
     soon("two wait", || children(pid).len() == 2);
+    let first_two = children(pid);
     let fds = || {
         std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
@@ -267,8 +268,8 @@ fn a_pool_of_processes_makes_a_clone_of_each_line_and_replaces_what_is_killed() 
     soon("another waits", || children(pid).len() == 3);
     // One that is just being started has some more for a moment.
     let (before, files) = (children(pid), fds());
-    // The youngest waits for an order, ready or not.
-    let victim = *before.iter().next_back().unwrap();
+    // The last one waits for an order, ready or not.
+    let victim = *before.difference(&first_two).next().unwrap();
     soon("it confines itself", || {
         let status = std::fs::read_to_string(format!("/proc/{victim}/status"));
         status.unwrap().contains("NoNewPrivs:\t1")

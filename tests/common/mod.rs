@@ -293,11 +293,12 @@ impl Running {
 
     /// Waits for its end. A death by signal N counts as exit code 128 + N, as in a shell.
     pub fn finish(mut self) -> Outcome {
+        let begin = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
-            if self.started.elapsed() > self.patience {
+            if begin.elapsed() > self.patience {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let (stdout, stderr) = self.outputs();
@@ -352,7 +353,7 @@ impl Bulle {
         command.arg("run");
         Bulle {
             command,
-            timeout: "60s".to_owned(),
+            timeout: "110s".to_owned(),
             operands: Vec::new(),
             input: Input::Null,
             patience: PATIENCE,
@@ -383,7 +384,7 @@ impl Bulle {
         let path = payload(name);
         Bulle::run().args(["--root", "none", "--kernel"]).arg(path)
     }
-    /// What `--timeout` says: no guest may run forever. One minute if this is not called.
+    /// What `--timeout` says: no guest may run forever. 110 s if this is not called.
     pub fn timeout(mut self, timeout: &str) -> Self {
         self.timeout = timeout.to_owned();
         self

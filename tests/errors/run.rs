@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::common::{Input, Outcome, Running};
 
 /// No error takes longer, on a busy machine either.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(60);
 /// Names a run among all processes, by its environment.
 const MARK: &str = "BULLE_TEST_PLACE";
 /// The places in which a program may leave files, by their variables.

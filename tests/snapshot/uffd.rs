@@ -62,20 +62,20 @@ fn pages_come_from_the_handler_when_they_are_touched() {
 fn what_the_balloon_gave_back_is_told_and_stays_zero() {
     let dir = tempfile::tempdir().unwrap();
     let files = Files::named(dir.path(), "balloon");
-    let mut vm = machine("balloon", "", json!({ "mem_size_mib": 128 }));
+    let mut vm = machine("balloon", "wait=1", json!({ "mem_size_mib": 128 }));
     vm.put(
         "/balloon",
         json!({ "amount_mib": 48, "deflate_on_oom": false }),
     )
     .done();
-    let mut vm = vm.start().wait_for("target");
+    let mut vm = vm.start().wait_for("touched");
     save(&mut vm, &files);
     drop(vm);
     let socket = dir.path().join("socket");
     let pager = Pager::start(&socket, &files.memory, Way::Serve);
     let (mut vm, answer) = try_load(&files, uffd(&socket));
     answer.done();
-    vm.types("x");
+    vm.types("xx");
     vm.finish()
         .exits(0)
         .prints("given true")

@@ -184,9 +184,9 @@ mod tests {
         rig.kick(&vqs[0]);
         rig.run(0);
         let mut served = vqs[0].used().len();
-        assert!((2..=4).contains(&served), "{served}");
+        assert!(served >= 2, "{served}");
         while served < 6 {
-            assert!(begin.elapsed() < Duration::from_secs(10));
+            assert!(begin.elapsed() < Duration::from_secs(60));
             rig.run(20);
             served += vqs[0].used().len();
         }

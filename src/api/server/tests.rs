@@ -6,6 +6,7 @@ use std::time::Duration;
 use devices::mmds::Mmds;
 
 use super::*;
+use crate::api::connection::LINGER;
 use crate::api::http::MAX_BODY;
 use crate::control::{Instance, Preboot, channel};
 
@@ -164,27 +165,38 @@ fn an_answer_to_what_is_not_read_comes_to_its_end() {
 #[test]
 fn a_client_that_never_ends_is_ended() {
     let fixture = Fixture::new();
-    let begin = Instant::now();
+    // What is before the end comes within this, unless the machine is too busy.
+    let in_time = |begin: Instant| begin.elapsed() < LINGER;
+    let soon = |what: &dyn Fn(Instant) -> bool| {
+        let done = (0..20).any(|_| {
+            let begin = Instant::now();
+            let done = what(begin);
+            assert!(done || !in_time(begin));
+            done
+        });
+        assert!(done);
+    };
     // By time.
-    let mut quiet = fixture.connect();
-    quiet.send("POST / HTTP/1.1\r\n\r\n");
-    assert_eq!(quiet.answer().0, 400);
-    assert!(quiet.is_closed());
-    quiet.send("more");
+    soon(&|begin| {
+        let mut quiet = fixture.connect();
+        quiet.send("POST / HTTP/1.1\r\n\r\n");
+        assert_eq!(quiet.answer().0, 400);
+        assert!(quiet.is_closed());
+        let lingers = quiet.0.write_all(b"more").is_ok();
+        while quiet.0.write_all(b"more").is_ok() {
+            assert!(begin.elapsed() < Duration::from_secs(60));
+            thread::sleep(Duration::from_millis(10));
+        }
+        lingers
+    });
     // By bytes.
-    let mut loud = fixture.connect();
-    let sent = std::iter::repeat_with(|| loud.0.write(&[b'x'; 4096])).take_while(Result::is_ok);
-    let sent = sent.map(Result::unwrap).sum::<usize>();
-    assert!(sent > 4 << 20 && sent < 8 << 20, "{sent}");
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begin.elapsed()
-    );
-    while quiet.0.write_all(b"more").is_ok() {
-        assert!(begin.elapsed() < Duration::from_secs(10));
-        thread::sleep(Duration::from_millis(10));
-    }
+    soon(&|begin| {
+        let mut loud = fixture.connect();
+        let sent = std::iter::repeat_with(|| loud.0.write(&[b'x'; 4096])).take_while(Result::is_ok);
+        let sent = sent.map(Result::unwrap).sum::<usize>();
+        assert!(sent < 8 << 20, "{sent}");
+        sent > 4 << 20 && in_time(begin)
+    });
     // By the number of others, and they take nobody's place.
     let turned = || {
         let mut client = fixture.connect();
@@ -194,7 +206,7 @@ fn a_client_that_never_ends_is_ended() {
     };
     let mut many: Vec<_> = (0..2 * MAX_CONNECTIONS).map(|_| turned()).collect();
     assert!(many[0].0.write_all(b"more").is_err());
-    many.last_mut().unwrap().send("more");
+    soon(&|_| turned().0.write_all(b"more").is_ok());
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod cgroup;
 mod root;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process;
@@ -216,13 +216,26 @@ fn join(path: &Path) -> Result<(), JailError> {
     })
 }
 
-/// Goes on in a child; the parent ends after `last`, which is told the child's number.
+/// Goes on in a child; the parent ends after `last`, which is told the child's number and without which the child ends.
 fn in_another(last: impl FnOnce(u32) -> Result<(), JailError>) -> Result<(), JailError> {
+    let (mut done, mut say) = io::pipe().map_err(|source| JailError::Host {
+        what: "make a pipe",
+        source,
+    })?;
     // SAFETY: the process has one thread, as this module's head demands.
     match unsafe { fork() }.map_err(host("start a process"))? {
-        ForkResult::Child => Ok(()),
+        ForkResult::Child => {
+            drop(say);
+            match done.read_exact(&mut [0]) {
+                Ok(()) => Ok(()),
+                // The parent has said why.
+                Err(_) => process::exit(1),
+            }
+        }
         ForkResult::Parent { child } => {
             last(child.as_raw().unsigned_abs())?;
+            // One that is gone needs no word.
+            let _ = say.write_all(&[0]);
             process::exit(0)
         }
     }

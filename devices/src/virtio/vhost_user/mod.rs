@@ -170,6 +170,8 @@ impl VhostUserBlock {
             self.counters.activate_fails.one();
             to_device(&error)
         })?;
+        // Before a guest is served, which may look at the figures then.
+        self.counters.activated(begun.elapsed());
         for Served { index, lent, call } in &queues {
             io.watch(Source::readable(CALLS + *index as u32, call.as_raw_fd()));
             io.direct(*index, Some(call));
@@ -181,7 +183,6 @@ impl VhostUserBlock {
         // Its hang-up, which comes whatever is waited for; answers are read by those who asked.
         io.watch(Source::readable(GONE, link.as_raw_fd()));
         io.arm(GONE, false);
-        self.counters.activated(begun.elapsed());
         Ok(())
     }
 

@@ -107,11 +107,11 @@ impl Guest {
         vq.set_used_event(vq.used_index());
         vq.add(&buffers);
         self.rig.kick(&self.vqs[queue]);
-        for _ in 0..200 {
+        for _ in 0..12_000 {
             self.rig.run(5);
             if self.vqs[queue].used().len() == 1 {
                 // The interrupt comes behind the used ring.
-                let interrupted = (0..200).any(|_| {
+                let interrupted = (0..12_000).any(|_| {
                     self.rig.run(5);
                     self.rig.irq.take() > 0
                 });
@@ -127,7 +127,7 @@ impl Guest {
     }
 
     fn fails(&self) {
-        for _ in 0..200 {
+        for _ in 0..12_000 {
             self.rig.run(5);
             if self.needs_reset() {
                 return;
@@ -360,7 +360,7 @@ fn a_backend_without_answers_is_not_waited_for_for_ever() {
     let begun = Instant::now();
     let error = setup.refused(Fault::Mute(request::GET_CONFIG));
     assert!(error.contains("in time"), "{error}");
-    assert!((PATIENCE..PATIENCE + Duration::from_secs(5)).contains(&begun.elapsed()));
+    assert!((PATIENCE..PATIENCE + Duration::from_secs(60)).contains(&begun.elapsed()));
 }
 
 #[test]

@@ -178,7 +178,7 @@ impl Guest {
         std::fs::remove_file(format!("{}_{}", self.path.display(), ports.0)).unwrap();
         let stream = listener.accept().unwrap().0;
         stream
-            .set_read_timeout(Some(Duration::from_secs(5)))
+            .set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
         stream
     }
@@ -187,7 +187,7 @@ impl Guest {
     fn accept(&mut self, port: u32) -> (UnixStream, (u32, u32)) {
         let mut stream = UnixStream::connect(&self.path).unwrap();
         stream
-            .set_read_timeout(Some(Duration::from_secs(5)))
+            .set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
         writeln!(stream, "CONNECT {port}").unwrap();
         let (request, _) = self.packet();

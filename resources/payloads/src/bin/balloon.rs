@@ -1,5 +1,5 @@
 //! A balloon: touches 48 MiB, gives them to the balloon, looks at what is left, takes one page back.
-//! Then waits for a byte on COM1.
+//! Then waits for a byte on COM1. With `wait=1` it waits for one before it gives, too.
 #![no_std]
 #![no_main]
 
@@ -38,7 +38,14 @@ fn give(device: &Device, queue: &mut Queue, start: u64, end: u64) -> bool {
     queue.one(device).is_some()
 }
 
-fn main(_: &StartInfo) -> u8 {
+fn wait() {
+    while io::in8(COM1 + 5) & 1 == 0 {
+        core::hint::spin_loop();
+    }
+    io::in8(COM1);
+}
+
+fn main(info: &StartInfo) -> u8 {
     let Some(device) = devices().find(|device| device.id == ID) else {
         println!("no balloon");
         return 2;
@@ -52,6 +59,9 @@ fn main(_: &StartInfo) -> u8 {
     let pages = (GIVEN.start - PAGE..GIVEN.end + PAGE).step_by(PAGE as usize);
     pages.clone().for_each(|page| io::write(page, page));
     println!("touched");
+    if info.option("wait").is_some() {
+        wait();
+    }
     let batches = GIVEN.step_by((BATCH * PAGE) as usize);
     let given = batches.map(|at| give(&device, inflate, at, at + BATCH * PAGE));
     println!("given {}", given.filter(|good| !good).count() == 0);
@@ -66,8 +76,6 @@ fn main(_: &StartInfo) -> u8 {
     println!("taken {taken}");
     println!("kept then {}", count(|page| page));
     println!("waiting");
-    while io::in8(COM1 + 5) & 1 == 0 {
-        core::hint::spin_loop();
-    }
+    wait();
     0
 }

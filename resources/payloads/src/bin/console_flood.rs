@@ -1,4 +1,4 @@
-//! Writes one MiB of text to COM1, single bytes and strings by turns, then its FNV-1a checksum.
+//! Writes one MiB of text, or `lines=N` of 64 bytes, to COM1, single bytes and strings by turns, then its FNV-1a checksum.
 #![no_std]
 #![no_main]
 
@@ -8,9 +8,10 @@ payloads::start!(main);
 
 const LINES: usize = 1 << 14;
 
-fn main(_: &StartInfo) -> u8 {
+fn main(info: &StartInfo) -> u8 {
+    let lines = info.option("lines").and_then(|lines| lines.parse().ok());
     let (mut state, mut hash) = (0x2545_f491_4f6c_dd1du64, 0xcbf2_9ce4_8422_2325u64);
-    for number in 0..LINES {
+    for number in 0..lines.unwrap_or(LINES) {
         let mut line = [b'\n'; 64];
         for byte in &mut line[..63] {
             state ^= state << 13;

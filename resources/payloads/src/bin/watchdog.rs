@@ -1,6 +1,6 @@
 //! Drives the watchdog as its ACPI table says. On the command line: `count=N` periods, `feeds=N`
-//! feedings, each when a third of the countdown is gone, then `stop=1` to stop it, and the end of
-//! feeding.
+//! feedings, each when `after=N` of them are gone, then `stop=1` to stop it, `expires=N` to wait so often for the
+//! end of the countdown, and the end of feeding.
 #![no_std]
 #![no_main]
 
@@ -14,6 +14,8 @@ const SET: u8 = 6;
 const IS_RUNNING: u8 = 8;
 const RUN: u8 = 9;
 const STOP: u8 = 11;
+const HAS_EXPIRED: u8 = 32;
+const CLEAR_EXPIRED: u8 = 33;
 
 /// Does what the table says for an action: `value` is written where a countdown is to be.
 fn act(wdat: Table, action: u8, value: u32) -> u32 {
@@ -54,16 +56,33 @@ fn main(info: &StartInfo) -> u8 {
     act(wdat, SET, count);
     act(wdat, RUN, 0);
     println!("running {}", act(wdat, IS_RUNNING, 0));
+    let after = option("after").unwrap_or(count / 3);
     for fed in 0..option("feeds").unwrap_or(0) {
-        while act(wdat, LEFT, 0) > count - count / 3 {
+        while act(wdat, LEFT, 0) > count - after {
             core::hint::spin_loop();
         }
-        act(wdat, FEED, 0);
-        println!("fed {fed}, left {}", act(wdat, LEFT, 0));
+        // A period may end in between.
+        let left = loop {
+            act(wdat, FEED, 0);
+            let left = act(wdat, LEFT, 0);
+            if left == count {
+                break left;
+            }
+        };
+        println!("fed {fed}, left {left}");
     }
     if option("stop").is_some() {
         act(wdat, STOP, 0);
         println!("running {}", act(wdat, IS_RUNNING, 0));
+        return 9;
+    }
+    if let Some(times) = option("expires") {
+        for _ in 0..times {
+            while act(wdat, HAS_EXPIRED, 0) == 0 {
+                core::hint::spin_loop();
+            }
+            act(wdat, CLEAR_EXPIRED, 0);
+        }
         return 9;
     }
     loop {

@@ -3,6 +3,7 @@
 
 use std::error::Error;
 use std::num::NonZeroU64;
+use std::time::Duration;
 
 use clients::{Job, until_gone, until_said};
 use fc_sdk::process::FirecrackerProcessBuilder;
@@ -62,6 +63,7 @@ async fn fc_sdk(job: &Job) -> Result<(), Box<dyn Error>> {
     let socket = job.dir.join("other.socket");
     let mut process = FirecrackerProcessBuilder::new(&job.firecracker, socket)
         .id("other")
+        .socket_timeout(Duration::from_secs(60))
         .spawn()
         .await?;
     let vm = process

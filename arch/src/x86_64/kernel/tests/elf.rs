@@ -4,7 +4,9 @@ use super::*;
 
 /// Loads `elf` from a file, which is the way that `from_bytes` does not take.
 fn load_file(elf: &TestElf, memory: &GuestMemory) -> LoadedKernel {
-    let path = std::env::temp_dir().join(format!("bulle-elf-{}", std::process::id()));
+    // Tests run in threads of one process.
+    let name = format!("bulle-elf-{:?}", std::thread::current().id());
+    let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
     std::fs::write(&path, elf.build()).unwrap();
     let loaded = KernelImage::open(&path)
         .unwrap()

@@ -24,8 +24,6 @@ fn receiving_is_limited_and_goes_on_by_itself() {
     for _ in 0..4 {
         socket.write_all(&prefixed(&frame(1000))).unwrap();
     }
-    guest.rig.run(0);
-    assert!(guest.vqs[0].used_index() < 4);
     while guest.vqs[0].used_index() < 4 {
         guest.rig.run(5);
     }

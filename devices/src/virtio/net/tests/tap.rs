@@ -88,7 +88,7 @@ fn frames_pass_a_tap_both_ways() {
             socket.write_all(&ether(len)).unwrap();
             // What the host says of itself may come as well.
             let mut got = Vec::new();
-            for _ in 0..100 {
+            for _ in 0..6000 {
                 got.extend(ours(guest.used()));
                 if !got.is_empty() {
                     break;

@@ -30,7 +30,7 @@ fn frames_pass_through_the_kernel() {
             guest.send(BLANK, &ether(len));
             assert!(next(&mut socket) == ether(len));
             let mut sent = 0;
-            for _ in 0..100 {
+            for _ in 0..6000 {
                 guest.rig.run(5);
                 sent += guest.vqs[1].used().len();
                 if sent == 1 {
@@ -40,7 +40,7 @@ fn frames_pass_through_the_kernel() {
             assert_eq!(sent, 1, "round {round}");
             socket.write_all(&ether(len)).unwrap();
             let mut got = Vec::new();
-            for _ in 0..100 {
+            for _ in 0..6000 {
                 got.extend(ours(guest.used()));
                 if !got.is_empty() {
                     break;
@@ -70,7 +70,7 @@ fn broken_rings_fail_the_device() {
     // No buffer is there.
     guest.vqs[1].add(&[(1 << 40, 1514, false)]);
     guest.rig.kick(&guest.vqs[1]);
-    for _ in 0..100 {
+    for _ in 0..6000 {
         guest.rig.run(5);
         if guest.needs_reset() {
             break;
