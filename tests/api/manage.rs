@@ -230,9 +230,11 @@ fn what_is_served_at_a_socket_of_its_own_is_listed_too() {
 fn without_a_place_a_microvm_runs_all_the_same() {
     let bulle = Bulle::payload("serial_echo").args(["--runtime-dir", "/proc/nowhere"]);
     let bulle = bulle.args(["--log", "debug"]).input(Input::Open);
-    // An echo tells that it looks for commands, and for a place, by now.
+    // The first echo tells that it is going to look for a place, the second that it has.
     let vm = bulle.start().wait_for("ready").types("x").wait_for("x");
-    let outcome = vm.types("\n").finish().exits(0).prints("1 bytes");
+    std::thread::sleep(Duration::from_millis(200));
+    let vm = vm.types("y").wait_for("y");
+    let outcome = vm.types("\n").finish().exits(0).prints("2 bytes");
     outcome.complains("commands do not find this machine: Cannot use /proc/nowhere");
 }
 
