@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::{Bulle, Input, Outcome, debian_kernel};
+use devices::virtio::vhost_user::peer::{Peer, PeerOptions};
 use nix::sys::signal::Signal;
 
 /// Generous, for the lab on a busy machine.
@@ -39,8 +40,8 @@ fn md5(path: &Path) -> String {
     text.split(' ').next().unwrap().to_owned()
 }
 
-/// Patterns written by the guest are on the host's file, a read-only disk stays as it is, discards
-/// free blocks of the host, and the random number generator gives numbers.
+/// Patterns written by the guest are on the host's file, or with the process that serves a disk, a read-only disk stays
+/// as it is, discards free blocks of the host, and the random number generator gives numbers.
 fn disks(flavour: &str, more: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let written = image(dir.path(), "written", 32);
@@ -49,12 +50,16 @@ fn disks(flavour: &str, more: &[&str]) {
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
         .collect();
     fs::write(&kept, &pattern).unwrap();
+    let socket = dir.path().join("far");
+    let far = Peer::start(&socket, 4 * MIB as usize / 512, PeerOptions::default());
     let script = "echo serials $(cat /sys/block/vda/serial) $(cat /sys/block/vdb/serial)
         echo readonly $(cat /sys/block/vda/ro) $(cat /sys/block/vdb/ro)
-        echo queues $(ls /sys/block/vda/mq | wc -l)
+        echo queues $(ls /sys/block/vda/mq | wc -l) $(ls /sys/block/vdc/mq | wc -l)
         echo kept $(md5sum </dev/vdb)
         dd if=/dev/vdb of=/dev/vdb bs=4k count=1 conv=notrunc 2>/dev/null && echo wrote to a read-only disk
         for n in 1 2 3 4 5 6 7 8; do cat /dev/vdb; done | dd of=/dev/vda bs=64k conv=fsync 2>/dev/null
+        for n in 1 2 3 4; do cat /dev/vdb; done | dd of=/dev/vdc bs=64k conv=fsync 2>/dev/null
+        echo 3 >/proc/sys/vm/drop_caches; echo far $(md5sum </dev/vdc)
         dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum | sed 's/^/back /'
         blkdiscard -o 4194304 -l 4194304 /dev/vda || echo cannot discard
         dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c | sed 's/^/random /'";
@@ -69,13 +74,14 @@ fn disks(flavour: &str, more: &[&str]) {
                 "--disk",
             ])
             .arg(disk(&kept, ",ro,id=second"))
+            .args(["--disk", &format!("socket={},id=third", socket.display())])
             .args(more),
         script,
     )
     .exits(0);
     assert_eq!(outcome.value("serials"), "first second");
     assert_eq!(outcome.value("readonly"), "0 1");
-    assert_eq!(outcome.value("queues"), "2");
+    assert_eq!(outcome.value("queues"), "2 2");
     assert!(
         outcome.value("kept").starts_with(&md5(&kept)),
         "{outcome:#?}"
@@ -96,6 +102,13 @@ fn disks(flavour: &str, more: &[&str]) {
         outcome.value("back").starts_with(&md5(&copy)),
         "{outcome:#?}"
     );
+    let four = &eight[..4 * MIB as usize];
+    fs::write(&copy, four).unwrap();
+    assert!(
+        outcome.value("far").starts_with(&md5(&copy)),
+        "{outcome:#?}"
+    );
+    assert!(far.read(0, four.len()) == four && far.flushes() > 0);
     // The second half was discarded: the first is there, of the other the blocks are free.
     let on_host = fs::read(&written).unwrap();
     assert!(on_host[..4 * MIB as usize] == eight[..4 * MIB as usize]);

@@ -288,6 +288,7 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
             worker.save(&name);
         }
         assert_eq!(worker.layers(&name), cycle % CHAIN + 1);
+        println!("cycle {cycle}");
         worker.move_to(&name);
         assert!(!echoes(&mut stream, "from nobody"));
         // The listener is alive, and the guest has forgotten what was connected.
