@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,18 @@ fn a_host_without_ipv4_will_do() {
         .complains("passt does IPv4 only on a host with a default route of IPv4");
 }
 
+/// Connects to a socket that is there soon.
+fn connect(path: &Path) -> UnixStream {
+    let begin = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(begin.elapsed() < Duration::from_secs(60), "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn passt_that_dies_is_started_again() {
     let dir = tempfile::tempdir().unwrap();
@@ -63,15 +76,7 @@ fn passt_that_dies_is_started_again() {
     command.env("BULLE_RUNTIME_DIR", dir.path());
     let running = Running::start(command, Input::Null, Duration::from_secs(200));
     let running = running.wait_for("ready 1 devices\n");
-    let begin = Instant::now();
-    let mut events = loop {
-        // It is there a little after the guest.
-        match UnixStream::connect(dir.path().join("kept/api.sock")) {
-            Ok(stream) => break stream,
-            Err(error) => assert!(begin.elapsed() < Duration::from_secs(60), "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let mut events = connect(&dir.path().join("kept/api.sock"));
     events
         .set_read_timeout(Some(Duration::from_secs(30)))
         .unwrap();
