@@ -10,10 +10,13 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Calls of one sample.
 const CALLS: usize = 200;
@@ -91,17 +94,35 @@ impl Served {
         self.ask("PUT", "/boot-source", &source.to_string(), 204);
         let machine = r#"{"vcpu_count":1,"mem_size_mib":128}"#;
         self.ask("PUT", "/machine-config", machine, 204);
+        let body = r#"{"action_type":"InstanceStart"}"#;
+        let length = body.len();
+        let request = format!("PUT /actions HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}");
         let begin = Instant::now();
-        let answered = self.ask("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 204);
+        self.client.write_all(request.as_bytes()).unwrap();
+        // Either may come first.
         let stdout = self.child.stdout.as_mut().unwrap();
-        let mut some = [0; 256];
-        loop {
-            let len = stdout.read(&mut some).unwrap();
-            assert!(len > 0, "the guest says nothing");
-            if some[..len].contains(&byte) {
-                return [answered, begin.elapsed()];
+        let [mut answered, mut said] = [None, None];
+        let mut some = [0; 4096];
+        while answered.is_none() || said.is_none() {
+            let mut fds = [
+                PollFd::new(self.client.as_fd(), PollFlags::POLLIN),
+                PollFd::new(stdout.as_fd(), PollFlags::POLLIN),
+            ];
+            assert!(poll(&mut fds, PollTimeout::from(10_000_u16)).unwrap() > 0);
+            let now = begin.elapsed();
+            let [client, output] = fds.map(|fd| fd.any().unwrap());
+            if client {
+                let len = self.client.read(&mut some).unwrap();
+                assert!(some[..len].starts_with(b"HTTP/1.1 204 "));
+                answered = Some(now);
+            }
+            if output {
+                let len = stdout.read(&mut some).unwrap();
+                assert!(len > 0, "the guest says nothing");
+                said = said.or(some[..len].contains(&byte).then_some(now));
             }
         }
+        [answered, said].map(Option::unwrap)
     }
 
     /// Processor time of the threads with this name.
