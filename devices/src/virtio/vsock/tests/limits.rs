@@ -141,7 +141,9 @@ fn nobody_waits_for_ever() {
         },
         &[],
     );
+    // The guest hears of the end at once.
     assert_eq!(wait(&mut guest), [op::RST]);
+    assert!(late(&mut guest).is_empty());
     let mut all = Vec::new();
     assert!(stream.read_to_end(&mut all).unwrap() < 300_000);
     // And an idle connection is nothing that ends.
