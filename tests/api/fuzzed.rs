@@ -23,7 +23,7 @@ const SOCKET: &str = "s";
 /// Seconds for each run of Schemathesis.
 const RUN: &str = "15";
 /// Of two runs, at least.
-const REQUESTS: u64 = 150;
+const REQUESTS: u64 = 300;
 /// KiB that the process may grow by over the second run.
 const GROWTH: u64 = 8 << 10;
 
@@ -92,7 +92,7 @@ fn schemathesis(dir: &Path, port: u16, seed: u32) -> u64 {
     command.args(["--phases", "fuzzing,stateful", "--max-time", RUN]);
     command.args(["--checks", "not_a_server_error,status_code_conformance"]);
     command.args(["--checks", "response_schema_conformance"]);
-    command.args(["--max-response-time", "30", "--request-timeout", "30"]);
+    command.args(["--max-response-time", "10", "--request-timeout", "30"]);
     command.args(["--seed", &seed.to_string(), "--generation-database", "none"]);
     command.args([
         "--suppress-health-check",

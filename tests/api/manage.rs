@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::client::Client;
-use crate::common::{Bulle, Input, Outcome, Running};
+use crate::common::{Bulle, Input, Outcome, Running, bulle_at};
 use crate::served::Served;
 
 /// A directory of microVMs, alone with them.
@@ -33,9 +33,7 @@ impl Place {
 
     /// Runs one of the commands.
     fn bulle(&self, words: &[&str]) -> Outcome {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
-        command.args(words).env("BULLE_RUNTIME_DIR", self.base());
-        Running::start(command, Input::Null, Duration::from_secs(60)).finish()
+        bulle_at(self.base(), words)
     }
 
     /// What `bulle ps --json` lists.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::alone;
-use crate::common::{Bulle, Input, Outcome, Running};
+use crate::common::{Bulle, Input, Outcome, Running, bulle_at};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -28,17 +28,9 @@ impl Place {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
-    fn start(&self, command: &mut Command) -> Running {
-        let command = std::mem::replace(command, Command::new("true"));
-        let mut command = command;
-        command.env("BULLE_RUNTIME_DIR", self.0.path());
-        Running::start(command, Input::Null, PATIENCE)
-    }
-
     /// Runs one of the commands.
     fn bulle(&self, words: &[&str]) -> Outcome {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
-        self.start(command.args(words)).finish()
+        bulle_at(self.0.path(), words)
     }
 
     /// A guest that writes a line for each step of a sequence that began with a random number.

@@ -337,6 +337,13 @@ impl Drop for Running {
     }
 }
 
+/// Runs a command that finds microVMs in `base`.
+pub fn bulle_at(base: &Path, words: &[&str]) -> Outcome {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
+    command.args(words).env("BULLE_RUNTIME_DIR", base);
+    Running::start(command, Input::Null, Duration::from_secs(60)).finish()
+}
+
 /// A `bulle` command line to come.
 pub struct Bulle {
     command: Command,

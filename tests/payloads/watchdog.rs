@@ -59,7 +59,7 @@ fn the_longest_time_and_the_action_are_the_hosts() {
     }
     let outcome = run("--watchdog=action=log", "count=2 expires=2").exits(9);
     let told = outcome.stderr.matches("did not feed its watchdog").count();
-    assert!(told >= 2, "{outcome:#?}");
+    assert!((2..=16).contains(&told), "{outcome:#?}");
 }
 
 #[test]

@@ -1,14 +1,13 @@
 //! Memory that a page fault handler brings.
 
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::client;
-use crate::common::{Input, Outcome, Running};
+use crate::common::{Outcome, bulle_at};
 use crate::pager::{Pager, Way};
 use crate::saved::{Files, Story, ends, machine, save, try_load};
 use crate::served::Served;
@@ -90,9 +89,7 @@ struct Child<'a>(&'a Path);
 
 impl Child<'_> {
     fn bulle(&self, words: &[&str]) -> Outcome {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulle"));
-        command.args(words).env("BULLE_RUNTIME_DIR", self.0);
-        Running::start(command, Input::Null, Duration::from_secs(60)).finish()
+        bulle_at(self.0, words)
     }
 }
 

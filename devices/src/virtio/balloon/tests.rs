@@ -67,10 +67,13 @@ impl Bench {
     /// Waits until a buffer of statistics comes back.
     fn given_back(&mut self) {
         let begin = Instant::now();
-        while self.vqs[STATS].used().is_empty() {
+        let mut back = 0;
+        while back == 0 {
             assert!(begin.elapsed() < Duration::from_secs(60));
             self.rig.run(20);
+            back = self.vqs[STATS].used().len();
         }
+        assert_eq!(back, 1);
     }
 
     fn fill(&self, range: Range<u64>) {

@@ -114,6 +114,7 @@ fn limits_are_kept_and_can_be_lifted() {
             assert!(begin.elapsed() < Duration::from_secs(60));
             bench.rig.run(20);
         }
+        assert_eq!(bench.vqs[0].used_index(), 6);
         limiter.set(LimiterConfig::default());
         bench.handle.limits_changed().unwrap();
         bench.wait(2);
