@@ -20,10 +20,10 @@ use crate::common::{Input, Running, tree};
 use crate::jailer::{Jails, status};
 
 const SOCKET: &str = "s";
-/// Seconds for each run of Schemathesis.
-const RUN: &str = "15";
+/// Inputs for each operation in a run of Schemathesis, which takes some fifteen seconds.
+const EXAMPLES: &str = "40";
 /// Of two runs, at least.
-const REQUESTS: u64 = 300;
+const REQUESTS: u64 = 2000;
 /// KiB that the process may grow by over the second run.
 const GROWTH: u64 = 8 << 10;
 
@@ -89,7 +89,7 @@ fn schemathesis(dir: &Path, port: u16, seed: u32) -> u64 {
     command.current_dir(dir).arg("run");
     command.arg(description(dir));
     command.args(["--url", &format!("http://127.0.0.1:{port}")]);
-    command.args(["--phases", "fuzzing,stateful", "--max-time", RUN]);
+    command.args(["--phases", "fuzzing,stateful", "--max-examples", EXAMPLES]);
     command.args(["--checks", "not_a_server_error,status_code_conformance"]);
     command.args(["--checks", "response_schema_conformance"]);
     command.args(["--max-response-time", "10", "--request-timeout", "30"]);

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::client::{Client, request};
 use crate::served::Served;
 
@@ -71,7 +73,9 @@ fn what_is_no_request_is_answered_and_ends_the_connection_only() {
         client.send(bytes.as_bytes());
         let answer = client.answer();
         assert_eq!(answer.status, 400, "{bytes:?}: {answer:?}");
-        assert!(answer.body.contains(r#""error":"#), "{bytes:?}: {answer:?}");
+        let error: Value = serde_json::from_str(&answer.body).unwrap();
+        assert_eq!(error["error"], error["fault_message"], "{bytes:?}");
+        assert_eq!(error["code"], "bad-request", "{bytes:?}: {error}");
         assert!(client.is_closed(), "{bytes:?}");
     }
     vm.put("/entropy", serde_json::json!({})).done();
