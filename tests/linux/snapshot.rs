@@ -368,6 +368,7 @@ fn clones_have_the_time_that_was_asked_for() {
     worker.vm = Served::new();
     let path = worker.path("saved.state");
     let state = fs::read(&path).unwrap();
+    let disk = fs::read(worker.path("disk")).unwrap();
     for (ago, realtime) in [(LONG, true), (MINUTE, true), (HOUR, false)] {
         // As if it had been saved some time ago.
         let mut machine = state_file::section(&state, "machine");
@@ -375,6 +376,8 @@ fn clones_have_the_time_that_was_asked_for() {
         let was: u64 = time.as_integer().unwrap().try_into().unwrap();
         *time = (was - ago * 1_000_000).into();
         fs::write(&path, state_file::with(&state, "machine", &machine)).unwrap();
+        // The one before may have written all over what this one is about to read.
+        fs::write(worker.path("disk"), &disk).unwrap();
         let begin = Instant::now();
         let mut vm = worker.load("saved", json!({ "clock_realtime": realtime }));
         let stood = now() - stands;
