@@ -74,6 +74,8 @@ fn wait(socket: UnixStream, mmds: &Arc<Mmds>) -> Result<u8, LaunchError> {
         if let Err(error) = send(&socket, &Word::Begun) {
             log::debug!("nobody is told of the start: {error}");
         }
+        // What is left to do here is not to keep the vCPU waiting that has this thread's processor.
+        std::thread::yield_now();
     });
     let after = After {
         save: None,

@@ -9,10 +9,11 @@
 
 use std::sync::Arc;
 
+use arch::layout::{VMCLOCK_START, VMGENID_START};
 use arch::memory::GuestMemory;
 use arch::state::{ClockPolicy, Context, VcpuState};
 use kvm_bindings::kvm_cpuid_entry2;
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::build::{BuildError, random};
 use super::frame::{Frame, Host};
@@ -195,6 +196,12 @@ impl Shell {
         for (index, answer) in answers.into_iter().enumerate() {
             let answer = answer.recv();
             answer.map_err(|_| BuildError::VcpuEnded { index })??;
+        }
+        // The host copies the pages now that the machine's new identity is going to be written to.
+        for address in [VMGENID_START, VMCLOCK_START].map(GuestAddress) {
+            if let Ok(byte) = self.frame.memory.read_obj::<u8>(address) {
+                let _ = self.frame.memory.write_obj(byte, address);
+            }
         }
         self.has = Has::Prepared;
         Ok(())
