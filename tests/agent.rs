@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use bulle::guest::client::{AgentFailure, Exit, Power, Stage, WinSize};
 use bulle::guest::{AGENT, AgentClient, AgentEvent, StartRequest};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -55,6 +56,9 @@ impl Talk {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
         )
         .unwrap();
+        // A shell has it ignored in what it runs in the background, and commands would inherit that.
+        // SAFETY: no handler comes or goes.
+        unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }.unwrap();
         let agent = Command::new(agent())
             .arg("--channel")
             .arg(tty)
