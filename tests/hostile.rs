@@ -136,6 +136,14 @@ fn watch(mut running: Running) -> (Outcome, Footprint) {
     (running.finish(), most)
 }
 
+/// Whether there is a machine's socket in `place`.
+fn is_found(place: &Path) -> bool {
+    let entries = fs::read_dir(place).unwrap().flatten();
+    entries
+        .map(|entry| entry.path().join("api.sock"))
+        .any(|socket| socket.exists())
+}
+
 /// Runs the hostile guest with `devices`, disks first.
 fn attack(devices: &[String], transport: &[&str], seed: u64) -> (Outcome, Footprint) {
     attack_by(Bulle::run(), devices, transport, seed)
@@ -149,10 +157,12 @@ fn attack_by(
 ) -> (Outcome, Footprint) {
     let append = format!("seed={seed}");
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
-    let running = bulle
+    let place = tempfile::tempdir().unwrap();
+    let mut running = bulle
         .args(["--root", "none", "--kernel"])
         .arg(common::payload("hostile"))
         .args(["--memory", "128M", "--append", &append])
+        .args(["--runtime-dir".as_ref(), place.path().as_os_str()])
         .args(transport)
         .args(devices)
         .input(Input::Open)
@@ -160,6 +170,11 @@ fn attack_by(
         .patience(DEADLINE)
         .start()
         .wait_for("ready\n");
+    // Commands find it some time after its start, for which it has files open from then on.
+    while !is_found(place.path()) {
+        assert!(running.is_running(), "{:#?}", running.finish());
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let (outcome, most) = watch(running);
     let outcome = outcome.exits(0).prints("survived\n").within(DEADLINE);
     assert!(!outcome.stderr.contains("panicked"), "{outcome:#?}");
