@@ -1,7 +1,7 @@
 //! Unmodified Debian kernels in `bulle run`: the stock one and the cloud one.
 //!
 //! They need VT-x or AMD-V. Where the processor has neither, `make test` runs this very binary in the
-//! lab, in which a boot takes about ten seconds; hence one boot checks several things where it can.
+//! lab, in which a boot takes some five seconds; hence one boot checks several things where it can.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
@@ -41,7 +41,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use common::{Bulle, Input, Outcome, debian_kernel as kernel};
 use nix::sys::signal::Signal;
 
-/// Generous, for the lab: a boot there takes ten seconds alone and minutes beside others.
+/// Generous, for the lab: a boot there takes some five seconds alone and minutes beside others.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 fn linux(flavour: &str) -> Bulle {
