@@ -52,11 +52,16 @@ const WORK: &str = r#"
 
 /// Most snapshots that build on each other before there is a full one again.
 const CHAIN: usize = 40;
+/// How long a guest goes on in one process after the other, unless SNAPSHOT_CYCLES says how often: a slow
+/// machine is content with fewer.
+const MOVING: Duration = Duration::from_secs(200);
+/// How often at least.
+const FEW: usize = 5;
 
 /// A number from the environment, for longer rounds by hand.
-fn from_env(name: &str, default: usize) -> usize {
+fn from_env(name: &str) -> Option<usize> {
     let given = std::env::var(name).ok();
-    given.map_or(default, |text| text.parse().unwrap())
+    given.map(|text| text.parse().unwrap())
 }
 
 /// What a round says.
@@ -127,7 +132,8 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(flavour: &str, machine: Value, hotplug: bool) -> Self {
+    /// With so many processes beside that take all the time that there is.
+    fn start(flavour: &str, machine: Value, hotplug: bool, stress: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
@@ -142,7 +148,6 @@ impl Worker {
         if hotplug {
             modules.push("virtio_mem");
         }
-        let stress = from_env("SNAPSHOT_STRESS", 0);
         let spin = "(while :; do :; done) &\n".repeat(stress);
         let script = format!("{spin}{WORK}");
         let initrd = initrd_with(dir.path(), flavour, &modules, &script);
@@ -258,10 +263,11 @@ fn dial_soon(socket: &Path, port: u32) -> UnixStream {
     }
 }
 
-/// Work goes on over pauses and several snapshots, and sockets are there again; with `hotplug` in memory
+/// Work goes on over pauses and `cycles` snapshots, and sockets are there again; with `hotplug` in memory
 /// that the guest got while it ran.
-fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
-    let mut worker = Worker::start(flavour, machine, hotplug);
+fn goes_on(flavour: &str, machine: Value, hotplug: bool, cycles: usize) {
+    let stress = from_env("SNAPSHOT_STRESS").unwrap_or(1);
+    let mut worker = Worker::start(flavour, machine, hotplug, stress);
     let socket = worker.path("v");
     let mut stream = dial(&socket, ECHO).expect("the guest listens");
     assert!(echoes(&mut stream, "before"));
@@ -269,8 +275,10 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
     worker.pause();
     worker.vm.patch("/vm", json!({ "state": "Resumed" })).done();
     assert!(echoes(&mut stream, "after a pause"));
-    let cycles = from_env("SNAPSHOT_CYCLES", 3);
-    for cycle in 0..cycles {
+    let given = from_env("SNAPSHOT_CYCLES");
+    let (begin, mut done) = (Instant::now(), 0);
+    while done < given.unwrap_or(cycles) {
+        let cycle = done;
         let name = format!("cycle{cycle}");
         // Those behind the first build on each other, until the chain is long.
         let kind = if cycle % CHAIN == 0 { "Full" } else { "Diff" };
@@ -294,10 +302,14 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
         // The listener is alive, and the guest has forgotten what was connected.
         stream = dial_soon(&socket, ECHO);
         assert!(echoes(&mut stream, "again"));
-        worker.follow(4);
+        worker.follow(if cycle < FEW { 4 } else { 2 });
+        done += 1;
+        if given.is_none() && done >= FEW && begin.elapsed() > MOVING {
+            break;
+        }
     }
     if !hotplug {
-        chained(&mut worker, (cycles - 1) % CHAIN + 1);
+        chained(&mut worker, (done - 1) % CHAIN + 1);
     }
     worker.story.check();
 }
@@ -305,7 +317,7 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool) {
 /// Snapshots of what changed, one on the other and on `layers` before them, while the guest goes on in one
 /// process; the last one is loaded.
 fn chained(worker: &mut Worker, layers: usize) {
-    let diffs = from_env("SNAPSHOT_DIFFS", 20);
+    let diffs = from_env("SNAPSHOT_DIFFS").unwrap_or(20);
     for number in 0..diffs {
         if number > 0 {
             worker.vm.patch("/vm", json!({ "state": "Resumed" })).done();
@@ -321,7 +333,7 @@ fn chained(worker: &mut Worker, layers: usize) {
 
 #[test]
 fn a_guest_goes_on_in_another_process_on_mmio() {
-    goes_on("amd64", json!({ "virtio_transport": "mmio" }), false);
+    goes_on("amd64", json!({ "virtio_transport": "mmio" }), false, 60);
 }
 
 #[test]
@@ -330,6 +342,7 @@ fn a_guest_goes_on_in_another_process_on_pci() {
         "cloud-amd64",
         json!({ "virtio_transport": "pci", "irqchip": "kernel" }),
         true,
+        40,
     );
 }
 
@@ -360,7 +373,7 @@ fn ahead(stream: &mut UnixStream) -> (i64, u64) {
 
 #[test]
 fn clones_have_the_time_that_was_asked_for() {
-    let mut worker = Worker::start("amd64", json!({}), false);
+    let mut worker = Worker::start("amd64", json!({}), false, 0);
     let socket = worker.path("v");
     let (before, _) = ahead(&mut dial(&socket, TIME).expect("the guest listens"));
     let stands = now();
@@ -404,7 +417,7 @@ fn clones_have_the_time_that_was_asked_for() {
 
 #[test]
 fn clones_do_not_share_their_randomness() {
-    let mut worker = Worker::start("amd64", json!({ "vcpu_count": 1 }), false);
+    let mut worker = Worker::start("amd64", json!({ "vcpu_count": 1 }), false, 0);
     worker.save("saved");
     worker.vm = Served::new();
     let before = worker.story.rounds().len();
