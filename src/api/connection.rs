@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::error::ApiError;
 use super::http::{self, CONTINUE, MAX_HEADERS, MAX_LINE, Parsed, Request, Response};
 use crate::control::{ActionError, Pending, Reply, Stream};
 
@@ -235,7 +236,7 @@ impl Connection {
             Err(error) => {
                 // Where the next request would begin, nobody knows.
                 self.input.clear();
-                self.answer(&Response::no_request(&error), true);
+                self.answer(&ApiError::NoRequest(error).response(), true);
                 None
             }
         }

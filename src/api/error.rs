@@ -2,12 +2,15 @@
 
 use serde_json::json;
 
-use super::http::{Method, Response};
+use super::http::{HttpError, Method, Response};
 use crate::control::{ActionError, chain};
 
 /// A request that is not, or cannot be, an action.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
+    /// Bytes that are no request.
+    #[error("{0}\nAll previous unanswered requests will be dropped.")]
+    NoRequest(HttpError),
     /// Nothing is at this path, or not with this method.
     #[error("Invalid request method and/or path: {} {path}.", method.name())]
     Unknown {
@@ -71,6 +74,7 @@ impl ApiError {
     /// A word for programs, which stays when the sentence changes. bulle's own.
     fn code(&self) -> &'static str {
         match self {
+            Self::NoRequest(_) => "bad-request",
             Self::Unknown { .. } => "unknown-endpoint",
             Self::GetBody | Self::Empty { .. } | Self::Json(_) | Self::Query { .. } => "bad-body",
             Self::EmptyId | Self::Id | Self::IdMismatch | Self::InterfaceMismatch { .. } => {
@@ -91,9 +95,14 @@ impl ApiError {
         };
         let cause = root_cause(self).map(|cause| format!(r#","cause":{}"#, json!(cause)));
         let cause = cause.unwrap_or_default();
+        // Firecracker's word for it.
+        let error = match self {
+            Self::NoRequest(_) => format!(r#""error":{text},"#),
+            _ => String::new(),
+        };
         Response::json(
             status,
-            format!(r#"{{"fault_message":{text},"code":"{code}"{cause}}}"#),
+            format!(r#"{{{error}"fault_message":{text},"code":"{code}"{cause}}}"#),
         )
     }
 }

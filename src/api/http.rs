@@ -125,13 +125,6 @@ pub enum HttpError {
     },
 }
 
-impl HttpError {
-    /// A word for programs, as other errors have one.
-    fn code(&self) -> &'static str {
-        "bad-request"
-    }
-}
-
 /// Looks for a request at the start of `bytes`, with a body of at most `limit` bytes.
 pub fn parse(bytes: &[u8], limit: usize) -> Result<Parsed, HttpError> {
     let Some(head_len) = head_length(bytes)? else {
@@ -318,16 +311,6 @@ impl Response {
             streaming: false,
             deprecated: false,
         }
-    }
-
-    /// The answer to bytes that are no request: Firecracker's `error`, and what any refusal has.
-    pub fn no_request(error: &HttpError) -> Self {
-        let text = format!("{error}\nAll previous unanswered requests will be dropped.");
-        let (text, code) = (serde_json::json!(text), error.code());
-        Self::json(
-            400,
-            format!(r#"{{"error":{text},"fault_message":{text},"code":"{code}"}}"#),
-        )
     }
 
     /// As it goes over the wire. `close` tells the client that nothing more comes.

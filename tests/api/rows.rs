@@ -20,8 +20,8 @@ use crate::description::{Description, Operation, filled};
 use crate::mmds::network;
 use crate::served::{Served, boot};
 
-/// Codes that are not an operation's: of a path that is none, of a microVM that ended meanwhile, and of a
-/// caller that went.
+/// Codes that are not an operation's: of a path that is none, of bytes that are no request, of a microVM that ended
+/// meanwhile, and of a caller that went.
 const OF_NO_OPERATION: [&str; 4] = ["unknown-endpoint", "bad-request", "ended", "cancelled"];
 const DONE: &str = "done";
 
@@ -405,11 +405,7 @@ fn cases_that_are_elsewhere_are_there() {
 #[test]
 fn the_codes_of_the_source_are_those_of_the_description() {
     let mut source = BTreeSet::new();
-    for file in [
-        "src/control/error.rs",
-        "src/api/error.rs",
-        "src/api/http.rs",
-    ] {
+    for file in ["src/control/error.rs", "src/api/error.rs"] {
         let text = fs::read_to_string(common::tree().join(file)).unwrap();
         let (_, body) = text.split_once("fn code(&self)").unwrap();
         let (body, _) = body.split_once("\n    }\n").unwrap();
