@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
+use arch::memory;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -107,17 +108,16 @@ fn host(error: kvm_ioctls::Error) -> io::Error {
 /// going to be written. They may be anywhere.
 fn touch(vcpu: &Vcpu) {
     let Ok(regs) = vcpu.fd.get_regs() else { return };
-    for (address, writes) in [(regs.rip, false), (regs.rsp, true)] {
-        let Ok(found) = vcpu.fd.translate_gva(address) else {
-            continue;
-        };
-        let at = GuestAddress(found.physical_address);
-        if found.valid != 0
-            && let Ok(byte) = vcpu.memory.read_obj::<u8>(at)
-            && writes
-        {
-            // It may be a device's.
-            let _ = vcpu.memory.write_obj(byte, at);
-        }
+    let at = |address| {
+        let found = vcpu.fd.translate_gva(address).ok();
+        let found = found.filter(|found| found.valid != 0);
+        found.map(|found| GuestAddress(found.physical_address))
+    };
+    if let Some(instruction) = at(regs.rip) {
+        // It may be a device's.
+        let _ = vcpu.memory.read_obj::<u8>(instruction);
+    }
+    if let Some(stack) = at(regs.rsp) {
+        memory::touch(&vcpu.memory, stack);
     }
 }

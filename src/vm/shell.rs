@@ -3,17 +3,17 @@
 //!
 //! A [`Shell`] has KVM's objects, memory slots over a reservation of addresses, vCPU threads that are
 //! parked, with their CPUID, and I/O threads. Of the snapshot that it is made for, it also has the memory
-//! in place and the vCPUs' registers, all but clocks. [`Shell::adopt`] lays the memory of a snapshot over the
+//! in place, copies of the pages that a new identity is written to, and the vCPUs' registers, all but clocks. [`Shell::adopt`] lays the memory of a snapshot over the
 //! reservation, gives the vCPUs their state while it makes the devices, and has a machine: no slot is
 //! registered, nothing is as long as the memory is. Owned by the thread that makes the machine.
 
 use std::sync::Arc;
 
 use arch::layout::{VMCLOCK_START, VMGENID_START};
-use arch::memory::GuestMemory;
+use arch::memory::{GuestMemory, touch};
 use arch::state::{ClockPolicy, Context, VcpuState};
 use kvm_bindings::kvm_cpuid_entry2;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::build::{BuildError, random};
 use super::frame::{Frame, Host};
@@ -198,10 +198,8 @@ impl Shell {
             answer.map_err(|_| BuildError::VcpuEnded { index })??;
         }
         // The host copies the pages now that the machine's new identity is going to be written to.
-        for address in [VMGENID_START, VMCLOCK_START].map(GuestAddress) {
-            if let Ok(byte) = self.frame.memory.read_obj::<u8>(address) {
-                let _ = self.frame.memory.write_obj(byte, address);
-            }
+        for address in [VMGENID_START, VMCLOCK_START] {
+            touch(&self.frame.memory, GuestAddress(address));
         }
         self.has = Has::Prepared;
         Ok(())

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::__cpuid;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::layout;
 
@@ -84,6 +84,15 @@ pub fn address_limit() -> u64 {
         _ => 36,
     };
     1 << bits.clamp(32, 52)
+}
+
+/// Have the host map the page of `address`, and copy it if it is a file's, since it is going to be written: by
+/// writing back a byte. Nobody else may write there meanwhile. Nothing is done where there is no RAM.
+pub fn touch(memory: &GuestMemory, address: GuestAddress) {
+    if let Ok(byte) = memory.read_obj::<u8>(address) {
+        // It can be written if it could be read.
+        let _ = memory.write_obj(byte, address);
+    }
 }
 
 /// Total size of `memory` in bytes.
