@@ -136,14 +136,6 @@ fn watch(mut running: Running) -> (Outcome, Footprint) {
     (running.finish(), most)
 }
 
-/// Whether there is a machine's socket in `place`.
-fn is_found(place: &Path) -> bool {
-    let entries = fs::read_dir(place).unwrap().flatten();
-    entries
-        .map(|entry| entry.path().join("api.sock"))
-        .any(|socket| socket.exists())
-}
-
 /// Runs the hostile guest with `devices`, disks first.
 fn attack(devices: &[String], transport: &[&str], seed: u64) -> (Outcome, Footprint) {
     attack_by(Bulle::run(), devices, transport, seed)
@@ -162,7 +154,8 @@ fn attack_by(
         .args(["--root", "none", "--kernel"])
         .arg(common::payload("hostile"))
         .args(["--memory", "128M", "--append", &append])
-        .args(["--runtime-dir".as_ref(), place.path().as_os_str()])
+        .args(["--name", "hostile", "--runtime-dir"])
+        .arg(place.path())
         .args(transport)
         .args(devices)
         .input(Input::Open)
@@ -171,7 +164,7 @@ fn attack_by(
         .start()
         .wait_for("ready\n");
     // Commands find it some time after its start, for which it has files open from then on.
-    while !is_found(place.path()) {
+    while !place.path().join("hostile/api.sock").exists() {
         assert!(running.is_running(), "{:#?}", running.finish());
         std::thread::sleep(Duration::from_millis(10));
     }

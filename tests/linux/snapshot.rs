@@ -276,12 +276,13 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool, cycles: usize) {
     worker.vm.patch("/vm", json!({ "state": "Resumed" })).done();
     assert!(echoes(&mut stream, "after a pause"));
     let given = from_env("SNAPSHOT_CYCLES");
-    let (begin, mut done) = (Instant::now(), 0);
-    while done < given.unwrap_or(cycles) {
-        let cycle = done;
+    let (begin, mut layers) = (Instant::now(), 0);
+    let more = |cycle: &usize| given.is_some() || *cycle < FEW || begin.elapsed() < MOVING;
+    for cycle in (0..given.unwrap_or(cycles)).take_while(more) {
+        layers = cycle % CHAIN + 1;
         let name = format!("cycle{cycle}");
         // Those behind the first build on each other, until the chain is long.
-        let kind = if cycle % CHAIN == 0 { "Full" } else { "Diff" };
+        let kind = if layers == 1 { "Full" } else { "Diff" };
         worker.save_as(kind, &name);
         if cycle == 0 {
             // So does the machine that was saved, when it goes on.
@@ -295,7 +296,7 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool, cycles: usize) {
             worker.story = later;
             worker.save(&name);
         }
-        assert_eq!(worker.layers(&name), cycle % CHAIN + 1);
+        assert_eq!(worker.layers(&name), layers);
         println!("cycle {cycle}");
         worker.move_to(&name);
         assert!(!echoes(&mut stream, "from nobody"));
@@ -303,13 +304,9 @@ fn goes_on(flavour: &str, machine: Value, hotplug: bool, cycles: usize) {
         stream = dial_soon(&socket, ECHO);
         assert!(echoes(&mut stream, "again"));
         worker.follow(if cycle < FEW { 4 } else { 2 });
-        done += 1;
-        if given.is_none() && done >= FEW && begin.elapsed() > MOVING {
-            break;
-        }
     }
     if !hotplug {
-        chained(&mut worker, (done - 1) % CHAIN + 1);
+        chained(&mut worker, layers);
     }
     worker.story.check();
 }
